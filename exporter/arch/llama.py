@@ -1,0 +1,79 @@
+"""Llama: Vicuna, MobileLLaMA, Llama 3, LongChat, TinyLlama, SmolLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from pmpd.exporter.arch.decoder import Body, Decoder, DecoderLayer, DecoderShape, Family, read_activation, read_shape
+from pmpd.exporter.nn import Attention, Cache, GatedMlp, LinearFactory, RMSNorm
+
+__all__ = ["Llama"]
+
+
+class LlamaLayer(DecoderLayer):
+    """Attention, then a gated MLP, each behind an RMS norm."""
+
+    def __init__(self, family: Llama, linear: LinearFactory) -> None:
+        super().__init__()
+        shape, epsilon = family.shape, family.norm_epsilon
+        self.input_layernorm = RMSNorm(shape.hidden_size, epsilon=epsilon)
+        self.self_attn = Attention(
+            shape.hidden_size,
+            shape.heads,
+            shape.kv_heads,
+            shape.head,
+            linear,
+            qkv_bias=family.attention_bias,
+            output="o_proj",
+            output_bias=family.attention_bias,
+        )
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, epsilon=epsilon)
+        self.mlp = GatedMlp(
+            shape.hidden_size,
+            shape.intermediate_size,
+            linear,
+            activation=family.activation,
+            bias=family.mlp_bias,
+        )
+
+    def forward(
+        self, op: Any, stream: ir.Value, block: ir.Value | None, cache: Cache
+    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """Add the block."""
+        x, stream = self.input_layernorm(op, stream, block)
+        attended, key, value = self.self_attn(op, x, cache)
+        x, stream = self.post_attention_layernorm(op, stream, attended)
+        return stream, self.mlp(op, x), key, value
+
+
+@dataclass(frozen=True)
+class Llama(Family):
+    """The Llama family (Touvron et al., 2023), with grouped-query attention and optional biases."""
+
+    model_type: ClassVar[str] = "llama"
+    shape: DecoderShape
+    norm_epsilon: float
+    activation: str
+    attention_bias: bool
+    mlp_bias: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, context_length: int | None) -> Llama:
+        """Read `config.json`."""
+        return cls(
+            shape=read_shape(config, context_length=context_length),
+            norm_epsilon=config.get("rms_norm_eps", 1e-6),
+            activation=read_activation(config, "silu"),
+            attention_bias=config.get("attention_bias", False),
+            mlp_bias=config.get("mlp_bias", False),
+        )
+
+    def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
+        """Build the network."""
+        layers = [LlamaLayer(self, linear) for _ in range(self.shape.layers)]
+        norm = RMSNorm(self.shape.hidden_size, epsilon=self.norm_epsilon)
+        return Decoder(self.shape, Body(self.shape, layers, "norm", norm, embedding_type), head, head_bias=False)

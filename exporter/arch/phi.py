@@ -1,0 +1,76 @@
+"""Phi: phi-1, phi-1.5, phi-2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from pmpd.exporter.arch.decoder import Body, Decoder, DecoderLayer, DecoderShape, Family, read_activation, read_shape
+from pmpd.exporter.nn import Attention, Cache, HeadNorm, LayerNorm, LinearFactory, Mlp
+
+__all__ = ["Phi"]
+
+
+class PhiLayer(DecoderLayer):
+    """Attention and MLP side by side behind one norm."""
+
+    def __init__(self, family: Phi, linear: LinearFactory) -> None:
+        super().__init__()
+        shape, epsilon = family.shape, family.norm_epsilon
+
+        def head_norm(heads: int) -> HeadNorm | None:
+            return HeadNorm(heads, shape.head, epsilon=epsilon, bias=True, per_head=False) if family.qk_norm else None
+
+        self.input_layernorm = LayerNorm(shape.hidden_size, epsilon=epsilon)
+        self.self_attn = Attention(
+            shape.hidden_size,
+            shape.heads,
+            shape.kv_heads,
+            shape.head,
+            linear,
+            qkv_bias=True,
+            output="dense",
+            output_bias=True,
+            q_norm=head_norm(shape.heads),
+            k_norm=head_norm(shape.kv_heads),
+        )
+        self.mlp = Mlp(shape.hidden_size, shape.intermediate_size, linear, activation=family.activation, bias=True)
+
+    def forward(
+        self, op: Any, stream: ir.Value, block: ir.Value | None, cache: Cache
+    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """Add the block."""
+        x, stream = self.input_layernorm(op, stream, block)
+        attended, key, value = self.self_attn(op, x, cache)
+        return stream, op.Add(attended, self.mlp(op, x)), key, value
+
+
+@dataclass(frozen=True)
+class Phi(Family):
+    """The Phi family (Li et al., 2023): partial rotary embedding, parallel blocks, biases everywhere."""
+
+    model_type: ClassVar[str] = "phi"
+    shape: DecoderShape
+    norm_epsilon: float
+    activation: str
+    qk_norm: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, context_length: int | None) -> Phi:
+        """Read `config.json`."""
+        return cls(
+            shape=read_shape(config, context_length=context_length, default_rotary_share=0.5),
+            norm_epsilon=config.get("layer_norm_eps", 1e-5),
+            activation=read_activation(config, "gelu_new"),
+            qk_norm=config.get("qk_layernorm", False),
+        )
+
+    def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
+        """Build the network."""
+        layers = [PhiLayer(self, linear) for _ in range(self.shape.layers)]
+        norm = LayerNorm(self.shape.hidden_size, epsilon=self.norm_epsilon)
+        body = Body(self.shape, layers, "final_layernorm", norm, embedding_type)
+        return Decoder(self.shape, body, head, head_bias=True)

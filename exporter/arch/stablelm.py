@@ -1,0 +1,87 @@
+"""StableLM: StableLM-Zephyr-3B and its siblings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from pmpd.exporter.arch.decoder import Body, Decoder, DecoderLayer, DecoderShape, Family, read_activation, read_shape
+from pmpd.exporter.nn import Attention, Cache, GatedMlp, HeadNorm, LayerNorm, LinearFactory
+
+__all__ = ["StableLM"]
+
+
+class StableLMLayer(DecoderLayer):
+    """Attention, then a gated MLP; or both side by side behind one norm."""
+
+    def __init__(self, family: StableLM, linear: LinearFactory) -> None:
+        super().__init__()
+        shape, epsilon = family.shape, family.norm_epsilon
+
+        def head_norm(heads: int) -> HeadNorm | None:
+            return HeadNorm(heads, shape.head, epsilon=epsilon, bias=False, per_head=True) if family.qk_norm else None
+
+        self.input_layernorm = LayerNorm(shape.hidden_size, epsilon=epsilon)
+        self.self_attn = Attention(
+            shape.hidden_size,
+            shape.heads,
+            shape.kv_heads,
+            shape.head,
+            linear,
+            qkv_bias=family.qkv_bias,
+            output="o_proj",
+            output_bias=False,
+            q_norm=head_norm(shape.heads),
+            k_norm=head_norm(shape.kv_heads),
+        )
+        self.post_attention_layernorm = None
+        if not family.parallel_residual:
+            self.post_attention_layernorm = LayerNorm(shape.hidden_size, epsilon=epsilon)
+        self.mlp = GatedMlp(
+            shape.hidden_size, shape.intermediate_size, linear, activation=family.activation, bias=False
+        )
+
+    def forward(
+        self, op: Any, stream: ir.Value, block: ir.Value | None, cache: Cache
+    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """Add the block."""
+        x, stream = self.input_layernorm(op, stream, block)
+        attended, key, value = self.self_attn(op, x, cache)
+        if self.post_attention_layernorm is None:
+            return stream, op.Add(attended, self.mlp(op, x)), key, value
+        x, stream = self.post_attention_layernorm(op, stream, attended)
+        return stream, self.mlp(op, x), key, value
+
+
+@dataclass(frozen=True)
+class StableLM(Family):
+    """The StableLM family: partial rotary embedding, layer norms with bias, gated MLP."""
+
+    model_type: ClassVar[str] = "stablelm"
+    shape: DecoderShape
+    norm_epsilon: float
+    activation: str
+    qkv_bias: bool
+    qk_norm: bool
+    parallel_residual: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, context_length: int | None) -> StableLM:
+        """Read `config.json`."""
+        return cls(
+            shape=read_shape(config, context_length=context_length, default_rotary_share=0.25),
+            norm_epsilon=config.get("layer_norm_eps", 1e-5),
+            activation=read_activation(config, "silu"),
+            qkv_bias=config.get("use_qkv_bias", False),
+            qk_norm=config.get("qk_layernorm", False),
+            parallel_residual=config.get("use_parallel_residual", False),
+        )
+
+    def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
+        """Build the network."""
+        layers = [StableLMLayer(self, linear) for _ in range(self.shape.layers)]
+        norm = LayerNorm(self.shape.hidden_size, epsilon=self.norm_epsilon)
+        return Decoder(self.shape, Body(self.shape, layers, "norm", norm, embedding_type), head, head_bias=False)

@@ -1,0 +1,81 @@
+"""Sensitivities from calibration text: which weights the clustering must hit best."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from pmpd.exporter.checkpoint import Checkpoint
+from pmpd.exporter.config import ExportConfig
+from pmpd.exporter.progress import track
+from pmpd.exporter.quantize import squared_gradients
+from pmpd.exporter.weights import WeightPlan
+from pmpd.runtime.errors import PmpdError
+
+__all__ = ["calibration_batches", "sensitivities"]
+
+
+def sensitivities(
+    config: ExportConfig, checkpoint: Checkpoint, plan: WeightPlan, scratch: Path, *, quiet: bool
+) -> dict[str, Any]:
+    """Return the squared gradients of every quantized weight over the calibration text, by checkpoint name.
+
+    They are kept in `scratch`, so that a resumed export does not compute them again. Needs the model in float32 twice
+    over (weights and sums) in memory.
+
+    Raises:
+        PmpdError: the checkpoint has no tokenizer, or the text is too short.
+    """
+    kept = scratch / "sensitivity.safetensors"
+    if kept.is_file():
+        return load_file(kept)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if config.calibration is None:
+        raise PmpdError("there is no calibration text")
+    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
+    ids = tokenizer("\n\n".join(read_texts(config.calibration)))["input_ids"]
+    batches = calibration_batches(ids, config.calibration_samples, config.calibration_length)
+    model = AutoModelForCausalLM.from_pretrained(str(checkpoint.path), dtype=torch.float32, local_files_only=True)
+    names = sorted({name for layer in plan.linears for name in layer.weight_names})
+    result = squared_gradients(
+        model, track(batches, step="calibrate", total=len(batches), quiet=quiet), names
+    )
+    part = kept.with_suffix(".part")
+    save_file(result, part)
+    part.rename(kept)
+    return result
+
+
+def calibration_batches(ids: list[int], samples: int, length: int) -> list[torch.Tensor]:
+    """Cut a token sequence into `samples` pieces of `length` tokens, spread evenly: each int64 ``[1, length]``."""
+    if len(ids) < length:
+        raise PmpdError(f"the calibration text has {len(ids)} tokens, fewer than one sequence of {length}: give more text")
+    count = min(samples, len(ids) // length)
+    starts = np.linspace(0, len(ids) - length, count).astype(int)
+    return [torch.tensor([ids[start : start + length]]) for start in starts]
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield the texts of a plain text file, or the fields ``text`` of JSON lines (also gzipped).
+
+    Raises:
+        PmpdError: the file cannot be read as text.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8")
+        if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
+            for line in text.splitlines():
+                yield json.loads(line)["text"]
+        else:
+            yield text
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise PmpdError(f"{path} is neither UTF-8 text nor JSON lines with a field text ({error!r})") from None

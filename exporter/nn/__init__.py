@@ -1,0 +1,31 @@
+"""Components that the architecture families are made of. They never name a family."""
+
+from pmpd.exporter.nn.attention import Attention, Cache, HeadNorm
+from pmpd.exporter.nn.linear import BitplaneLinear, FloatLinear, Index, Linear, LinearFactory, Part, Stored
+from pmpd.exporter.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
+from pmpd.exporter.nn.norm import LayerNorm, Norm, RMSNorm
+from pmpd.exporter.nn.rotary import HeadLayout, LinearScaling, Llama3Scaling, Rotary, RotaryTables
+
+__all__ = [
+    "ACTIVATIONS",
+    "Attention",
+    "BitplaneLinear",
+    "Cache",
+    "FloatLinear",
+    "GatedMlp",
+    "HeadLayout",
+    "HeadNorm",
+    "Index",
+    "LayerNorm",
+    "Linear",
+    "LinearFactory",
+    "LinearScaling",
+    "Llama3Scaling",
+    "Mlp",
+    "Norm",
+    "Part",
+    "RMSNorm",
+    "Rotary",
+    "RotaryTables",
+    "Stored",
+]

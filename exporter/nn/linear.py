@@ -1,0 +1,157 @@
+"""Linear layers: bit-plane ones for bundles, floating-point ones for the reference graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import onnx_ir as ir
+from onnxscript import nn
+
+from pmpd.exporter.functions import BITPLANE_DOMAIN
+from pmpd.runtime.bitplanes import row_stride
+
+__all__ = ["BitplaneLinear", "FloatLinear", "Index", "Linear", "LinearFactory", "Part", "Stored"]
+
+# For each place, which row or column of the checkpoint's tensor stands there; -1 for zeros. None: all, in order.
+Index = tuple[int, ...] | None
+
+
+class Stored(nn.Parameter):
+    """A parameter that is copied from the checkpoint without quantization.
+
+    `sources` are names of checkpoint tensors, relative to the module, to be stacked along a new first axis when there
+    are several; by default the parameter's own name. `columns` selects along the last axis.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        sources: tuple[str, ...] | None = None,
+        columns: Index = None,
+    ) -> None:
+        super().__init__(shape, dtype=dtype)
+        self.sources = sources
+        self.columns = columns
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a merged layer that come from one layer of the checkpoint.
+
+    Attributes:
+        name: the checkpoint's layer, relative to the module that holds the merged one (``q_proj``).
+        rows: rows of the checkpoint's weight.
+        index: which of them are taken.
+    """
+
+    name: str
+    rows: int
+    index: Index = None
+
+    @property
+    def out_rows(self) -> int:
+        """Rows it contributes."""
+        return self.rows if self.index is None else len(self.index)
+
+
+class Linear(nn.Module):
+    """``y = x Wᵀ + b``: ``[B, S, K] → [B, S, N]``, the rows of W stacked from one or more layers of the checkpoint.
+
+    Layers that share an input are merged: codes are per row, so it costs nothing and halves the number of operators.
+    `columns` selects columns of the checkpoint's weight, where the input is laid out differently.
+    """
+
+    def __init__(self, parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.source_features = in_features
+        self.in_features = in_features if columns is None else len(columns)
+        self.out_features = sum(part.out_rows for part in parts)
+        self.columns = columns
+        self.has_bias = bias
+
+
+class LinearFactory(Protocol):
+    """Makes the linear layers of a network; what it makes decides what kind of graph comes out."""
+
+    def __call__(self, parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> Linear:
+        """Return a layer."""
+        ...
+
+
+class BitplaneLinear(Linear):
+    """A linear layer over nested bit-planes: one ``pmpd::BitplaneMatMul``.
+
+    A `nested` layer holds `parent` planes in the bundle and takes the first `precision` of them; the others (the head)
+    have one precision, whatever the graph's.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        in_features: int,
+        *,
+        bias: bool,
+        columns: Index = None,
+        precision: int,
+        groups: int = 1,
+        nested: bool = True,
+    ) -> None:
+        super().__init__(parts, in_features, bias=bias, columns=columns)
+        N, K = self.out_features, self.in_features
+        self.precision = precision
+        self.groups = groups
+        self.nested = nested
+        self.planes = nn.Parameter([precision, N, row_stride(K)], dtype=ir.DataType.UINT8)
+        self.codebook = nn.Parameter([N, groups, 2**precision], dtype=ir.DataType.FLOAT16, name=f"codebook.{precision}")
+        self.bias = nn.Parameter([N]) if bias else None
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """Add the operator."""
+        return op.BitplaneMatMul(  # type: ignore[no-any-return]  # (B, S, N)
+            x, self.planes, self.codebook, self.bias, K=self.in_features, _domain=BITPLANE_DOMAIN
+        )
+
+
+class FloatLinear(Linear):
+    """A linear layer over the checkpoint's own tensors, in their own type, computed in float32."""
+
+    def __init__(
+        self, parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None, dtype: ir.DataType
+    ) -> None:
+        super().__init__(parts, in_features, bias=bias, columns=columns)
+        for part in self.parts:
+            name = part.name.replace(".", "_")
+            setattr(
+                self, f"{name}_weight", Stored([part.rows, in_features], dtype=dtype, sources=(f"{part.name}.weight",))
+            )
+            if bias:
+                setattr(self, f"{name}_bias", Stored([part.rows], dtype=dtype, sources=(f"{part.name}.bias",)))
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """Add the operators: cast, select, stack, multiply."""
+
+        def stacked(kind: str) -> ir.Value:
+            pieces = []
+            for part in self.parts:
+                value = op.Cast(getattr(self, f"{part.name.replace('.', '_')}_{kind}"), to=ir.DataType.FLOAT)
+                pieces.append(_select(op, value, part.index, size=part.rows, axis=0))
+            return op.Concat(*pieces, axis=0)  # type: ignore[no-any-return]
+
+        weight = _select(op, stacked("weight"), self.columns, size=self.source_features, axis=1)
+        y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))  # (B, S, N)
+        return op.Add(y, stacked("bias")) if self.has_bias else y
+
+
+def _select(op: Any, value: ir.Value, index: Index, *, size: int, axis: int) -> ir.Value:
+    """Take rows or columns by index, -1 meaning zeros: a slice of zeros is put behind the last one."""
+    if index is None:
+        return value
+    behind = [0, 1] if value.shape is None or len(value.shape) == 1 else [0, 0, 0, 0]
+    behind[len(behind) // 2 + axis] = 1
+    padded = op.Pad(value, behind)
+    return op.Gather(padded, [size if i < 0 else i for i in index], axis=axis)  # type: ignore[no-any-return]

@@ -1,0 +1,230 @@
+"""The export, step by step: read, plan, calibrate, quantize, build graphs, verify, publish."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from pmpd.exporter.arch import Decoder, Family, read_family
+from pmpd.exporter.calibrate import sensitivities
+from pmpd.exporter.card import model_card
+from pmpd.exporter.checkpoint import Checkpoint
+from pmpd.exporter.config import ExportConfig
+from pmpd.exporter.functions import BITPLANE_MATMUL
+from pmpd.exporter.graphs import Phase, build_graph
+from pmpd.exporter.nn import BitplaneLinear
+from pmpd.exporter.progress import track
+from pmpd.exporter.quantize import AnyPrecisionQuantizer
+from pmpd.exporter.tokenizer import copy_text_files
+from pmpd.exporter.verify import Agreement, failed, to_json, verification_ids, verify_bundle, verify_float_graph
+from pmpd.exporter.weights import WeightPlan, external_tensor, plain_tensors, plan_weights
+from pmpd.exporter.workspace import Workspace, fingerprint
+from pmpd.runtime.bundle import Bundle, sha256_of
+from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.manifest import MANIFEST_NAME, Architecture, FileEntry, Graph, KvContract, Manifest
+
+__all__ = ["Export", "export_bundle"]
+
+log = logging.getLogger(__name__)
+_PLAIN = "plain tensors"
+
+
+@dataclass(frozen=True)
+class Export:
+    """An export that has been planned and not yet done; nothing is written before `run`.
+
+    Attributes:
+        config: the resolved configuration.
+        checkpoint: the opened checkpoint.
+        family: its architecture.
+        plan: the layout of the weight file.
+    """
+
+    config: ExportConfig
+    checkpoint: Checkpoint
+    family: Family
+    plan: WeightPlan
+
+    @classmethod
+    def prepare(cls, config: ExportConfig) -> Export:
+        """Check everything that can be checked before work.
+
+        Raises:
+            PmpdError: the model is not found or not supported, the output exists, or the disk is too small.
+        """
+        config = config.resolved()
+        if config.output.exists() and not config.overwrite:
+            raise PmpdError(f"{config.output} exists: choose another --output, or replace it with --overwrite")
+        checkpoint = Checkpoint.open(config.model, revision=config.revision)
+        family = read_family(checkpoint.config, context_length=config.context_length)
+        plan = plan_weights(_network(config, family, config.precisions[0]), config.precisions, config.parent or 0)
+        for layer in plan.linears:
+            for name in layer.weight_names:
+                checkpoint.tensor(name)  # a missing one is better found now than in an hour
+        export = cls(config, checkpoint, family, plan)
+        existing = next((folder for folder in config.output.absolute().parents if folder.exists()), Path("/"))
+        free = shutil.disk_usage(existing).free
+        if free < plan.size:
+            raise PmpdError(f"{existing} has {free / 1e9:.1f} GB free, the bundle takes {plan.size / 1e9:.1f} GB")
+        return export
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        linear = sum(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
+        shape = self.family.shape
+        return linear + (0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size)
+
+    @property
+    def peak_memory(self) -> int:
+        """Estimated peak of resident memory, bytes: interpreter and libraries, the largest layer at work, the bundle."""
+        largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
+        quantizing = 600e6 + 14 * largest
+        verifying = 600e6 + 10 * largest + self.plan.size
+        calibrating = 600e6 + 12 * self.parameters if self.config.calibration else 0
+        return int(max(quantizing, verifying, calibrating))
+
+    def describe(self) -> list[str]:
+        """Return the plan in lines for a person."""
+        config, shape, plan = self.config, self.family.shape, self.plan
+        graph = build_graph(_network(config, self.family, config.precisions[0]), phase="decode", producer="").graph
+        a_layer = sum((node.name or "").startswith("model/layers.0/") for node in graph)
+        products = sum(node.op_type == BITPLANE_MATMUL for node in graph)
+        bits = "/".join(map(str, config.precisions))
+        rest = plan.size - plan.plane_bytes - plan.codebook_bytes
+        return [
+            f"model     {config.model}: {self.family.model_type}, {self.parameters / 1e6:,.1f} M parameters, "
+            f"{shape.layers} layers, context {shape.context_length}",
+            f"bundle    {config.output}: {bits} bits from {config.parent} planes, prefill at {config.prefill}, "
+            f"head at {config.head_precision}, schedule {config.schedule}",
+            f"weights   {plan.size / 1e6:,.1f} MB: planes {plan.plane_bytes / 1e6:,.1f}, "
+            f"codebooks {plan.codebook_bytes / 1e6:,.1f}, embedding and the rest {rest / 1e6:,.1f}",
+            f"graphs    {len(config.precisions) + 1} of {len(graph)} nodes, {a_layer} a layer ({products} {BITPLANE_MATMUL})",
+            f"needs     {plan.size / 1e9:.2f} GB of disk, about {self.peak_memory / 1e9:.1f} GB of memory",
+        ]
+
+    def run(self, *, quiet: bool = False) -> Manifest:
+        """Do the export; what an earlier, interrupted one has done is not done again.
+
+        Raises:
+            PmpdError: the checkpoint is damaged, or the verification fails; nothing is published then.
+        """
+        config = self.config
+        mark = fingerprint(config.to_json(), self.checkpoint.identity(), version("pmpd"))
+        with Workspace.open(config.output, mark, self.plan) as workspace:
+            if workspace.done:
+                log.info("resuming: %d of %d steps are done", len(workspace.done), len(self.plan.linears) + 1)
+            self._quantize(workspace, quiet=quiet)
+            for phase, precision in self._graphs():
+                self._write_graph(workspace.path, phase, precision)
+            copy_text_files(self.checkpoint, workspace.path)
+            manifest = self._manifest(workspace)
+            results = self._verify(Bundle(workspace.path, manifest), quiet=quiet)
+            (workspace.path / "README.md").write_text(
+                model_card(manifest, results, name=config.output.name), encoding="utf-8"
+            )
+            manifest = replace(self._manifest(workspace), verification=to_json(results))
+            (workspace.path / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+            workspace.publish()
+        return manifest
+
+    def _quantize(self, workspace: Workspace, *, quiet: bool) -> None:
+        config, checkpoint = self.config, self.checkpoint
+        if _PLAIN not in workspace.done:
+            network = _network(config, self.family, config.precisions[0])
+            workspace.write(_PLAIN, plain_tensors(network, checkpoint))
+        left = [layer for layer in self.plan.linears if layer.name not in workspace.done]
+        if not left:
+            return
+        weights = None
+        if config.calibration is not None:
+            weights = sensitivities(config, checkpoint, self.plan, workspace.scratch, quiet=quiet)
+        for layer in track(left, step="quantize", total=len(left), quiet=quiet):
+            quantizer = AnyPrecisionQuantizer(
+                precisions=layer.precisions,
+                parent=layer.parent,
+                seed=min(config.seed_precision, layer.parent),
+                groups=layer.module.groups,
+            )
+            parts = {name: checkpoint.tensor(name) for name in layer.weight_names}
+            quantized = quantizer.quantize(layer.weight(parts), None if weights is None else layer.weight(weights))
+            workspace.write(layer.name, layer.tensors(quantized, checkpoint))
+
+    def _graphs(self) -> Iterable[tuple[Phase, int]]:
+        yield "prefill", self.config.prefill or 0
+        for precision in self.config.precisions:
+            yield "decode", precision
+
+    def _write_graph(self, folder: Path, phase: Phase, precision: int) -> None:
+        network = _network(self.config, self.family, precision)
+        model = build_graph(network, phase=phase, producer=_producer())
+        for name, value in model.graph.initializers.items():
+            if name in self.plan.tensors:
+                value.const_value = external_tensor(self.plan.tensors[name], planes=precision)
+        (folder / _graph_file(phase, precision)).write_bytes(ir.to_proto(model).SerializeToString())
+
+    def _verify(self, bundle: Bundle, *, quiet: bool) -> dict[str, Agreement]:
+        ids = verification_ids(bundle)
+        results = {"float32 graph against transformers": verify_float_graph(self.checkpoint, self.family, ids)}
+        checks = verify_bundle(bundle, self.checkpoint, self.family, self.plan, ids)
+        results |= dict(track(checks, step="verify", total=len(self.config.precisions) + 1, quiet=quiet))
+        if error := failed(results):
+            raise error
+        return results
+
+    def _manifest(self, workspace: Workspace) -> Manifest:
+        config, shape = self.config, self.family.shape
+        return Manifest(
+            producer=_producer(),
+            source=self.checkpoint.source,
+            architecture=Architecture(
+                family=self.family.model_type,
+                layers=shape.layers,
+                hidden_size=shape.hidden_size,
+                attention_heads=shape.heads,
+                kv_heads=shape.kv_heads,
+                head_dim=shape.head.size,
+                vocab_size=shape.vocab_size,
+                parameters=self.parameters,
+            ),
+            context_length=shape.context_length,
+            precisions=config.precisions,
+            parent_precision=config.parent or 0,
+            prefill_precision=config.prefill or 0,
+            schedule=config.schedule or "",
+            kv_cache=KvContract(layers=shape.layers, heads=shape.kv_heads, head_dim=shape.head.slots),
+            graphs=tuple(
+                Graph(file=_graph_file(phase, precision), phase=phase, precision=precision)
+                for phase, precision in self._graphs()
+            ),
+            tensors=tuple(self.plan.tensors.values()),
+            files={file.name: FileEntry(size=file.stat().st_size, sha256=sha256_of(file)) for file in workspace.files()},
+            configuration=config.to_json(),
+        )
+
+
+def export_bundle(config: ExportConfig, *, quiet: bool = True) -> Manifest:
+    """Export a model as `config` says; return the bundle's manifest. Raises as `Export.prepare` and `Export.run` do."""
+    return Export.prepare(config).run(quiet=quiet)
+
+
+def _network(config: ExportConfig, family: Family, precision: int) -> Decoder:
+    linear = partial(BitplaneLinear, precision=precision, groups=config.groups)
+    head = partial(BitplaneLinear, precision=config.head_precision, groups=config.groups, nested=False)
+    return family.decoder(linear, head, embedding_type=ir.DataType.FLOAT16)
+
+
+def _graph_file(phase: Phase, precision: int) -> str:
+    return "prefill.onnx" if phase == "prefill" else f"decode-{precision}.onnx"
+
+
+def _producer() -> str:
+    return f"pmpd {version('pmpd')}"

@@ -1,0 +1,71 @@
+"""Transformers as the reference of the exporter's checks, with weights loaded layer by layer.
+
+The model is built without memory (on torch's meta device); each module's parameters appear before it runs and go after.
+So a model of any size can be checked in the memory of its largest layer, and the weights can come from anywhere: from
+the checkpoint, or dequantized from a bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["reference_logits"]
+
+
+def reference_logits(
+    checkpoint: Path, tensor: Callable[[str], torch.Tensor], ids: Sequence[int]
+) -> npt.NDArray[np.float32]:
+    """Return transformers' float32 logits ``[len(ids), V]`` for a text.
+
+    Args:
+        checkpoint: folder with `config.json`.
+        tensor: gives a parameter by its name in transformers (``model.layers.0.self_attn.q_proj.weight``).
+        ids: token ids.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
+    with torch.device("meta"), _no_initialization():
+        model = AutoModelForCausalLM.from_config(config)
+    model.eval()
+    # Its buffers are computed, not loaded, so they need memory.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for name, module in model.named_modules():
+        if module._parameters:
+            module.register_forward_pre_hook(_loader(name, tensor))
+            module.register_forward_hook(_unload)
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+    return logits.float().numpy()
+
+
+def _no_initialization() -> AbstractContextManager[None]:
+    """Return the context in which transformers leaves new weights alone; its place depends on the version."""
+    try:
+        from transformers.initialization import no_init_weights  # 5
+    except ImportError:
+        from transformers.modeling_utils import no_init_weights  # 4
+    context: AbstractContextManager[None] = no_init_weights()
+    return context
+
+
+def _loader(name: str, tensor: Callable[[str], torch.Tensor]) -> Callable[[torch.nn.Module, Any], None]:
+    def load(module: torch.nn.Module, _: Any) -> None:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = torch.nn.Parameter(tensor(f"{name}.{key}").float(), requires_grad=False)
+
+    return load
+
+
+def _unload(module: torch.nn.Module, *_: Any) -> None:
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[key] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)

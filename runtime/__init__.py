@@ -1,0 +1,27 @@
+"""PMPD's runtime: opens a bundle and decodes with it. Needs numpy and onnxruntime; imports nothing else of PMPD."""
+
+from pmpd.runtime.bundle import Bundle
+from pmpd.runtime.errors import BundleError, ContextLengthError, MissingExtraError, PmpdError
+from pmpd.runtime.generate import Generator
+from pmpd.runtime.manifest import Manifest
+from pmpd.runtime.sampling import Sampling
+from pmpd.runtime.schedule import Schedule, StaticSchedule, parse_schedule
+from pmpd.runtime.text import Tokenizer
+from pmpd.runtime.trace import Token, Trace
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "ContextLengthError",
+    "Generator",
+    "Manifest",
+    "MissingExtraError",
+    "PmpdError",
+    "Sampling",
+    "Schedule",
+    "StaticSchedule",
+    "Token",
+    "Tokenizer",
+    "Trace",
+    "parse_schedule",
+]

@@ -1,0 +1,96 @@
+"""ONNX Runtime sessions of a bundle: one per graph, over one mapping of the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pmpd.runtime.bundle import Bundle
+from pmpd.runtime.errors import BundleError, PmpdError
+from pmpd.runtime.kv_cache import KvCache
+from pmpd.runtime.manifest import Graph
+from pmpd.runtime.onnxruntime import onnxruntime
+
+__all__ = ["GraphRunner", "available_threads", "open_session"]
+
+
+def available_threads() -> int:
+    """Return the number of processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_session(bundle: Bundle, graph: Graph, *, threads: int) -> Any:
+    """Open an `onnxruntime.InferenceSession` for one graph of a bundle.
+
+    Weights are handed over as views of the bundle's mapping, so that further sessions cost no further weight memory.
+    Threads stop spinning when a run returns: sessions used in turn would otherwise fight for the processors.
+
+    Raises:
+        BundleError: ONNX Runtime refuses the graph.
+        PmpdError: `threads` is not positive.
+    """
+    if threads < 1:
+        raise PmpdError(f"threads must be 1 or more, got {threads}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    weights = []
+    for tensor in bundle.manifest.tensors:
+        view = bundle.tensor(tensor, planes=graph.precision)
+        weights.append(onnxruntime.OrtValue.ortvalue_from_numpy(view))
+        options.add_initializer(tensor.name, weights[-1])
+    path = bundle.path / graph.file
+    try:
+        session = onnxruntime.InferenceSession(
+            path,
+            options,
+            providers=["CPUExecutionProvider"],
+            # Folding would compute float copies of the weights when the portable function body runs.
+            disabled_optimizers=["ConstantFolding"],
+        )
+    except Exception as error:
+        raise BundleError(f"ONNX Runtime {onnxruntime.__version__} refuses {path}: {error}") from None
+    session.weights = weights  # ONNX Runtime does not keep them alive
+    return session
+
+
+class GraphRunner:
+    """A session bound to the KV cache: token ids in, logits out, cache extended in place."""
+
+    def __init__(self, session: Any, cache: KvCache, vocab_size: int) -> None:
+        self.session = session
+        self._cache = cache
+        # Decoding feeds one token at a time: its binding and buffers are made once and reused.
+        self._id = np.zeros((1, 1), dtype=np.int64)
+        self._logits = np.zeros((1, 1, vocab_size), dtype=np.float32)
+        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (self._id, self._logits)]
+        self._step = session.io_binding()
+        self._step.bind_ortvalue_input("input_ids", self._values[0])
+        self._step.bind_ortvalue_output("logits", self._values[1])
+        cache.bind(self._step)
+
+    def __call__(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Append `ids` to the cache; return logits ``[rows, V]``.
+
+        A prefill graph gives one row, for the last position; a decode graph a row per id. After a single id the row is
+        a view that the next call overwrites.
+        """
+        self._cache.extend(len(ids))
+        if len(ids) == 1:
+            self._id[0, 0] = ids[0]
+            self.session.run_with_iobinding(self._step)
+            row: npt.NDArray[np.float32] = self._logits[0]
+            return row
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.array([ids], dtype=np.int64))
+        binding.bind_output("logits")
+        self._cache.bind(binding)
+        self.session.run_with_iobinding(binding)
+        logits: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()[0]
+        return logits
