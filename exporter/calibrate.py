@@ -35,7 +35,8 @@ def sensitivities(
     """
     kept = scratch / "sensitivity.safetensors"
     if kept.is_file():
-        return load_file(kept)
+        loaded: dict[str, Any] = load_file(kept)
+        return loaded
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if config.calibration is None:
@@ -45,9 +46,7 @@ def sensitivities(
     batches = calibration_batches(ids, config.calibration_samples, config.calibration_length)
     model = AutoModelForCausalLM.from_pretrained(str(checkpoint.path), dtype=torch.float32, local_files_only=True)
     names = sorted({name for layer in plan.linears for name in layer.weight_names})
-    result = squared_gradients(
-        model, track(batches, step="calibrate", total=len(batches), quiet=quiet), names
-    )
+    result = squared_gradients(model, track(batches, step="calibrate", total=len(batches), quiet=quiet), names)
     part = kept.with_suffix(".part")
     save_file(result, part)
     part.rename(kept)
@@ -57,7 +56,9 @@ def sensitivities(
 def calibration_batches(ids: list[int], samples: int, length: int) -> list[torch.Tensor]:
     """Cut a token sequence into `samples` pieces of `length` tokens, spread evenly: each int64 ``[1, length]``."""
     if len(ids) < length:
-        raise PmpdError(f"the calibration text has {len(ids)} tokens, fewer than one sequence of {length}: give more text")
+        raise PmpdError(
+            f"the calibration text has {len(ids)} tokens, fewer than one sequence of {length}: give more text"
+        )
     count = min(samples, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return [torch.tensor([ids[start : start + length]]) for start in starts]

@@ -47,10 +47,10 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     hub_id = ALIASES.get(model, model)
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
         raise PmpdError(
-            f"{unknown_choice('model', model, [DEMO, *ALIASES])}, or give a hub id (owner/name) or a checkpoint's folder"
+            f"{unknown_choice('model', model, [DEMO, *ALIASES])}, or give a hub id (owner/name) or a folder"
         )
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
@@ -102,7 +102,9 @@ class Checkpoint:
             self._files[shard] = _open_shard(shard)
         tensor: torch.Tensor = self._files[shard].get_tensor(name)
         if not tensor.is_floating_point():
-            raise PmpdError(f"tensor {name!r} is {tensor.dtype}: give the floating-point checkpoint, not a quantized one")
+            raise PmpdError(
+                f"tensor {name!r} is {tensor.dtype}: give the floating-point checkpoint, not a quantized one"
+            )
         return tensor
 
     def identity(self) -> dict[str, Any]:
@@ -124,8 +126,8 @@ def _find_tensors(path: Path) -> dict[str, Path]:
     if not files:
         if binaries := sorted(path.glob("*.bin")):
             raise PmpdError(
-                f"{path} has only {binaries[0].name}, which is a pickle and can run code: convert it once where you trust "
-                'it, with python -c "from transformers import AutoModelForCausalLM as M; '
+                f"{path} has only {binaries[0].name}, which is a pickle and can run code: convert it once where you "
+                'trust it, with python -c "from transformers import AutoModelForCausalLM as M; '
                 "M.from_pretrained('FOLDER').save_pretrained('NEW')\", and copy the tokenizer files"
             )
         raise PmpdError(f"{path} has no *.safetensors weights: give a complete checkpoint")

@@ -38,7 +38,9 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
 @click.option("--prefill", type=int, help="Bits to prefill at.  [default: the highest precision]")
 @click.option("--head-precision", type=int, help="Bits of the output layer, in every graph.  [default: 6]")
 @click.option("--groups", type=int, default=1, show_default=True, help="Codebooks per row.")
-@click.option("--schedule", help="Default schedule, e.g. static:3@16,2@32.  [default: uniform at the highest precision]")
+@click.option(
+    "--schedule", help="Default schedule, e.g. static:3@16,2@32.  [default: uniform at the highest precision]"
+)
 @click.option("--context-length", type=int, help="Longest text in tokens.  [default: what the checkpoint allows]")
 @click.option(
     "--calibration",

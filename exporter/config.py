@@ -94,7 +94,7 @@ class ExportConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return what decides the bundle's contents, as JSON-ready data (paths by name: they mean nothing elsewhere)."""
+        """Return what decides the bundle's contents, as JSON-ready data; of paths only the last part."""
         document = asdict(self)
         del document["output"], document["overwrite"]
         document["precisions"] = list(self.precisions)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import onnx_ir as ir
 import onnxscript
-from onnxscript import nn
 
 from pmpd.exporter.arch import Decoder
 from pmpd.exporter.functions import BITPLANE_DOMAIN, BITPLANE_VERSION, bitplane_matmul

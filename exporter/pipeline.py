@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -85,7 +84,7 @@ class Export:
 
     @property
     def peak_memory(self) -> int:
-        """Estimated peak of resident memory, bytes: interpreter and libraries, the largest layer at work, the bundle."""
+        """Estimated peak of resident memory in bytes: libraries, the largest layer at work, the bundle."""
         largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
         quantizing = 600e6 + 14 * largest
         verifying = 600e6 + 10 * largest + self.plan.size
@@ -107,7 +106,8 @@ class Export:
             f"head at {config.head_precision}, schedule {config.schedule}",
             f"weights   {plan.size / 1e6:,.1f} MB: planes {plan.plane_bytes / 1e6:,.1f}, "
             f"codebooks {plan.codebook_bytes / 1e6:,.1f}, embedding and the rest {rest / 1e6:,.1f}",
-            f"graphs    {len(config.precisions) + 1} of {len(graph)} nodes, {a_layer} a layer ({products} {BITPLANE_MATMUL})",
+            f"graphs    {len(config.precisions) + 1} of {len(graph)} nodes, {a_layer} a layer, "
+            f"{products} {BITPLANE_MATMUL}",
             f"needs     {plan.size / 1e9:.2f} GB of disk, about {self.peak_memory / 1e9:.1f} GB of memory",
         ]
 
@@ -151,11 +151,15 @@ class Export:
             quantizer = AnyPrecisionQuantizer(
                 precisions=layer.precisions,
                 parent=layer.parent,
-                seed=min(config.seed_precision, layer.parent),
+                # A layer with one precision is best clustered at it; the others must have room to be cut.
+                seed=min(config.seed_precision, layer.parent) if layer.module.nested else layer.parent,
                 groups=layer.module.groups,
             )
             parts = {name: checkpoint.tensor(name) for name in layer.weight_names}
-            quantized = quantizer.quantize(layer.weight(parts), None if weights is None else layer.weight(weights))
+            try:
+                quantized = quantizer.quantize(layer.weight(parts), None if weights is None else layer.weight(weights))
+            except PmpdError as error:
+                raise PmpdError(f"layer {layer.name}: {error}") from None
             workspace.write(layer.name, layer.tensors(quantized, checkpoint))
 
     def _graphs(self) -> Iterable[tuple[Phase, int]]:
@@ -206,7 +210,9 @@ class Export:
                 for phase, precision in self._graphs()
             ),
             tensors=tuple(self.plan.tensors.values()),
-            files={file.name: FileEntry(size=file.stat().st_size, sha256=sha256_of(file)) for file in workspace.files()},
+            files={
+                file.name: FileEntry(size=file.stat().st_size, sha256=sha256_of(file)) for file in workspace.files()
+            },
             configuration=config.to_json(),
         )
 

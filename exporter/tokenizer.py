@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 def copy_text_files(checkpoint: Checkpoint, target: Path) -> None:
     """Write `tokenizer.json`, `special_tokens_map.json`, `chat_template.jinja` and `generation_config.json`.
 
-    The tokenizer goes through transformers, so that it does what transformers does (also for checkpoints that have only a
-    SentencePiece model). A checkpoint without a tokenizer gives a bundle without one, and a line in the log.
+    The tokenizer goes through transformers, so that it does what transformers does, also for checkpoints that have only
+    a SentencePiece model. A checkpoint without a tokenizer gives a bundle without one, and a line in the log.
     """
     tokenizer = _load_tokenizer(checkpoint)
     if tokenizer is not None:

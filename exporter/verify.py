@@ -89,7 +89,8 @@ class Agreement:
     def __str__(self) -> str:
         return (
             f"argmax {self.argmax_agreement:.0%} of {self.positions} positions ({self.ambiguous} ambiguous), "
-            f"top-10 {self.top10_overlap:.1%}, cosine {self.cosine:.7f}, largest difference {self.largest_difference:.2g}"
+            f"top-10 {self.top10_overlap:.1%}, cosine {self.cosine:.7f}, "
+            f"largest difference {self.largest_difference:.2g}"
         )
 
 
@@ -177,7 +178,9 @@ def _dequantized(
         planes = bundle.tensor(plan.tensors[f"{layer.name}.planes"], planes=bits)
         codebook = bundle.tensor(plan.tensors[f"{layer.name}.codebook.{bits}"])
         pieces = [
-            dequantize(planes[:, at : at + _ROWS_AT_A_TIME], codebook[at : at + _ROWS_AT_A_TIME], layer.module.in_features)
+            dequantize(
+                planes[:, at : at + _ROWS_AT_A_TIME], codebook[at : at + _ROWS_AT_A_TIME], layer.module.in_features
+            )
             for at in range(0, layer.module.out_features, _ROWS_AT_A_TIME)
         ]
         return layer.unstack(np.concatenate(pieces))

@@ -1,4 +1,4 @@
-"""What all families share: the shape of a decoder, its network skeleton, and how to read a checkpoint's configuration."""
+"""What all families share: the shape of a decoder, its network skeleton, and how to read a configuration."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class FloatLinear(Linear):
 
         weight = _select(op, stacked("weight"), self.columns, size=self.source_features, axis=1)
         y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))  # (B, S, N)
-        return op.Add(y, stacked("bias")) if self.has_bias else y
+        return op.Add(y, stacked("bias")) if self.has_bias else y  # type: ignore[no-any-return]
 
 
 def _select(op: Any, value: ir.Value, index: Index, *, size: int, axis: int) -> ir.Value:

@@ -1,0 +1,118 @@
+"""What is under test: anything that writes text greedily and scores a given one. One row of the table each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pmpd.runtime import Generator, Sampling, Schedule
+
+__all__ = ["Forced", "Generation", "Model", "Scheduled", "precision_runs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A greedy answer: token ids, the bits each was computed with, and seconds; token 0 is the prefill's."""
+
+    ids: tuple[int, ...]
+    precisions: tuple[int, ...]
+    seconds: tuple[float, ...]
+    prefill_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forced:
+    """A given answer, scored by teacher forcing.
+
+    Attributes:
+        logits: float32 ``[n - 1, V]``: row i follows token i of the answer and predicts token i + 1.
+        precisions: bits ``[n]``: those of the prefill, then of each row.
+        prefill_seconds: time that the prompt took.
+    """
+
+    logits: npt.NDArray[np.float32]
+    precisions: tuple[int, ...]
+    prefill_seconds: float
+
+
+class Model(Protocol):
+    """A way to decode: the floating-point model, or the bundle under one schedule."""
+
+    def warm_up(self, prompt: Sequence[int]) -> None:
+        """Run everything once, so that no later measurement pays for first use."""
+        ...
+
+    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Generation:
+        """Answer a prompt greedily; a stop token ends the answer and is not part of it."""
+        ...
+
+    def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
+        """Score a given answer of at least two tokens."""
+        ...
+
+
+def precision_runs(schedule: Schedule, steps: int) -> Iterator[tuple[int, int, int]]:
+    """Split decode steps 0 to `steps` - 1 into runs of one precision: (first step, end, bits)."""
+    for precision, run in groupby(range(steps), key=schedule.precision):
+        indices = list(run)
+        yield indices[0], indices[-1] + 1, precision
+
+
+class Scheduled:
+    """A bundle's generator under one schedule."""
+
+    def __init__(self, generator: Generator, schedule: Schedule) -> None:
+        self._generator = generator
+        self._schedule = schedule
+
+    def warm_up(self, prompt: Sequence[int]) -> None:
+        """Run prefill and every precision of the schedule once: weights are read from disk on first use."""
+        self._generator.reset()
+        self._generator.prefill(prompt[:1])
+        for precision in self._schedule.precisions:
+            self._generator.decode(prompt[:1], precision=precision)
+
+    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Generation:
+        """Answer a prompt greedily under the schedule."""
+        tokens = list(
+            self._generator.stream(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                schedule=self._schedule,
+                sampling=Sampling(),
+                stop_ids=tuple(stop_ids),
+            )
+        )
+        return Generation(
+            ids=tuple(token.id for token in tokens),
+            precisions=tuple(token.precision for token in tokens),
+            seconds=tuple(token.seconds for token in tokens),
+            prefill_seconds=self._generator.trace.prefill_seconds,
+        )
+
+    def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
+        """Score a given answer: each decode step at the precision that the schedule gives to it.
+
+        Steps in a row at one precision go through the graph together.
+        """
+        generator = self._generator
+        generator.reset()
+        begin = time.perf_counter()
+        generator.prefill(prompt)
+        seconds = time.perf_counter() - begin
+        runs = list(precision_runs(self._schedule, len(answer) - 1))
+        logits = [generator.decode(answer[start:end], precision=bits) for start, end, bits in runs]
+        return Forced(
+            logits=np.concatenate(logits),
+            precisions=(
+                generator.bundle.manifest.prefill_precision,
+                *(bits for start, end, bits in runs for _ in range(start, end)),
+            ),
+            prefill_seconds=seconds,
+        )

@@ -1,0 +1,195 @@
+"""Runs an evaluation: the floating-point reference first, then each schedule over the same items."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from pmpd.eval.environment import describe_bundle, describe_machine, package_versions
+from pmpd.eval.metrics import rouge_scorer
+from pmpd.eval.models import Model, Scheduled
+from pmpd.eval.records import Template, read_records
+from pmpd.eval.reference import BACKENDS, ReferenceCheckpoint
+from pmpd.eval.results import FP, Results, Row, Sample
+from pmpd.eval.tasks import TASKS, Baseline, Item, Task
+from pmpd.exporter.progress import track
+from pmpd.runtime import Bundle, Generator, Schedule, Tokenizer, parse_schedule
+from pmpd.runtime.bundle import sha256_of
+from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.sessions import available_threads
+
+__all__ = ["Settings", "evaluate", "prepare"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to evaluate and how.
+
+    Attributes:
+        task: a name of `TASKS`.
+        data: JSON lines (``.jsonl``, also ``.jsonl.gz``), or a plain text.
+        schedules: one row each; default uniform at every precision of the bundle.
+        limit: use the first so many items of the data (records; for perplexity, windows of text).
+        max_new_tokens: tokens per answer; default the task's.
+        prompt_template: the prompt, with ``{field}``; default the task's.
+        reference_field: field with the reference text; default the task's.
+        chat: whether prompts go through the chat template; default where both task and model have one.
+        reference: folder, alias or hub id of the floating-point model; default what the bundle was made from.
+        reference_backend: a name of `BACKENDS`.
+        threads: threads to compute with; default all processors this process may use.
+
+    Raises:
+        PmpdError: a value out of range, or an unknown choice.
+    """
+
+    task: str
+    data: Path
+    schedules: tuple[str, ...] = ()
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    prompt_template: str | None = None
+    reference_field: str | None = None
+    chat: bool | None = None
+    reference: str | None = None
+    reference_backend: str = "transformers"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise PmpdError(unknown_choice("task", self.task, TASKS))
+        if self.reference_backend not in BACKENDS:
+            raise PmpdError(unknown_choice("reference backend", self.reference_backend, BACKENDS))
+        if not self.data.is_file():
+            raise PmpdError(f"data file {self.data} does not exist: give a .jsonl or text file")
+        for name in ("limit", "max_new_tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PmpdError(f"{name.replace('_', ' ')} must be 1 or more, got {value}")
+        if self.prompt_template is not None:
+            Template(self.prompt_template)
+
+
+def prepare(bundle: Bundle, settings: Settings) -> tuple[Task, dict[str, Schedule]]:
+    """Return the task, set up for the bundle's model, and the schedules to compare by the names the user gave them.
+
+    Raises:
+        PmpdError: an option does not fit the task or the model, or a schedule the bundle.
+        BundleError: the bundle has no tokenizer that can be read.
+        MissingExtraError: a package for texts is not installed.
+    """
+    precisions = bundle.manifest.precisions
+    names = settings.schedules or tuple(f"uniform:{p}" for p in precisions)
+    schedules: dict[str, Schedule] = {name.strip(): parse_schedule(name, precisions) for name in names}
+    kind = TASKS[settings.task]
+    tokenizer = Tokenizer.from_bundle(bundle)
+    if settings.chat and not tokenizer.has_chat_template:
+        raise PmpdError(f"{bundle.path} has no chat template: leave --chat out")
+    task = kind(
+        tokenizer=tokenizer,
+        stop_ids=bundle.stop_ids,
+        max_new_tokens=settings.max_new_tokens or kind.default_new_tokens,
+        context_length=bundle.manifest.context_length,
+        template=Template(settings.prompt_template) if settings.prompt_template is not None else None,
+        reference_field=settings.reference_field,
+        chat=kind.chats and tokenizer.has_chat_template if settings.chat is None else settings.chat,
+    )
+    return task, schedules
+
+
+def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Results:
+    """Measure a bundle under each schedule, beside the floating-point model it was made from.
+
+    Everything is read and checked before a model is loaded. The floating-point model is dropped before the bundle's
+    first row; logits that a task compares with lie in temporary files (4 bytes x vocabulary x tokens). Unless `quiet`,
+    the progress of each row is shown on stderr.
+
+    Raises:
+        PmpdError: an option, schedule or record that does not fit, data without any usable item, no reference.
+        MissingExtraError: a package is missing.
+    """
+    task, schedules = prepare(bundle, settings)
+    rouge_scorer()
+    checkpoint = ReferenceCheckpoint.find(bundle, settings.reference)
+    items, skipped = _read_items(task, settings)
+    threads = settings.threads or available_threads()
+    steps = len(schedules) + 1
+    log.info("reference: %s with %s, %d threads", checkpoint.path, settings.reference_backend, threads)
+
+    with tempfile.TemporaryDirectory(prefix="pmpd-eval-") as scratch:
+        model = checkpoint.load(settings.reference_backend, threads=threads)
+        baselines: list[Baseline] = []
+        samples: list[Sample] = []
+        model.warm_up(items[0].ids)
+        for item in track(items, step=f"[1/{steps}] {FP}", total=len(items), quiet=quiet):
+            sample, baseline = task.measure(model, item, None)
+            samples.append(sample)
+            baselines.append(_spill(baseline, Path(scratch) / f"{len(baselines)}.npy"))
+        del model
+        rows = [Row.of(FP, samples, task.summarize(samples))]
+
+        generator = Generator(bundle, threads=threads, context_length=max(map(task.positions, items)))
+        pairs = list(zip(items, baselines, strict=True))
+        for step, (name, schedule) in enumerate(schedules.items(), start=2):
+            scheduled: Model = Scheduled(generator, schedule)
+            scheduled.warm_up(items[0].ids)
+            tracked = track(pairs, step=f"[{step}/{steps}] {name}", total=len(pairs), quiet=quiet)
+            samples = [task.measure(scheduled, item, baseline)[0] for item, baseline in tracked]
+            rows.append(Row.of(name, samples, task.summarize(samples)))
+
+    environment = {
+        **describe_machine(),
+        "threads": threads,
+        "versions": package_versions(),
+        "bundle": describe_bundle(bundle),
+        "reference": {
+            "name": checkpoint.path.resolve().name,
+            "backend": settings.reference_backend,
+            "dtype": "float32",
+        },
+        "data": {"name": settings.data.name, "sha256": sha256_of(settings.data), "skipped": skipped},
+        "limit": settings.limit,
+        "settings": {
+            **asdict(settings),
+            "data": settings.data.name,
+            "schedules": {name: str(schedule) for name, schedule in schedules.items()},
+            "max_new_tokens": task.max_new_tokens,
+            "chat": task.chat,
+        },
+        "samples": len(items),
+    }
+    return Results(rows=tuple(rows), metrics=task.metrics, environment=environment)
+
+
+def _read_items(task: Task, settings: Settings) -> tuple[list[Item], int]:
+    """Return the items that fit the model's context, of the first `limit`, and how many do not fit."""
+    items = list(islice(task.items(read_records(settings.data)), settings.limit))
+    fitting = [item for item in items if task.positions(item) <= task.context_length]
+    skipped = len(items) - len(fitting)
+    if not fitting:
+        why = (
+            f"each prompt and {task.max_new_tokens} new tokens are longer than"
+            if items
+            else "no text is long enough in"
+        )
+        raise PmpdError(f"{settings.data} has nothing to measure: {why} the context of {task.context_length} tokens")
+    if skipped:
+        log.warning(
+            "%d of %d prompts skipped: with %d new tokens they do not fit the model's context of %d tokens",
+            *(skipped, len(items), task.max_new_tokens, task.context_length),
+        )
+    return fitting, skipped
+
+
+def _spill(baseline: Baseline, path: Path) -> Baseline:
+    """Move a baseline's logits to a file, to be mapped when they are needed."""
+    if baseline.logits is None:
+        return baseline
+    np.save(path, baseline.logits, allow_pickle=False)
+    return replace(baseline, logits=np.load(path, mmap_mode="r", allow_pickle=False))
