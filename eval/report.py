@@ -35,7 +35,7 @@ def render_html(results: Results) -> str:
         title=f"{environment['bundle']['name']} · {environment['settings']['task']}",
         style=Markup(folder.joinpath("report.css").read_text(encoding="utf-8")),
         headline=[
-            environment["bundle"]["model"],
+            f"{environment['bundle']['architecture']}, {environment['bundle']['parameters'] / 1e6:,.1f} M parameters",
             f"{environment['samples']} samples of {environment['data']['name']}",
             environment["cpu"]["model"],
             f"{environment['threads']} threads",

@@ -12,9 +12,12 @@ def model_card(manifest: Manifest, results: dict[str, Agreement], *, name: str) 
     """Return the text of a bundle's README.md."""
     architecture, source = manifest.architecture, manifest.source
     bits = ", ".join(map(str, manifest.precisions))
+    size = f"{architecture.parameters / 1e6:,.1f} M parameters"
+    phases = f"decodes at {bits} bits, prefills at {manifest.prefill_precision}"
     front = f"license: {source.license}\n" if source.license else ""
-    files = "\n".join(f"| {file} | {entry.size / 1e6:.2f} MB |" for file, entry in sorted(manifest.files.items()))
+    files = "\n".join(f"| {file} | {entry.size:,} |" for file, entry in sorted(manifest.files.items()))
     checks = "\n".join(f"- {check}: {agreement}" for check, agreement in results.items())
+    revision = f" at revision `{source.revision}`" if source.revision else ""
     return f"""---
 {front}base_model: {source.model}
 library_name: pmpd
@@ -23,13 +26,16 @@ tags: [onnx, pmpd]
 
 # {name}
 
-`{source.model}`{f" at revision `{source.revision}`" if source.revision else ""}, quantized to nested bit-planes for
-progressive mixed-precision decoding (PMPD, ICLR 2025) by {manifest.producer}.
+`{source.model}`{revision}, quantized to nested bit-planes for progressive mixed-precision decoding (PMPD, ICLR 2025).
 
-{architecture.family}, {architecture.parameters / 1e6:,.1f} M parameters, {architecture.layers} layers, context
-{manifest.context_length}. Decodes at {bits} bits from one set of weights of {manifest.parent_precision} bit-planes;
-prefills at {manifest.prefill_precision} bits. Default schedule: `{manifest.schedule}`. Licence of the weights:
-{source.license or "see the source model"}.
+| | |
+|---|---|
+| architecture | {architecture.family}, {size}, {architecture.layers} layers |
+| context | {manifest.context_length} tokens |
+| precisions | {phases}, from {manifest.parent_precision} bit-planes |
+| default schedule | `{manifest.schedule}` |
+| licence of the weights | {source.license or "see the source model"} |
+| made by | {manifest.producer} |
 
 ## Run it
 
@@ -56,7 +62,7 @@ The graphs run in stock ONNX Runtime: the operator `pmpd::BitplaneMatMul` carrie
 
 ## Files
 
-| file | size |
+| file | bytes |
 |---|---|
 {files}
 """

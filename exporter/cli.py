@@ -80,7 +80,7 @@ def main(
 
         config = ExportConfig(
             model=model,
-            output=output or Path(f"{Path(model).name}-pmpd"),
+            output=output or Path(f"{Path(model).resolve().name}-pmpd"),
             head_precision=DEFAULT_HEAD_PRECISION if head_precision is None else head_precision,
             **options,
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.manifest import KvContract
 from pmpd.runtime.onnxruntime import onnxruntime
 
@@ -17,6 +18,9 @@ class KvCache:
 
     The buffers are bound as past and present of every session at once, so attention appends in place and a precision
     switch moves nothing. `length` positions hold tokens; `truncate` forgets the later ones.
+
+    Raises:
+        PmpdError: there is no memory for so many positions.
     """
 
     def __init__(self, contract: KvContract, capacity: int) -> None:
@@ -24,12 +28,18 @@ class KvCache:
         self.capacity = capacity
         self.length = 0
         shape = (1, contract.heads, capacity, contract.head_dim)
-        # np.zeros maps pages lazily: memory grows with the positions that are used.
-        self.buffers = {
-            (layer, part): onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=contract.dtype))
-            for layer in range(contract.layers)
-            for part in ("key", "value")
-        }
+        try:
+            # np.zeros maps pages lazily: memory grows with the positions that are used.
+            self.buffers = {
+                (layer, part): onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=contract.dtype))
+                for layer in range(contract.layers)
+                for part in ("key", "value")
+            }
+        except (MemoryError, ValueError):  # ValueError: more than numpy can address
+            raise PmpdError(
+                f"no memory for a KV cache of {capacity} positions ({self.nbytes / 1e9:,.1f} GB): "
+                "choose a smaller context_length"
+            ) from None
         # One mask over the whole capacity, 1 where a token stands: GroupQueryAttention takes its length from the sum.
         self.mask = np.zeros((1, capacity), dtype=np.int64)
         self._mask_value = onnxruntime.OrtValue.ortvalue_from_numpy(self.mask)

@@ -29,10 +29,11 @@ def contained_name(name: str) -> str:
     """Return `name` if it is a plain relative path inside a bundle.
 
     Raises:
-        BundleError: the name is absolute, empty, or climbs out of the bundle.
+        BundleError: the name is absolute, empty, has control characters, or climbs out of the bundle.
     """
     path = PurePosixPath(name)
-    if not name or "\\" in name or ":" in name or path.is_absolute() or ".." in path.parts or str(path) != name:
+    plain = name.isprintable() and not {"\\", ":"} & set(name) and str(path) == name != "."
+    if not plain or path.is_absolute() or ".." in path.parts:
         raise BundleError(f"bundle.json names the file {name!r}, which lies outside the bundle: do not use this bundle")
     return name
 
@@ -59,6 +60,9 @@ class Architecture:
     vocab_size: int
     parameters: int
 
+    def __post_init__(self) -> None:
+        _check_positive(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class KvContract:
@@ -73,6 +77,17 @@ class KvContract:
     dtype: str = "float32"
     past: str = "past_key_values.{layer}.{part}"
     present: str = "present.{layer}.{part}"
+
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        if self.dtype not in DTYPE_SIZES:
+            raise BundleError(f"KvContract has the unknown type {self.dtype!r}: choose of {list(DTYPE_SIZES)}")
+        try:
+            self.past.format(layer=0, part="key"), self.present.format(layer=0, part="key")
+        except (ValueError, LookupError, AttributeError):
+            raise BundleError(
+                f"KvContract names buffers {self.past!r} and {self.present!r}: only {{layer}} and {{part}} may vary"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +155,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if not self.precisions or list(self.precisions) != sorted(set(self.precisions), reverse=True):
             raise BundleError(f"precisions must fall from high to low without repeats, got {list(self.precisions)}")
+        if self.context_length < 1:
+            raise BundleError(f"context length must be 1 or more, got {self.context_length}: export the model again")
         for name in self.files:
             contained_name(name)
         for file in [*(graph.file for graph in self.graphs), *(tensor.file for tensor in self.tensors)]:
@@ -188,6 +205,12 @@ class Manifest:
             )
         manifest: Self = _read(cls, document, "bundle.json")
         return manifest
+
+
+def _check_positive(value: Architecture | KvContract) -> None:
+    for name, number in asdict(value).items():
+        if isinstance(number, int) and number < 1:
+            raise BundleError(f"{type(value).__name__}: {name} must be 1 or more, got {number}: export the model again")
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:

@@ -41,6 +41,8 @@ class Sampling:
             raise PmpdError(f"top-p must be in (0, 1], got {self.top_p}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise PmpdError(f"repetition penalty must be greater than 0 (1 is off), got {self.repetition_penalty}")
+        if self.seed is not None and self.seed < 0:
+            raise PmpdError(f"seed must be 0 or more, got {self.seed}")
 
 
 class Sampler:
@@ -69,8 +71,9 @@ class Sampler:
         ids = np.arange(logits.size)
         if 0 < s.top_k < logits.size:
             ids = np.argpartition(logits, -s.top_k)[-s.top_k :]  # no full sort of the vocabulary
-        scaled = logits[ids].astype(np.float64) / s.temperature
-        p = np.exp(scaled - scaled.max())
+        below_best = logits[ids].astype(np.float64) - float(logits.max())
+        with np.errstate(over="ignore"):  # a tiny temperature makes -inf of it, which is right
+            p = np.exp(below_best / s.temperature)
         p /= p.sum()
         if s.top_p < 1:
             # The smallest set of most likely tokens whose probabilities reach top_p.

@@ -55,7 +55,10 @@ def open_session(bundle: Bundle, graph: Graph, *, threads: int) -> Any:
             disabled_optimizers=["ConstantFolding"],
         )
     except Exception as error:
-        raise BundleError(f"ONNX Runtime {onnxruntime.__version__} refuses {path}: {error}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise BundleError(
+            f"ONNX Runtime {onnxruntime.__version__} refuses {path}: upgrade onnxruntime, or export again ({reason})"
+        ) from None
     session.weights = weights  # ONNX Runtime does not keep them alive
     return session
 

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+try:
+    from transformers.initialization import no_init_weights  # 5
+except ImportError:
+    from transformers.modeling_utils import no_init_weights  # 4
+
 # No size is a multiple of another, and none of 64.
 BASE = {
     "vocab_size": 131,
@@ -45,7 +50,8 @@ class TinyModel:
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint with random weights, always the same, and return its folder."""
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(self.family, **BASE | dict(self.options)))
+        with no_init_weights():  # transformers 4 trips over StableLM's norms without bias
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(self.family, **BASE | dict(self.options)))
         random = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             # Transformers' own small weights would give logits too alike to tell a wrong network by.

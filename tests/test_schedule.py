@@ -1,0 +1,95 @@
+"""Static schedules: reading, Eq. 3, and which precision each step gets."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmpd.runtime import PmpdError, StaticSchedule, parse_schedule
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> StaticSchedule:
+    bits = sorted(draw(st.sets(st.integers(1, 8), min_size=1)), reverse=True)
+    starts = [0, *sorted(draw(st.lists(st.integers(0, 50), min_size=len(bits) - 1, max_size=len(bits) - 1)))]
+    return StaticSchedule(tuple(zip(bits, starts, strict=True)))
+
+
+@given(schedules())
+def test_text_and_back(schedule: StaticSchedule) -> None:
+    assert parse_schedule(str(schedule), range(1, 9)) == schedule
+
+
+@given(schedules())
+def test_precision_never_rises_and_changes_at_the_starts(schedule: StaticSchedule) -> None:
+    steps = [schedule.precision(step) for step in range(60)]
+    assert steps == sorted(steps, reverse=True)
+    assert set(steps) <= set(schedule.precisions)
+    assert steps[-1] == schedule.precisions[-1]
+    for step, precision in enumerate(steps):
+        assert precision == min(p for p, start in schedule.switches if start <= step)
+
+
+def test_steps_of_an_example() -> None:
+    schedule = parse_schedule("static:3@2,2@3", (4, 3, 2))
+    assert schedule.switches == ((4, 0), (3, 2), (2, 3))  # the highest precision starts unless told otherwise
+    assert [schedule.precision(step) for step in range(5)] == [4, 4, 3, 2, 2]
+    assert str(schedule) == "static:4@0,3@2,2@3"
+
+
+def test_uniform_is_one_precision() -> None:
+    schedule = parse_schedule(" uniform:3 ", (4, 3, 2))
+    assert schedule.precisions == (3,)
+    assert [schedule.precision(step) for step in (0, 1, 1000)] == [3, 3, 3]
+    assert str(schedule) == "uniform:3"
+
+
+def test_explicit_start_replaces_the_highest_precision() -> None:
+    assert parse_schedule("static:3@0,2@5", (4, 3, 2)).switches == ((3, 0), (2, 5))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("static:3@5,4@9", "must fall, never rise"),
+        ("static:4@5", "never rise or repeat"),
+        ("static:3@5,3@9", "never rise or repeat"),
+        ("static:3@9,2@5", "cannot start before"),
+        ("uniform:5", "unknown precision '5': choose one of 4, 3, 2"),
+        ("static:3@2,1@4", "unknown precision '1'"),
+        ("uniform", "'' does not fit the form uniform:BITS"),
+        ("uniform:", "does not fit the form uniform:BITS"),
+        ("uniform:4,3", "'4,3' does not fit"),
+        ("uniform:four", "'four' does not fit"),
+        ("static:", "'' does not fit the form static:BITS@STEP"),
+        ("static:3", "'3' does not fit"),
+        ("static:3@-1", "'3@-1' does not fit"),
+        ("static:3@2,", "'' does not fit"),
+        ("static:3@2;2@4", "does not fit"),
+        ("", "unknown schedule ''"),
+        ("unifrom:4", "unknown schedule 'unifrom:4': choose one of uniform:4"),
+        ("4", "unknown schedule '4'"),
+    ],
+)
+def test_bad_text_gets_one_clear_line(text: str, message: str) -> None:
+    with pytest.raises(PmpdError) as caught:
+        parse_schedule(text, (4, 3, 2))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("switches", [(), ((4, 1),), ((4, 0), (4, 3)), ((3, 0), (4, 3)), ((4, 0), (3, 5), (2, 4))])
+def test_switches_are_checked_at_construction(switches: tuple[tuple[int, int], ...]) -> None:
+    with pytest.raises(PmpdError, match="schedule"):
+        StaticSchedule(switches)
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_schedule_or_a_clear_error(text: str) -> None:
+    for candidate in (text, f"static:{text}", f"uniform:{text}"):
+        try:
+            schedule = parse_schedule(candidate, (4, 3, 2))
+        except PmpdError:
+            continue
+        assert set(schedule.precisions) <= {4, 3, 2}
