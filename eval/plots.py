@@ -15,6 +15,7 @@ from pmpd.runtime.errors import MissingExtraError
 try:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 except ImportError:
     raise MissingExtraError("matplotlib", "eval") from None
@@ -67,10 +68,9 @@ def quality_plot(results: Results) -> str:
     """
     colors = row_colors(results)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(
-            figsize=(max(6.0, 4.0 * len(results.metrics)), 4.0), dpi=72, layout="constrained"
-        )  # a pixel is a point, as in SVG
-        figure.get_layout_engine().set(wspace=0.06)
+        width = max(6.0, 4.0 * len(results.metrics))
+        # At 72 dots per inch a pixel is a point, as in SVG: labels are placed by pixels.
+        figure = Figure(figsize=(width, 4.0), dpi=72, layout=ConstrainedLayoutEngine(wspace=0.06))
         panels = figure.subplots(1, len(results.metrics), squeeze=False)[0]
         for axes, metric in zip(panels, results.metrics, strict=True):
             _quality_panel(axes, metric, results.rows, colors)

@@ -67,9 +67,12 @@ class ReferenceCheckpoint:
             with warnings.catch_warnings():  # the export of optimum warns of every branch that it traces
                 warnings.simplefilter("ignore")
                 return BACKENDS[backend](self, threads)
-        except (OSError, ValueError, RuntimeError) as error:
+        except PmpdError:
+            raise
+        except Exception as error:  # each backend has its own kinds, and none of them common
             raise PmpdError(
-                f"reference {self.path} cannot be loaded with {backend} ({_first_line(error)}): fetch it again"
+                f"reference {self.path} cannot be loaded with {backend} ({_first_line(error)}): "
+                "fetch it again, or try the other --reference-backend"
             ) from None
 
 

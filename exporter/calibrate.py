@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from pmpd.exporter.checkpoint import Checkpoint
 from pmpd.exporter.config import ExportConfig
+from pmpd.exporter.documents import read_documents
 from pmpd.exporter.progress import track
 from pmpd.exporter.quantize import squared_gradients
+from pmpd.exporter.tokenizer import load_tokenizer
 from pmpd.exporter.weights import WeightPlan
 from pmpd.runtime.errors import PmpdError
 
@@ -37,12 +36,14 @@ def sensitivities(
     if kept.is_file():
         loaded: dict[str, Any] = load_file(kept)
         return loaded
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if config.calibration is None:
         raise PmpdError("there is no calibration text")
-    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
-    ids = tokenizer("\n\n".join(read_texts(config.calibration)))["input_ids"]
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise PmpdError(f"{checkpoint.path} has no tokenizer for the calibration text: export without --calibration")
+    ids = tokenizer("\n\n".join(read_documents(config.calibration)))["input_ids"]
     batches = calibration_batches(ids, config.calibration_samples, config.calibration_length)
     model = AutoModelForCausalLM.from_pretrained(str(checkpoint.path), dtype=torch.float32, local_files_only=True)
     names = sorted({name for layer in plan.linears for name in layer.weight_names})
@@ -62,21 +63,3 @@ def calibration_batches(ids: list[int], samples: int, length: int) -> list[torch
     count = min(samples, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return [torch.tensor([ids[start : start + length]]) for start in starts]
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a plain text file, or the fields ``text`` of JSON lines (also gzipped).
-
-    Raises:
-        PmpdError: the file cannot be read as text.
-    """
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8")
-        if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
-            for line in text.splitlines():
-                yield json.loads(line)["text"]
-        else:
-            yield text
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise PmpdError(f"{path} is neither UTF-8 text nor JSON lines with a field text ({error!r})") from None

@@ -16,7 +16,7 @@ from pmpd.exporter.demo import demo_model_path
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.manifest import Source
 
-__all__ = ["ALIASES", "Checkpoint", "resolve_model"]
+__all__ = ["ALIASES", "Checkpoint", "read_json", "resolve_model"]
 
 ALIASES = {
     "phi-1": "microsoft/phi-1",
@@ -55,7 +55,7 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PmpdError(
             f"{hub_id} cannot be fetched from the Hugging Face hub ({reason}): "
             "check the name, your network and login, or give a local folder"
@@ -81,7 +81,7 @@ class Checkpoint:
         path = resolve_model(model, revision=revision)
         if not (path / "config.json").is_file():
             raise PmpdError(f"{path} has no config.json: give a Hugging Face checkpoint's folder")
-        config = _read_json(path / "config.json")
+        config = read_json(path / "config.json")
         source = Source(model=model, revision=_revision(path, revision), license=_license(path))
         return cls(path, source, config, _find_tensors(path))
 
@@ -89,18 +89,28 @@ class Checkpoint:
     def _files(self) -> dict[Path, Any]:
         return {}
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Return a tensor in its stored type; it is mapped from the file, not copied.
 
         Raises:
-            PmpdError: the checkpoint has no such tensor, or its file is damaged.
+            PmpdError: the checkpoint has no such tensor, its file is damaged, or it is not of the given `shape`.
         """
         if name not in self.shards:
             raise PmpdError(f"{self.path} has no tensor {name!r}: the checkpoint does not fit its config.json")
         shard = self.shards[name]
         if shard not in self._files:
             self._files[shard] = _open_shard(shard)
-        tensor: torch.Tensor = self._files[shard].get_tensor(name)
+        try:
+            tensor: torch.Tensor = self._files[shard].get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise PmpdError(
+                f"tensor {name!r} cannot be read from {shard} ({error}): fetch the checkpoint again"
+            ) from None
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise PmpdError(
+                f"tensor {name!r} is {list(tensor.shape)} instead of {list(shape)}: "
+                f"{self.path} does not fit its config.json"
+            )
         if not tensor.is_floating_point():
             raise PmpdError(
                 f"tensor {name!r} is {tensor.dtype}: give the floating-point checkpoint, not a quantized one"
@@ -117,7 +127,10 @@ class Checkpoint:
 def _find_tensors(path: Path) -> dict[str, Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        shards = {name: path / file for name, file in _read_json(index).get("weight_map", {}).items()}
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise PmpdError(f"{index} has no weight_map from tensors to files: fetch the checkpoint again")
+        shards = {name: path / file for name, file in names.items()}
         for shard in sorted(set(shards.values())):
             if not shard.is_file() or shard.parent != path:
                 raise PmpdError(f"{shard} is missing: {index.name} lists it, fetch the checkpoint again")
@@ -144,7 +157,8 @@ def _open_shard(file: Path) -> Any:
         raise PmpdError(f"{file} cannot be read ({error}): fetch the checkpoint again") from None
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a checkpoint, or raise PmpdError."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

@@ -94,7 +94,7 @@ def main(
         _fail(str(error))
     except ImportError as error:
         _fail(f"{error.name} is not installed: run `pip install 'pmpd[cpu,export]'`")
-    except PmpdError as error:
+    except (PmpdError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to go on from here", code=130)

@@ -24,7 +24,7 @@ from pmpd.exporter.progress import track
 from pmpd.exporter.quantize import AnyPrecisionQuantizer
 from pmpd.exporter.tokenizer import copy_text_files
 from pmpd.exporter.verify import Agreement, failed, to_json, verification_ids, verify_bundle, verify_float_graph
-from pmpd.exporter.weights import WeightPlan, external_tensor, plain_tensors, plan_weights
+from pmpd.exporter.weights import WeightPlan, checkpoint_shapes, external_tensor, plain_tensors, plan_weights
 from pmpd.exporter.workspace import Workspace, fingerprint
 from pmpd.runtime.bundle import Bundle, sha256_of
 from pmpd.runtime.errors import PmpdError
@@ -60,14 +60,19 @@ class Export:
             PmpdError: the model is not found or not supported, the output exists, or the disk is too small.
         """
         config = config.resolved()
-        if config.output.exists() and not config.overwrite:
-            raise PmpdError(f"{config.output} exists: choose another --output, or replace it with --overwrite")
+        if config.output.exists():
+            if not config.overwrite:
+                raise PmpdError(f"{config.output} exists: choose another --output, or replace it with --overwrite")
+            if not (config.output / MANIFEST_NAME).is_file():
+                raise PmpdError(
+                    f"{config.output} is no bundle, and --overwrite replaces nothing else: choose another --output"
+                )
         checkpoint = Checkpoint.open(config.model, revision=config.revision)
         family = read_family(checkpoint.config, context_length=config.context_length)
-        plan = plan_weights(_network(config, family, config.precisions[0]), config.precisions, config.parent or 0)
-        for layer in plan.linears:
-            for name in layer.weight_names:
-                checkpoint.tensor(name)  # a missing one is better found now than in an hour
+        network = _network(config, family, config.precisions[0])
+        plan = plan_weights(network, config.precisions, config.parent or 0)
+        for name, shape in checkpoint_shapes(network):
+            checkpoint.tensor(name, shape)  # a missing one is better found now than in an hour
         export = cls(config, checkpoint, family, plan)
         existing = next((folder for folder in config.output.absolute().parents if folder.exists()), Path("/"))
         free = shutil.disk_usage(existing).free
@@ -118,14 +123,15 @@ class Export:
             PmpdError: the checkpoint is damaged, or the verification fails; nothing is published then.
         """
         config = self.config
-        mark = fingerprint(config.to_json(), self.checkpoint.identity(), version("pmpd"))
+        text = config.calibration and sha256_of(config.calibration)
+        mark = fingerprint(config.to_json(), text, self.checkpoint.identity(), version("pmpd"))
         with Workspace.open(config.output, mark, self.plan) as workspace:
             if workspace.done:
                 log.info("resuming: %d of %d steps are done", len(workspace.done), len(self.plan.linears) + 1)
+            copy_text_files(self.checkpoint, workspace.path)
             self._quantize(workspace, quiet=quiet)
             for phase, precision in self._graphs():
                 self._write_graph(workspace.path, phase, precision)
-            copy_text_files(self.checkpoint, workspace.path)
             manifest = self._manifest(workspace)
             results = self._verify(Bundle(workspace.path, manifest), quiet=quiet)
             (workspace.path / "README.md").write_text(

@@ -8,9 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pmpd.exporter.checkpoint import Checkpoint
+from pmpd.exporter.checkpoint import Checkpoint, read_json
+from pmpd.runtime.errors import PmpdError
 
-__all__ = ["copy_text_files"]
+__all__ = ["copy_text_files", "load_tokenizer"]
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +21,14 @@ def copy_text_files(checkpoint: Checkpoint, target: Path) -> None:
 
     The tokenizer goes through transformers, so that it does what transformers does, also for checkpoints that have only
     a SentencePiece model. A checkpoint without a tokenizer gives a bundle without one, and a line in the log.
+
+    Raises:
+        PmpdError: a file is damaged, or the tokenizer cannot be loaded.
     """
-    tokenizer = _load_tokenizer(checkpoint)
-    if tokenizer is not None:
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        log.warning("%s has no tokenizer: the bundle takes and gives token ids only", checkpoint.path)
+    else:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             (target / "tokenizer.json").write_bytes((Path(folder) / "tokenizer.json").read_bytes())
@@ -34,21 +40,32 @@ def copy_text_files(checkpoint: Checkpoint, target: Path) -> None:
         if template:
             (target / "chat_template.jinja").write_text(template, encoding="utf-8")
     source = checkpoint.path / "generation_config.json"
-    generation = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    generation = read_json(source) if source.is_file() else {}
     generation.pop("transformers_version", None)
     for key in ("bos_token_id", "eos_token_id"):
-        if generation.get(key) is None:
-            generation[key] = checkpoint.config.get(key, getattr(tokenizer, key, None))
+        known = (generation.get(key), checkpoint.config.get(key), getattr(tokenizer, key, None))
+        generation[key] = next((value for value in known if value is not None), None)
     _write_json(target / "generation_config.json", generation)
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return transformers' tokenizer for a checkpoint, None if it has no tokenizer files.
+
+    Raises:
+        PmpdError: transformers cannot load it.
+    """
     if not any((checkpoint.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        log.warning("%s has no tokenizer: the bundle takes and gives token ids only", checkpoint.path)
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PmpdError(
+            f"{checkpoint.path} has a tokenizer that transformers cannot load ({reason:.200}): fetch the checkpoint "
+            "again; tokenizer.model needs the packages sentencepiece and protobuf"
+        ) from None
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

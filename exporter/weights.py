@@ -19,7 +19,7 @@ from onnxscript import nn
 
 from pmpd.exporter.arch import Decoder
 from pmpd.exporter.checkpoint import Checkpoint
-from pmpd.exporter.nn import BitplaneLinear, Index, Stored
+from pmpd.exporter.nn import BitplaneLinear, Index, Linear, Stored
 from pmpd.runtime.bitplanes import CACHE_LINE, pack
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.manifest import DTYPE_SIZES, Tensor
@@ -27,7 +27,15 @@ from pmpd.runtime.manifest import DTYPE_SIZES, Tensor
 if TYPE_CHECKING:
     from pmpd.exporter.quantize import NestedCodes
 
-__all__ = ["WEIGHTS_FILE", "LinearLayer", "WeightPlan", "external_tensor", "plain_tensors", "plan_weights"]
+__all__ = [
+    "WEIGHTS_FILE",
+    "LinearLayer",
+    "WeightPlan",
+    "checkpoint_shapes",
+    "external_tensor",
+    "plain_tensors",
+    "plan_weights",
+]
 
 WEIGHTS_FILE = "weights.bin"
 _TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
@@ -142,6 +150,23 @@ def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> We
     return WeightPlan(tensors, tuple(linears), end)
 
 
+def checkpoint_shapes(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every tensor that a network takes from its checkpoint, with the shape it must have there."""
+    for scope, module in network.named_modules():
+        if isinstance(module, Linear):
+            for part in module.parts:
+                yield f"{_scope(scope)}{part.name}.weight", (part.rows, module.source_features)
+                if module.has_bias:
+                    yield f"{_scope(scope)}{part.name}.bias", (part.rows,)
+        for name, parameter in module.named_parameters(prefix=scope, recurse=False):
+            if isinstance(parameter, Stored):
+                sources = parameter.sources or (name.removeprefix(f"{scope}."),)
+                shape = tuple(parameter.shape) if len(sources) == 1 else tuple(parameter.shape)[1:]
+                if parameter.columns is not None:
+                    shape = (*shape[:-1], max(parameter.columns) + 1)
+                yield from ((f"{scope}.{source}", shape) for source in sources)
+
+
 def plain_tensors(
     network: nn.Module, checkpoint: Checkpoint, *, skip: Container[str] = ()
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -157,7 +182,11 @@ def plain_tensors(
                 array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
                 array = _select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
                 if not np.isfinite(array).all():
-                    raise PmpdError(f"tensor {name!r} has values that are not finite in {array.dtype}")
+                    place = np.argwhere(~np.isfinite(array))[0]
+                    raise PmpdError(
+                        f"tensor {name!r} {place.tolist()} is {array[tuple(place)]} in {array.dtype}: "
+                        "check where the checkpoint comes from"
+                    )
                 yield name, array
             elif parameter.const_value is not None:
                 yield name, parameter.const_value.numpy()

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from pmpd.exporter.weights import WEIGHTS_FILE, WeightPlan
 from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.manifest import MANIFEST_NAME
 
 __all__ = ["Workspace", "fingerprint"]
 
@@ -50,7 +51,7 @@ class Workspace:
         """Open or create the work folder of an export with fingerprint `mark`.
 
         Raises:
-            PmpdError: the folder cannot be made, or another export is at work in it.
+            PmpdError: the folder cannot be made or written, or another export is at work in it.
         """
         path = output.with_name(f"{output.name}.partial-{mark}")
         try:
@@ -63,8 +64,15 @@ class Workspace:
             except OSError:
                 raise PmpdError(f"another export is writing {path}: wait for it or end it") from None
             workspace = cls(path, output, plan)
-            workspace._prepare()
-            yield workspace
+            try:
+                workspace._prepare()
+                yield workspace
+            except OSError as error:
+                if error.errno is None:  # not from the operating system
+                    raise
+                raise PmpdError(
+                    f"the export stopped in {path} ({error.strerror}): mend that, then run the same command to go on"
+                ) from None
 
     def _prepare(self) -> None:
         weights, journal = self.path / WEIGHTS_FILE, self.path / _JOURNAL
@@ -106,14 +114,14 @@ class Workspace:
         self.done.add(step)
 
     def files(self) -> list[Path]:
-        """Return the files of the bundle, sorted by name."""
-        return sorted(file for file in self.path.iterdir() if file.is_file() and file.name not in (_JOURNAL, _LOCK))
+        """Return the files of the bundle but its manifest, sorted by name."""
+        others = (_JOURNAL, _LOCK, MANIFEST_NAME)
+        return sorted(file for file in self.path.iterdir() if file.is_file() and file.name not in others)
 
     def publish(self) -> None:
         """Put the finished bundle in its place; an older one there is deleted only after that."""
         shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
         (self.path / _JOURNAL).unlink()
-        (self.path / _LOCK).unlink()
         if self.output.exists():
             old = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
             self.output.rename(old)
@@ -121,3 +129,4 @@ class Workspace:
             shutil.rmtree(old)
         else:
             self.path.rename(self.output)
+        (self.output / _LOCK).unlink()  # not before: another export would start in the folder

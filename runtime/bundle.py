@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmpd.runtime.errors import BundleError
-from pmpd.runtime.manifest import MANIFEST_NAME, Manifest, Tensor
+from pmpd.runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, Tensor
 
 __all__ = ["Bundle", "sha256_of"]
 
@@ -21,6 +21,16 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_file(root: Path, name: str, entry: FileEntry, *, hashed: bool) -> None:
+    file = root / name
+    if not file.is_file() or not file.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"{file} is missing or lies outside the bundle: copy the bundle again, or export again")
+    if file.stat().st_size != entry.size:
+        raise BundleError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: copy the bundle again")
+    if hashed and sha256_of(file) != entry.sha256:
+        raise BundleError(f"{file} does not have the SHA-256 that bundle.json lists: copy the bundle again")
 
 
 class Bundle:
@@ -57,19 +67,14 @@ class Bundle:
             manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             raise BundleError(f"{manifest_path} is not UTF-8 text: the bundle is damaged, export again") from None
+        except OSError as error:
+            raise BundleError(f"{manifest_path} cannot be read ({error.strerror})") from None
         weight_files = {tensor.file for tensor in manifest.tensors}
         for name, entry in manifest.files.items():
-            file = root / name
-            if not file.is_file() or not file.resolve().is_relative_to(root.resolve()):
-                raise BundleError(
-                    f"{file} is missing or lies outside the bundle: copy the bundle again, or export again"
-                )
-            if file.stat().st_size != entry.size:
-                raise BundleError(
-                    f"{file} has {file.stat().st_size} bytes instead of {entry.size}: copy the bundle again"
-                )
-            if (verify or name not in weight_files) and sha256_of(file) != entry.sha256:
-                raise BundleError(f"{file} does not have the SHA-256 that bundle.json lists: copy the bundle again")
+            try:
+                _check_file(root, name, entry, hashed=verify or name not in weight_files)
+            except OSError as error:
+                raise BundleError(f"{root / name} cannot be read ({error.strerror}): copy the bundle again") from None
         return cls(root, manifest)
 
     def tensor(self, tensor: Tensor, *, planes: int | None = None) -> npt.NDArray[Any]:

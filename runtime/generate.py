@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 import numpy as np
@@ -66,8 +67,9 @@ class Generator:
         self.cache = KvCache(manifest.kv_cache, capacity)
 
         def runner(phase: str, precision: int) -> GraphRunner:
-            session = open_session(bundle, manifest.graph(phase, precision), threads=threads)
-            return GraphRunner(session, self.cache, manifest.architecture.vocab_size)
+            graph = manifest.graph(phase, precision)
+            session = open_session(bundle, graph, threads=threads)
+            return GraphRunner(session, self.cache, manifest.architecture.vocab_size, path=bundle.path / graph.file)
 
         self._prefill = runner("prefill", manifest.prefill_precision)
         self._decode = {p: runner("decode", p) for p in (manifest.precisions if precisions is None else precisions)}
@@ -154,14 +156,24 @@ class Generator:
         if stop_strings and self.tokenizer is None:
             raise PmpdError("stop strings need a tokenizer: Generator(bundle, tokenizer=Tokenizer.from_bundle(bundle))")
         stop = set(self.bundle.stop_ids if stop_ids is None else stop_ids)
-        self.trace = Trace(prompt_tokens=len(prompt_ids))
-        tokens = self._stream(list(prompt_ids), limit, schedule, Sampler(sampling or Sampling()), stop, keep_cache)
-        return tokens if self.tokenizer is None else self._with_text(tokens, self.tokenizer, stop_strings)
+        prompt, sampler, trace = list(prompt_ids), Sampler(sampling or Sampling()), Trace(prompt_tokens=len(prompt_ids))
+        self.trace = trace
+        tokens = self._stream(trace, prompt, limit, schedule, sampler, stop, keep_cache)
+        if self.tokenizer is None:
+            return tokens
+        return _with_text(trace, tokens, TextStream(self.tokenizer, prompt), StopStrings(stop_strings))
 
     def _stream(
-        self, prompt: list[int], limit: int, schedule: Schedule, sampler: Sampler, stop: set[int], keep_cache: bool
+        self,
+        trace: Trace,
+        prompt: list[int],
+        limit: int,
+        schedule: Schedule,
+        sampler: Sampler,
+        stop: set[int],
+        keep_cache: bool,
     ) -> Iterator[Token]:
-        trace = self.trace
+        self._check_current(trace)
         begin = time.perf_counter()
         if keep_cache:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, prompt, strict=False)))
@@ -178,8 +190,7 @@ class Generator:
             now = time.perf_counter()
             trace.tokens.append(Token(token_id, index, precision, now - begin))
             yield trace.tokens[-1]
-            if self.trace is not trace:
-                raise PmpdError("another stream was started on this generator: finish one before the next")
+            self._check_current(trace)
             if index + 1 == limit:
                 break
             begin = time.perf_counter()  # time between two yields is the caller's
@@ -188,19 +199,6 @@ class Generator:
             logits = self._append(self._decode[precision], [token_id])[0]
         trace.finish_reason = "length"
 
-    def _with_text(self, tokens: Iterator[Token], tokenizer: Tokenizer, stop_strings: Sequence[str]) -> Iterator[Token]:
-        """Give tokens their text, and end at a stop string."""
-        trace = self.trace
-        text = TextStream(tokenizer)
-        stop = StopStrings(stop_strings)
-        for token in tokens:
-            ready = stop.push(Token(token.id, token.index, token.precision, token.seconds, text.push(token.id)))
-            yield from ready
-            if stop.found:
-                trace.finish_reason = "stop_string"
-                return
-        yield from stop.flush(text.flush())
-
     def _append(self, runner: GraphRunner, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         self.tokens.extend(ids)
         return runner(ids)
@@ -208,6 +206,10 @@ class Generator:
     def _rewind(self, length: int) -> None:
         self.cache.truncate(length)
         del self.tokens[length:]
+
+    def _check_current(self, trace: Trace) -> None:
+        if self.trace is not trace:
+            raise PmpdError("another stream was started on this generator: finish one before the next")
 
     def _check(self, ids: Sequence[int], *, room: int | None = None) -> None:
         vocab_size = self.bundle.manifest.architecture.vocab_size
@@ -228,3 +230,19 @@ class Generator:
         if self.cache.capacity < longest:
             return f"make it larger (context_length up to {longest}) or shorten the text"
         return "shorten the text (this is all the model allows)"
+
+
+def _with_text(trace: Trace, tokens: Iterator[Token], text: TextStream, stop: StopStrings) -> Iterator[Token]:
+    """Give tokens their text, in the trace too, and end at a stop string."""
+
+    def record(ready: list[Token]) -> list[Token]:
+        for token in ready:
+            trace.tokens[token.index] = token
+        return ready
+
+    for token in tokens:
+        yield from record(stop.push(replace(token, text=text.push(token.id))))
+        if stop.found:
+            trace.finish_reason = "stop_string"
+            return
+    yield from record(stop.flush(text.flush()))

@@ -117,7 +117,7 @@ class Tensor:
                 f"tensor {self.name!r} has the unknown type {self.dtype!r}: choose of {list(DTYPE_SIZES)}"
             )
         want = math.prod(self.shape) * DTYPE_SIZES[self.dtype]
-        if self.offset < 0 or self.length != want or min(self.shape, default=1) < 0:
+        if self.offset < 0 or self.length != want or min(self.shape, default=1) < 1:
             raise BundleError(
                 f"tensor {self.name!r} claims {self.length} bytes at {self.offset}, "
                 f"but {self.dtype} {list(self.shape)} takes {want}: export the model again"

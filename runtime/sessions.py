@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,13 +42,13 @@ def open_session(bundle: Bundle, graph: Graph, *, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    weights = []
-    for tensor in bundle.manifest.tensors:
-        view = bundle.tensor(tensor, planes=graph.precision)
-        weights.append(onnxruntime.OrtValue.ortvalue_from_numpy(view))
-        options.add_initializer(tensor.name, weights[-1])
     path = bundle.path / graph.file
-    try:
+    weights = []
+    with _refusals(path):
+        for tensor in bundle.manifest.tensors:
+            view = bundle.tensor(tensor, planes=graph.precision)
+            weights.append(onnxruntime.OrtValue.ortvalue_from_numpy(view))
+            options.add_initializer(tensor.name, weights[-1])
         session = onnxruntime.InferenceSession(
             path,
             options,
@@ -54,29 +56,38 @@ def open_session(bundle: Bundle, graph: Graph, *, threads: int) -> Any:
             # Folding would compute float copies of the weights when the portable function body runs.
             disabled_optimizers=["ConstantFolding"],
         )
+    session.weights = weights  # ONNX Runtime does not keep them alive
+    return session
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Say in one line what ONNX Runtime, or numpy of a tensor, finds wrong: their errors share no base class."""
+    try:
+        yield
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise BundleError(
             f"ONNX Runtime {onnxruntime.__version__} refuses {path}: upgrade onnxruntime, or export again ({reason})"
         ) from None
-    session.weights = weights  # ONNX Runtime does not keep them alive
-    return session
 
 
 class GraphRunner:
     """A session bound to the KV cache: token ids in, logits out, cache extended in place."""
 
-    def __init__(self, session: Any, cache: KvCache, vocab_size: int) -> None:
+    def __init__(self, session: Any, cache: KvCache, vocab_size: int, *, path: Path) -> None:
         self.session = session
+        self._path = path
         self._cache = cache
         # Decoding feeds one token at a time: its binding and buffers are made once and reused.
         self._id = np.zeros((1, 1), dtype=np.int64)
         self._logits = np.zeros((1, 1, vocab_size), dtype=np.float32)
         self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (self._id, self._logits)]
         self._step = session.io_binding()
-        self._step.bind_ortvalue_input("input_ids", self._values[0])
-        self._step.bind_ortvalue_output("logits", self._values[1])
-        cache.bind(self._step)
+        with _refusals(path):
+            self._step.bind_ortvalue_input("input_ids", self._values[0])
+            self._step.bind_ortvalue_output("logits", self._values[1])
+            cache.bind(self._step)
 
     def __call__(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append `ids` to the cache; return logits ``[rows, V]``.
@@ -87,13 +98,17 @@ class GraphRunner:
         self._cache.extend(len(ids))
         if len(ids) == 1:
             self._id[0, 0] = ids[0]
-            self.session.run_with_iobinding(self._step)
+            self._run(self._step)
             row: npt.NDArray[np.float32] = self._logits[0]
             return row
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([ids], dtype=np.int64))
         binding.bind_output("logits")
         self._cache.bind(binding)
-        self.session.run_with_iobinding(binding)
+        self._run(binding)
         logits: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()[0]
         return logits
+
+    def _run(self, binding: Any) -> None:
+        with _refusals(self._path):
+            self.session.run_with_iobinding(binding)

@@ -92,19 +92,22 @@ class Tokenizer:
         try:
             template = environment.from_string(self._template)
             text = template.render(messages=messages, add_generation_prompt=True, **self._specials)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program from elsewhere: it can fail in any way
             raise PmpdError(f"the model's chat template refuses the conversation: {error}") from None
         return self.encode(text, special_tokens=False)  # the template writes the start token itself
 
 
 class TextStream:
-    """Turns token ids into text piece by piece, holding back bytes until they are whole characters."""
+    """Turns token ids into text piece by piece, holding back bytes until they are whole characters.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    The pieces are what the tokens add to the text of `prompt`: some decoders drop the space of a word at the start.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context = 0  # decoding starts here: earlier tokens are out, but some decoders look back one
-        self._done = 0
+        self._ids = list(prompt)
+        self._context = 0  # decoding starts here: earlier tokens are out, but decoders look back to the last with text
+        self._done = len(self._ids)
 
     def push(self, token_id: int) -> str:
         """Return the text that `token_id` completes."""
@@ -113,8 +116,11 @@ class TextStream:
         text = self._tokenizer.decode(self._ids[self._context :])
         if text.endswith(UNFINISHED):
             return ""
-        self._context, self._done = self._done, len(self._ids)
-        return text[len(before) :]
+        piece = text[len(before) :]
+        if piece:
+            self._context = self._done
+        self._done = len(self._ids)
+        return piece
 
     def flush(self) -> str:
         """Return what is left at the end: the marks of bytes that never became a character."""
@@ -124,6 +130,8 @@ class TextStream:
 
 class StopStrings:
     """Holds back tokens that may be the start of a stop string, and drops them when it comes.
+
+    Tokens without text wait for the next with text, so that what is left of a text always has a token to go with.
 
     Attributes:
         found: whether a stop string has come.
@@ -144,7 +152,7 @@ class StopStrings:
         if ends:
             self.found = True
             return self._cut(min(ends))
-        if any(text.endswith(string[:n]) for string in self._strings for n in range(1, len(string))):
+        if not token.text or any(text.endswith(string[:n]) for string in self._strings for n in range(1, len(string))):
             return []
         return self._release()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,14 @@ class TinyModel:
 
     def config(self, **changes: Any) -> dict[str, Any]:
         """Return the contents of `config.json`, as the installed transformers writes it."""
-        document: dict[str, Any] = AutoConfig.for_model(self.family, **BASE | dict(self.options) | changes).to_dict()
+        document: dict[str, Any] = self._config(**changes).to_dict()
         return document
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint with random weights, always the same, and return its folder."""
         with no_init_weights():  # transformers 4 trips over StableLM's norms without bias
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(self.family, **BASE | dict(self.options)))
+            model = AutoModelForCausalLM.from_config(self._config())
+        model.tie_weights()
         random = torch.Generator().manual_seed(0)
         for name, parameter in model.named_parameters():
             # Transformers' own small weights would give logits too alike to tell a wrong network by.
@@ -62,6 +64,10 @@ class TinyModel:
                 parameter.data = noise * (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
         model.to(self.dtype).save_pretrained(folder, max_shard_size=self.shard_size)
         return folder
+
+    def _config(self, **changes: Any) -> Any:
+        # A copy, because transformers 5 writes into what it is given.
+        return AutoConfig.for_model(self.family, **deepcopy(BASE | dict(self.options)) | changes)
 
 
 TINY_MODELS = {
