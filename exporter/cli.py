@@ -74,6 +74,8 @@ def main(
     logging.getLogger("pmpd").setLevel(level)
     # transformers announces every model it builds; the progress here is ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if quiet:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
     try:
         from pmpd.exporter.config import DEFAULT_HEAD_PRECISION, ExportConfig
         from pmpd.exporter.pipeline import Export
@@ -85,10 +87,11 @@ def main(
             **options,
         )
         export = Export.prepare(config)
+        if dry_run:
+            click.echo("\n".join(export.describe()))
+            return
         for line in export.describe():
             log.info(line)
-        if dry_run:
-            return
         manifest = export.run(quiet=quiet)
     except MissingExtraError as error:
         _fail(str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from pmpd.exporter.nn import BitplaneLinear
 from pmpd.exporter.progress import track
 from pmpd.exporter.quantize import AnyPrecisionQuantizer
 from pmpd.exporter.tokenizer import copy_text_files
-from pmpd.exporter.verify import Agreement, failed, to_json, verification_ids, verify_bundle, verify_float_graph
+from pmpd.exporter.verify import Agreement, require_agreement, verification_ids, verify_bundle, verify_float_graph
 from pmpd.exporter.weights import WeightPlan, checkpoint_shapes, external_tensor, plain_tensors, plan_weights
 from pmpd.exporter.workspace import Workspace, fingerprint
 from pmpd.runtime.bundle import Bundle, sha256_of
@@ -137,7 +137,10 @@ class Export:
             (workspace.path / "README.md").write_text(
                 model_card(manifest, results, name=config.output.name), encoding="utf-8"
             )
-            manifest = replace(self._manifest(workspace), verification=to_json(results))
+            manifest = replace(
+                self._manifest(workspace),
+                verification={check: asdict(agreement) for check, agreement in results.items()},
+            )
             (workspace.path / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
             workspace.publish()
         return manifest
@@ -186,8 +189,7 @@ class Export:
         results = {"float32 graph against transformers": verify_float_graph(self.checkpoint, self.family, ids)}
         checks = verify_bundle(bundle, self.checkpoint, self.family, self.plan, ids)
         results |= dict(track(checks, step="verify", total=len(self.config.precisions) + 1, quiet=quiet))
-        if error := failed(results):
-            raise error
+        require_agreement(results)
         return results
 
     def _manifest(self, workspace: Workspace) -> Manifest:

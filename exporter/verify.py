@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -18,11 +18,18 @@ from pmpd.exporter.checkpoint import Checkpoint
 from pmpd.exporter.graphs import build_graph
 from pmpd.exporter.nn import FloatLinear
 from pmpd.exporter.reference import reference_logits
-from pmpd.exporter.weights import LinearLayer, WeightPlan, plain_tensors
+from pmpd.exporter.weights import LinearLayer, WeightPlan, parent_scope, plain_tensors
 from pmpd.runtime import Bundle, Generator, PmpdError, Tokenizer
 from pmpd.runtime.bitplanes import dequantize
 
-__all__ = ["Agreement", "float_graph_logits", "verification_ids", "verify_bundle", "verify_float_graph"]
+__all__ = [
+    "Agreement",
+    "float_graph_logits",
+    "require_agreement",
+    "verification_ids",
+    "verify_bundle",
+    "verify_float_graph",
+]
 
 # Long enough to exercise attention, short enough for the portable function body on a large model.
 POSITIONS = 32
@@ -153,7 +160,7 @@ def float_graph_logits(checkpoint: Checkpoint, family: Family, ids: Sequence[int
     for scope, module in decoder.named_modules():
         for name, parameter in module.named_parameters(prefix=scope, recurse=False):
             if isinstance(module, FloatLinear) or name == "model.embed_tokens.weight":
-                source = name if parameter.sources is None else _parent(scope) + parameter.sources[0]
+                source = name if parameter.sources is None else parent_scope(scope) + parameter.sources[0]
                 feeds[name] = _ort_value(checkpoint.tensor(source).to(stored_as))
                 model.graph.inputs.append(model.graph.initializers.pop(name))
     for name, array in plain_tensors(decoder, checkpoint, skip=set(feeds)):
@@ -205,11 +212,6 @@ def _tied(tensor: Callable[[str], torch.Tensor], family: Family) -> Callable[[st
     return lambda name: tensor("model.embed_tokens.weight" if name == "lm_head.weight" else name)
 
 
-def _parent(scope: str) -> str:
-    parent = scope.rpartition(".")[0]
-    return f"{parent}." if parent else ""
-
-
 def _ort_value(tensor: torch.Tensor) -> Any:
     """Wrap a torch tensor without a copy; numpy has no bfloat16, so that one travels as its bits."""
     if tensor.dtype == torch.bfloat16:
@@ -219,14 +221,8 @@ def _ort_value(tensor: torch.Tensor) -> Any:
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
-def failed(results: dict[str, Agreement]) -> PmpdError | None:
-    """Return the error for the first check that failed, if one did."""
+def require_agreement(results: dict[str, Agreement]) -> None:
+    """Raise PmpdError for the first check that failed, if one did."""
     for name, agreement in results.items():
         if not agreement.passed:
-            return PmpdError(f"verification failed, {name}: {agreement}; nothing was published")
-    return None
-
-
-def to_json(results: dict[str, Agreement]) -> dict[str, Any]:
-    """Return results as JSON-ready data."""
-    return {name: asdict(agreement) for name, agreement in results.items()}
+            raise PmpdError(f"verification failed, {name}: {agreement}; nothing was published")

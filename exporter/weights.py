@@ -60,7 +60,7 @@ class LinearLayer:
     @property
     def weight_names(self) -> tuple[str, ...]:
         """The checkpoint's weights whose rows it stacks."""
-        scope = _scope(self.name)
+        scope = parent_scope(self.name)
         return tuple(f"{scope}{part.name}.weight" for part in self.module.parts)
 
     def weight(self, tensors: Mapping[str, Any]) -> npt.NDArray[np.float32]:
@@ -85,7 +85,7 @@ class LinearLayer:
 
     def bias(self, checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
         """Stack the biases: float32 ``[N]``."""
-        scope = _scope(self.name)
+        scope = parent_scope(self.name)
         return np.concatenate(
             [
                 _select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0)
@@ -155,9 +155,9 @@ def checkpoint_shapes(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]
     for scope, module in network.named_modules():
         if isinstance(module, Linear):
             for part in module.parts:
-                yield f"{_scope(scope)}{part.name}.weight", (part.rows, module.source_features)
+                yield f"{parent_scope(scope)}{part.name}.weight", (part.rows, module.source_features)
                 if module.has_bias:
-                    yield f"{_scope(scope)}{part.name}.bias", (part.rows,)
+                    yield f"{parent_scope(scope)}{part.name}.bias", (part.rows,)
         for name, parameter in module.named_parameters(prefix=scope, recurse=False):
             if isinstance(parameter, Stored):
                 sources = parameter.sources or (name.removeprefix(f"{scope}."),)
@@ -205,7 +205,8 @@ def external_tensor(tensor: Tensor, *, planes: int) -> ir.ExternalTensor:
     )
 
 
-def _scope(name: str) -> str:
+def parent_scope(name: str) -> str:
+    """Return what a module's name puts before those of its siblings: ``model.layers.0.`` of ``model.layers.0.mlp``."""
     parent = name.rpartition(".")[0]
     return f"{parent}." if parent else ""
 

@@ -31,7 +31,7 @@ class KvCache:
         try:
             # np.zeros maps pages lazily: memory grows with the positions that are used.
             self.buffers = {
-                (layer, part): onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=contract.dtype))
+                (layer, part): onnxruntime().OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=contract.dtype))
                 for layer in range(contract.layers)
                 for part in ("key", "value")
             }
@@ -42,7 +42,7 @@ class KvCache:
             ) from None
         # One mask over the whole capacity, 1 where a token stands: GroupQueryAttention takes its length from the sum.
         self.mask = np.zeros((1, capacity), dtype=np.int64)
-        self._mask_value = onnxruntime.OrtValue.ortvalue_from_numpy(self.mask)
+        self._mask_value = onnxruntime().OrtValue.ortvalue_from_numpy(self.mask)
 
     def bind(self, binding: Any) -> None:
         """Bind the mask and all buffers, each as past and present, to an IOBinding."""

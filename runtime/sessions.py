@@ -37,7 +37,8 @@ def open_session(bundle: Bundle, graph: Graph, *, threads: int) -> Any:
     """
     if threads < 1:
         raise PmpdError(f"threads must be 1 or more, got {threads}")
-    options = onnxruntime.SessionOptions()
+    ort = onnxruntime()
+    options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -47,9 +48,9 @@ def open_session(bundle: Bundle, graph: Graph, *, threads: int) -> Any:
     with _refusals(path):
         for tensor in bundle.manifest.tensors:
             view = bundle.tensor(tensor, planes=graph.precision)
-            weights.append(onnxruntime.OrtValue.ortvalue_from_numpy(view))
+            weights.append(ort.OrtValue.ortvalue_from_numpy(view))
             options.add_initializer(tensor.name, weights[-1])
-        session = onnxruntime.InferenceSession(
+        session = ort.InferenceSession(
             path,
             options,
             providers=["CPUExecutionProvider"],
@@ -68,7 +69,7 @@ def _refusals(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise BundleError(
-            f"ONNX Runtime {onnxruntime.__version__} refuses {path}: upgrade onnxruntime, or export again ({reason})"
+            f"ONNX Runtime {onnxruntime().__version__} refuses {path}: upgrade it, or export again ({reason})"
         ) from None
 
 
@@ -82,7 +83,8 @@ class GraphRunner:
         # Decoding feeds one token at a time: its binding and buffers are made once and reused.
         self._id = np.zeros((1, 1), dtype=np.int64)
         self._logits = np.zeros((1, 1, vocab_size), dtype=np.float32)
-        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (self._id, self._logits)]
+        ort = onnxruntime()
+        self._values = [ort.OrtValue.ortvalue_from_numpy(array) for array in (self._id, self._logits)]
         self._step = session.io_binding()
         with _refusals(path):
             self._step.bind_ortvalue_input("input_ids", self._values[0])
