@@ -95,7 +95,7 @@ def main(
         manifest = export.run(quiet=quiet)
     except MissingExtraError as error:
         _fail(str(error))
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         _fail(f"{error.name} is not installed: run `pip install 'pmpd[cpu,export]'`")
     except (PmpdError, OSError) as error:
         _fail(str(error))

@@ -121,7 +121,6 @@ class Workspace:
     def publish(self) -> None:
         """Put the finished bundle in its place; an older one there is deleted only after that."""
         shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
-        (self.path / _JOURNAL).unlink()
         if self.output.exists():
             old = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
             self.output.rename(old)
@@ -129,4 +128,6 @@ class Workspace:
             shutil.rmtree(old)
         else:
             self.path.rename(self.output)
-        (self.output / _LOCK).unlink()  # not before: another export would start in the folder
+        # Not before: without them the work would count for nothing, or another export start in the folder.
+        (self.output / _JOURNAL).unlink()
+        (self.output / _LOCK).unlink()

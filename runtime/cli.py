@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,12 @@ def main(
             trace.write_text(json.dumps(generator.trace.to_dict(), indent=1), encoding="utf-8")
     except PmpdError as error:
         _fail(str(error))
+    except UnicodeDecodeError:
+        _fail("standard input is not UTF-8 text")
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # click ends quietly when the reader of a pipe has gone
+        _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}")
     except KeyboardInterrupt:
         _fail("interrupted", code=130)
 
@@ -101,7 +108,7 @@ class _Session:
         while text := _ask():
             messages.append({"role": "user", "content": text})
             answer = self._show(self._stream(self.tokenizer.apply_chat_template(messages), keep_cache=True))
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", "content": answer.strip()})
 
     def _stream(self, ids: list[int], *, keep_cache: bool = False) -> Iterator[Any]:
         tokens: Iterator[Any] = self.generator.stream(

@@ -53,8 +53,15 @@ class Tokenizer:
         return cls(tokenizer, template, specials or {})
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Return token ids; `special_tokens` puts the model's start token in front, where it has one."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        """Return token ids; `special_tokens` puts the model's start token in front, where it has one.
+
+        Raises:
+            PmpdError: the text has lone surrogates, which Python makes of bytes that are not UTF-8.
+        """
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        except TypeError:
+            raise PmpdError(f"the text {text!r:.60} is not valid Unicode: give UTF-8 text") from None
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

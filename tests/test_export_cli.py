@@ -1,4 +1,4 @@
-"""`pmpd-export` as a user types it: what it prints where, its exit codes, and what a mistake leaves behind (nothing)."""
+"""`pmpd-export` as a user types it: what it prints where, its exit codes, and that a mistake leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_help_needs_no_heavy_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "extra"), [("click", "export"), ("torch", "cpu,export"), ("onnxscript", "cpu,export")]
+    ("package", "extra"), [("click", "export"), ("torch", "cpu,export"), ("onnxruntime", "cpu,export")]
 )
 def test_a_missing_package_is_one_line_that_names_the_extra(package: str, extra: str, place: Path) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from pmpd.exporter.cli import main; main()"
@@ -188,15 +188,20 @@ def test_the_output_is_named_after_the_model(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "text", "message"),
     [
-        (b"Too short.", "fewer than one sequence of 256"),
-        (b"\xff\xfe\x00", "text.jsonl is neither UTF-8 text nor JSON lines"),
-        (b'{"text": "fine"}\n{"title": "none"}', "text.jsonl is neither UTF-8 text nor JSON lines"),
+        ("text.txt", b"Too short.", "fewer than one sequence of 256: give more text"),
+        ("text.txt", b"\xff\xfe\x00", "cannot read text from 'text.txt'"),
+        (
+            "text.jsonl",
+            b'{"text": "fine"}\n{"title": "none"}',
+            'text.jsonl:2 is not a JSON object with a "text" string',
+        ),
+        ("text.jsonl.gz", b"plain", "cannot read text from 'text.jsonl.gz'"),
+        ("text.pdf", b"%PDF", "'text.pdf' is of no known type"),
     ],
 )
-def test_a_calibration_text_that_does_not_serve_is_one_line(text: bytes, message: str, place: Path) -> None:
-    name = "text.txt" if text.startswith(b"Too") else "text.jsonl"
+def test_a_calibration_text_that_does_not_serve_is_one_line(name: str, text: bytes, message: str, place: Path) -> None:
     (place / name).write_bytes(text)
     result = export("-q", "-m", "demo", "-o", "out", "--calibration", name)
     assert (result.exit_code, result.stdout) == (1, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ try:
     from transformers.initialization import no_init_weights  # 5
 except ImportError:
     from transformers.modeling_utils import no_init_weights  # 4
+
+from pmpd.exporter.demo import demo_model_path
 
 # No size is a multiple of another, and none of 64.
 BASE = {
@@ -100,6 +103,14 @@ TINY_MODELS = {
     ),
 }
 FAMILIES = ("llama", "phi", "stablelm")
+
+
+def save_with_tokenizer(folder: Path) -> Path:
+    """Write a tiny Llama that speaks the demo model's tokens, and return its folder."""
+    TinyModel("llama", {"vocab_size": 4096}).save(folder)
+    for name in "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json":
+        shutil.copy(demo_model_path() / name, folder)
+    return folder
 
 
 def plain_model(folder: Path) -> Any:
