@@ -68,9 +68,10 @@ def interrupted(owner: Any, name: str, *, after: int = 0) -> Iterator[None]:
         left -= 1
         return function(*arguments, **options)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, call)
-        yield
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def quantized_layers(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> int:
@@ -109,13 +110,12 @@ def assert_published(config: ExportConfig, weights: bytes) -> None:
         (Workspace, "write", 0, LINEARS),
         (Workspace, "write", 1, LINEARS),
         (Workspace, "write", 4, LINEARS - 3),
-        (os, "fsync", 5, LINEARS - 1),  # the bytes of the second layer are written and not on record
+        (os, "fsync", 4, LINEARS - 1),  # the bytes of the second layer are written and not on record
         (AnyPrecisionQuantizer, "quantize", LINEARS - 1, 1),
         (pipeline, "build_graph", 0, 0),
         (pipeline, "verify_bundle", 0, 0),
         (pipeline, "model_card", 0, 0),
         (Workspace, "publish", 0, 0),
-        (shutil, "rmtree", 0, 0),
         (Path, "rename", 0, 0),
     ],
 )
@@ -192,9 +192,10 @@ def test_old_work_serves_the_same_export_only(
     config = ExportConfig(
         model=str(model), output=tmp_path / "out" / "bundle", precisions=(2,), head_precision=2, calibration=calibration
     )
-    for start in config, change(config):
-        with interrupted(pipeline, "sensitivities"):
-            export_bundle(start)
+    with interrupted(pipeline, "sensitivities"):
+        export_bundle(config)
+    with interrupted(pipeline, "sensitivities"):
+        export_bundle(change(config))
     assert len(list((tmp_path / "out").iterdir())) == (1 if reused else 2)
 
 
@@ -202,7 +203,7 @@ def test_an_export_keeps_another_one_out_of_its_folder(small: ExportConfig, monk
     verify_bundle = pipeline.verify_bundle
 
     def export_again(*arguments: Any) -> Any:
-        with pytest.raises(PmpdError, match="another export is writing .*: wait for it or end it"):
+        with pytest.raises(PmpdError, match=r"another export is writing .*: wait for it or end it"):
             export_bundle(small)
         return verify_bundle(*arguments)
 
@@ -259,11 +260,13 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     assert not output.exists()
 
 
-def test_killing_an_export_at_ten_moments_leaves_no_broken_bundle(demo_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["tiny", pytest.param("demo", marks=pytest.mark.slow)])
+def test_killing_an_export_at_ten_moments_leaves_no_broken_bundle(size: str, tiny: Path, tmp_path: Path) -> None:
     # Processes forked from one that has imported everything spend their time exporting, so that is where kills land.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pmpd.exporter.pipeline", "transformers.models.llama.modeling_llama"])
-    config = ExportConfig(model="demo", output=tmp_path / "bundle", precisions=(4, 3, 2))
+    lazy = [f"transformers.models.{name}" for name in ("auto.tokenization_auto", "llama.modeling_llama")]
+    context.set_forkserver_preload(["pmpd.exporter.pipeline", *lazy])
+    config = ExportConfig(model=str(tiny) if size == "tiny" else "demo", output=tmp_path / "bundle")
 
     def run(seconds: float | None) -> bool:
         """Export for so long; return whether it was killed."""
@@ -272,21 +275,25 @@ def test_killing_an_export_at_ten_moments_leaves_no_broken_bundle(demo_bundle: P
         process.join(seconds)
         process.kill()
         process.join()
-        assert process.exitcode in (0, -signal.SIGKILL)
+        killed = process.exitcode == -signal.SIGKILL
+        assert killed or process.exitcode == 0
         if config.output.exists():
             Bundle.open(config.output, verify=True)
         else:
-            assert process.exitcode == -signal.SIGKILL
-        return process.exitcode != 0
+            assert killed
+        return killed
 
+    run(0.0)  # starts the process that the others are forked from
     begin = time.monotonic()
     run(None)
     duration = time.monotonic() - begin
+    weights = (config.output / "weights.bin").read_bytes()
     choose = random.Random(0).uniform
     kills = 0
     while kills < 10:
         if config.output.exists():
             shutil.rmtree(config.output)
         kills += run(choose(0, duration))
-    run(None)
-    assert_published(config, (demo_bundle / "weights.bin").read_bytes())
+    if not config.output.exists():
+        run(None)
+    assert_published(config, weights)
