@@ -17,9 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/pmpd-export --model demo --output demo-pmpd --overwrite
 	$(BIN)/pmpd-run demo-pmpd -p "Once upon a time, there was a little girl named Lily." \
-	  -n 100 --schedule static:3@16,2@48 --show-precision
+	  -n 100 --schedule static:3@16,2@32 --show-precision
 	$(BIN)/pmpd-eval demo-pmpd --task fidelity --data exporter/demo/openings.jsonl \
-	  --schedule uniform:4 --schedule uniform:3 --schedule uniform:2 --schedule static:3@16,2@48 \
+	  --schedule uniform:4 --schedule uniform:3 --schedule uniform:2 --schedule static:3@16,2@32 --max-new-tokens 48 \
 	  --html demo-report.html --json demo-report.json
 
 test: $(VENV)/.installed

@@ -16,6 +16,7 @@ __all__ = [
     "ROUGE",
     "Estimate",
     "kl_divergence",
+    "log_softmax",
     "negative_log_likelihood",
     "rouge",
     "rouge_scorer",

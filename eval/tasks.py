@@ -26,7 +26,18 @@ from pmpd.eval.results import Metric, Sample
 from pmpd.runtime import Tokenizer
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["TASKS", "Baseline", "Item", "Task"]
+__all__ = [
+    "TASKS",
+    "Baseline",
+    "CnnDailyMail",
+    "DialogSum",
+    "Fidelity",
+    "Item",
+    "MtBench",
+    "Perplexity",
+    "Rouge",
+    "Task",
+]
 
 # Zero-shot prompts in this project's own words: the paper gives none (Section 5 "Models and Datasets"). The second of a
 # pair is the user's message to a model with a chat template.

@@ -33,6 +33,7 @@ __all__ = [
     "WeightPlan",
     "checkpoint_shapes",
     "external_tensor",
+    "parent_scope",
     "plain_tensors",
     "plan_weights",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+__all__ = ["BundleError", "ContextLengthError", "MissingExtraError", "PmpdError", "unknown_choice"]
+
 
 class PmpdError(Exception):
     """Something the user can mend: the message says what, which value, where, and what to do."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_models import TINY_MODELS
+from tiny_models import TINY_MODELS, save_with_tokenizer
 
 from pmpd.exporter.cli import main
 from pmpd.exporter.demo import demo_model_path
@@ -89,15 +89,11 @@ def test_the_result_is_on_stdout_and_the_rest_on_stderr(tiny: Path) -> None:
     assert Bundle.open("out", verify=True).manifest.verification == result["verification"]
 
 
-def test_quiet_prints_the_result_alone(tiny: Path) -> None:
-    process = export_process("-q", "-m", tiny, "-o", "out", "--precisions", "1", "--seed-precision", "1")
-    assert (process.returncode, process.stdout, process.stderr) == (0, "out\n", "")
-
-
-def test_quiet_holds_while_calibrating(place: Path) -> None:
+def test_quiet_prints_the_result_alone(place: Path) -> None:
+    model = save_with_tokenizer(place / "model")
     (place / "text.txt").write_text("The owl saw a tree. " * 20)
-    sizes = ("--calibration-samples", "1", "--calibration-length", "16", "--precisions", "1", "--context-length", "8")
-    process = export_process("-q", "-m", "demo", "-o", "out", "--calibration", "text.txt", *sizes)
+    calibration = ("--calibration", "text.txt", "--calibration-samples", "1", "--calibration-length", "16")
+    process = export_process("-q", "-m", model, "-o", "out", "--precisions", "1", "--seed-precision", "1", *calibration)
     assert (process.returncode, process.stdout, process.stderr) == (0, "out\n", "")
 
 

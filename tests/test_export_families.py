@@ -132,6 +132,7 @@ def test_a_layer_has_few_nodes(name: str) -> None:
     assert three - two <= NODES_PER_LAYER[name]
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing has much to say
 @pytest.mark.parametrize("name", ["llama", "phi"])
 def test_optimum_exports_more_nodes(name: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")

@@ -21,6 +21,7 @@ from pmpd.runtime import (
     generate,
     parse_schedule,
 )
+from pmpd.runtime.sampling import Sampler
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
 # The output of the embedded model at 4 bits; a retrained model or another quantizer gives another.
@@ -284,7 +285,7 @@ def test_unfinished_character_at_the_end_is_not_lost(
     assert generator.tokenizer is not None
     emoji = generator.tokenizer.encode("so 😀", special_tokens=False)[:-1]
     script = iter(emoji)
-    monkeypatch.setattr("pmpd.runtime.sampling.Sampler.__call__", lambda *_: next(script))
+    monkeypatch.setattr(Sampler, "__call__", lambda *_: next(script))
     tokens = list(generator.stream(prompt, max_new_tokens=len(emoji), schedule="uniform:2"))
     assert [token.id for token in tokens] == emoji
     assert text_of(iter(tokens)) == generator.tokenizer.decode(emoji)
@@ -299,10 +300,14 @@ def test_drawing_repeats_with_its_seed(generator: Generator, prompt: list[int]) 
     assert draw(1) != draw(2)
 
 
-def test_repetition_penalty_counts_prompt_and_answer(generator: Generator, prompt: list[int]) -> None:
-    sampling = Sampling(repetition_penalty=1e6)
-    ids = ids_of(generator.stream(prompt, max_new_tokens=8, schedule="uniform:4", sampling=sampling))
-    assert len({*prompt, *ids}) == len(set(prompt)) + len(ids)
+def test_repetition_penalty_sees_prompt_and_answer(
+    generator: Generator, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    choose = Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda *args: seen.append(list(args[2])) or choose(*args))
+    ids = ids_of(generator.stream(prompt, max_new_tokens=3, schedule="uniform:2"))
+    assert seen == [prompt, [*prompt, *ids[:1]], [*prompt, *ids[:2]]]
 
 
 def test_cache_fills_to_its_last_place(small: Generator, prompt: list[int]) -> None:

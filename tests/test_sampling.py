@@ -96,6 +96,16 @@ def test_draws_follow_the_distribution() -> None:
     assert chi_square < 13.8  # 2 degrees of freedom: exceeded once in a thousand seeds, and this seed is fixed
 
 
+def test_token_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lowest:
+        def random(self) -> float:
+            return 0.0
+
+    sampler = Sampler(Sampling(temperature=1))
+    monkeypatch.setattr(sampler, "_random", Lowest())
+    assert sampler(logits_of(-math.inf, -math.inf, 0, 1), []) == 2
+
+
 def test_repetition_penalty_by_hand() -> None:
     logits = logits_of(3, 2, -1, -3)
     before = logits.copy()

@@ -158,7 +158,7 @@ def test_empty_stop_string_is_refused() -> None:
 CHATML = (
     "{% for message in messages %}\n"
     "    {{- '<|' + message.role + '|>' + message['content'] | trim + eos_token }}\n"
-    "{% endfor %}\n"
+    "  {% endfor %}\n"
     "{% if add_generation_prompt %}\n<|assistant|>{% endif %}"
 )
 ALTERNATING = (

@@ -25,7 +25,17 @@ from pmpd.exporter.nn import (
 )
 from pmpd.runtime.errors import PmpdError, unknown_choice
 
-__all__ = ["Body", "Decoder", "DecoderLayer", "DecoderShape", "Family", "read_activation", "read_rotary", "read_shape"]
+__all__ = [
+    "Body",
+    "Decoder",
+    "DecoderLayer",
+    "DecoderShape",
+    "Embedding",
+    "Family",
+    "read_activation",
+    "read_rotary",
+    "read_shape",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from pmpd.exporter.arch.decoder import Body, Decoder, DecoderLayer, DecoderShape, Family, read_activation, read_shape
 from pmpd.exporter.nn import Attention, Cache, GatedMlp, LinearFactory, RMSNorm
 
-__all__ = ["Llama"]
+__all__ = ["Llama", "LlamaLayer"]
 
 
 class LlamaLayer(DecoderLayer):

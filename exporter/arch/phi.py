@@ -11,7 +11,7 @@ import onnx_ir as ir
 from pmpd.exporter.arch.decoder import Body, Decoder, DecoderLayer, DecoderShape, Family, read_activation, read_shape
 from pmpd.exporter.nn import Attention, Cache, HeadNorm, LayerNorm, LinearFactory, Mlp
 
-__all__ = ["Phi"]
+__all__ = ["Phi", "PhiLayer"]
 
 
 class PhiLayer(DecoderLayer):

@@ -11,6 +11,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from pmpd.runtime.errors import PmpdError
 
+__all__ = [
+    "BOS",
+    "EOS",
+    "PAD",
+    "SPECIAL_TOKENS",
+    "pack",
+    "split_documents",
+    "train_tokenizer",
+]
+
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 PAD, BOS, EOS = range(3)  # A byte-level tokenizer never emits <unk>: it serves as padding.
 

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pmpd.exporter.demo.corpus import BOS, EOS, PAD
 from pmpd.runtime.errors import PmpdError
 
+__all__ = ["Recipe", "build_model"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
