@@ -167,8 +167,9 @@ def float_graph_logits(checkpoint: Checkpoint, family: Family, ids: Sequence[int
         model.graph.initializers[name].const_value = ir.tensor(array)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     proto = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(proto, options, disabled_optimizers=["ConstantFolding"])
+    session = onnxruntime.InferenceSession(proto, options)
     logits: npt.NDArray[np.float32] = session.run_with_ort_values(["logits"], feeds)[0].numpy()[0]
     return logits
 
@@ -197,13 +198,30 @@ def _dequantized(
 
     def tensor(name: str) -> torch.Tensor:
         if name in layers:
-            parts = weights(layers[name])
-            return torch.from_numpy(parts[name] if name in parts else next(iter(parts.values())))
+            layer = layers[name]
+            source = name if name in layer.weight_names else layer.weight_names[0]  # a tied head
+            weight = torch.from_numpy(weights(layer)[source])
+            _require_likeness(weight, checkpoint.tensor(source), f"{source} at {precision} bits")
+            return weight
         if name == "model.embed_tokens.weight":
             return torch.from_numpy(np.array(bundle.tensor(plan.tensors[name])))
         return checkpoint.tensor(name)
 
     return tensor
+
+
+def _require_likeness(weight: torch.Tensor, original: torch.Tensor, name: str) -> None:
+    """Raise PmpdError if a dequantized weight is further from the checkpoint's than zeros would be."""
+    error = norm = 0.0
+    for at in range(0, len(original), _ROWS_AT_A_TIME):
+        rows = original[at : at + _ROWS_AT_A_TIME].float()
+        error += float((weight[at : at + _ROWS_AT_A_TIME] - rows).square().sum())
+        norm += float(rows.square().sum())
+    if error > norm:
+        raise PmpdError(
+            f"verification failed, {name}: squared error {error:.3g} of a squared norm of {norm:.3g}; "
+            "nothing was published: delete the partial folder and export again"
+        )
 
 
 def _tied(tensor: Callable[[str], torch.Tensor], family: Family) -> Callable[[str], torch.Tensor]:

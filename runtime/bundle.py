@@ -26,7 +26,9 @@ def sha256_of(path: Path) -> str:
 def _check_file(root: Path, name: str, entry: FileEntry, *, hashed: bool) -> None:
     file = root / name
     if not file.is_file() or not file.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"{file} is missing or lies outside the bundle: copy the bundle again, or export again")
+        raise BundleError(
+            f"{file} is missing or a link to outside the bundle: copy it again, following links, or export again"
+        )
     if file.stat().st_size != entry.size:
         raise BundleError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: copy the bundle again")
     if hashed and sha256_of(file) != entry.sha256:
@@ -69,7 +71,7 @@ class Bundle:
             raise BundleError(f"{manifest_path} is not UTF-8 text: the bundle is damaged, export again") from None
         except OSError as error:
             raise BundleError(f"{manifest_path} cannot be read ({error.strerror})") from None
-        weight_files = {tensor.file for tensor in manifest.tensors}
+        weight_files = {tensor.file for tensor in manifest.tensors} - {graph.file for graph in manifest.graphs}
         for name, entry in manifest.files.items():
             try:
                 _check_file(root, name, entry, hashed=verify or name not in weight_files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -117,9 +118,9 @@ class Generator:
         schedule: Schedule | str | None = None,
         sampling: Sampling | None = None,
         stop_ids: Sequence[int] | None = None,
-        stop_strings: Sequence[str] = (),
+        stop_strings: str | Sequence[str] = (),
         keep_cache: bool = False,
-    ) -> Iterator[Token]:
+    ) -> abc.Generator[Token, None, None]:
         """Generate tokens after a prompt, one by one; closing the iterator cancels.
 
         Args:
@@ -153,6 +154,7 @@ class Generator:
         for precision in schedule.precisions:
             if precision not in self._decode:
                 raise PmpdError(f"schedule {schedule}: {unknown_choice('precision', precision, self._decode)}")
+        stop_strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
         if stop_strings and self.tokenizer is None:
             raise PmpdError("stop strings need a tokenizer: Generator(bundle, tokenizer=Tokenizer.from_bundle(bundle))")
         stop = set(self.bundle.stop_ids if stop_ids is None else stop_ids)
@@ -172,7 +174,7 @@ class Generator:
         sampler: Sampler,
         stop: set[int],
         keep_cache: bool,
-    ) -> Iterator[Token]:
+    ) -> abc.Generator[Token, None, None]:
         self._check_current(trace)
         begin = time.perf_counter()
         if keep_cache:
@@ -232,7 +234,9 @@ class Generator:
         return "shorten the text (this is all the model allows)"
 
 
-def _with_text(trace: Trace, tokens: Iterator[Token], text: TextStream, stop: StopStrings) -> Iterator[Token]:
+def _with_text(
+    trace: Trace, tokens: Iterator[Token], text: TextStream, stop: StopStrings
+) -> abc.Generator[Token, None, None]:
     """Give tokens their text, in the trace too, and end at a stop string."""
 
     def record(ready: list[Token]) -> list[Token]:

@@ -87,6 +87,7 @@ class Tokenizer:
             raise PmpdError("this model has no chat template: give it plain text instead")
         try:
             from jinja2 import TemplateError
+            from jinja2.ext import loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise MissingExtraError("jinja2", "text") from None
@@ -94,7 +95,7 @@ class Tokenizer:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals["raise_exception"] = refuse
         try:
             template = environment.from_string(self._template)

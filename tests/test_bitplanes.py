@@ -32,7 +32,7 @@ def test_first_planes_are_the_lower_precision_model(drawn: tuple[Codes, int]) ->
     codes, P = drawn
     planes = pack(codes, P)
     for p in range(1, P + 1):
-        top = codes >> (P - p)
+        top = np.right_shift(codes, P - p, dtype=np.uint8)
         assert np.array_equal(unpack(planes[:p], codes.shape[1]), top)
         assert np.array_equal(planes[:p], pack(top, p))  # the very bytes, not only their meaning
         assert planes.tobytes().startswith(pack(top, p).tobytes())

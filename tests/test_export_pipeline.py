@@ -208,6 +208,21 @@ def test_a_wrong_graph_fails_the_export(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_weights_that_are_not_the_checkpoints_fail_the_export(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Workspace.write
+
+    def flip(workspace: Workspace, step: str, tensors: Any) -> None:
+        damaged = step.endswith("layers.1.mlp.down_proj")
+        write(workspace, step, ((n, ~t if damaged and n.endswith(".planes") else t) for n, t in tensors))
+
+    monkeypatch.setattr(Workspace, "write", flip)
+    with pytest.raises(PmpdError, match=r"verification failed, model\.layers\.1\.mlp\.down_proj\.weight at 2 bits"):
+        export_bundle(small(tiny, tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_wrong_decoding_in_steps_fails_the_export(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decode_step = Generator.decode_step
     monkeypatch.setattr(Generator, "decode_step", lambda *a, **options: -decode_step(*a, **options))

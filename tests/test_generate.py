@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from pmpd.runtime import (
@@ -304,8 +305,12 @@ def test_repetition_penalty_sees_prompt_and_answer(
     generator: Generator, prompt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    choose = Sampler.__call__
-    monkeypatch.setattr(Sampler, "__call__", lambda *args: seen.append(list(args[2])) or choose(*args))
+
+    def choose(_: Sampler, logits: npt.NDArray[np.float32], history: Sequence[int]) -> int:
+        seen.append(list(history))
+        return int(logits.argmax())
+
+    monkeypatch.setattr(Sampler, "__call__", choose)
     ids = ids_of(generator.stream(prompt, max_new_tokens=3, schedule="uniform:2"))
     assert seen == [prompt, [*prompt, *ids[:1]], [*prompt, *ids[:2]]]
 

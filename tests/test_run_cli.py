@@ -53,7 +53,7 @@ def test_prompt_on_stdin(demo_bundle: Path, arguments: list[str]) -> None:
 
 
 def test_show_precision_colours_tokens(demo_bundle: Path) -> None:
-    arguments = [demo_bundle, "-p", PROMPT, "-n", "4", "--show-precision", "--schedule", "static:4@0,3@1,2@2"]
+    arguments = [str(demo_bundle), "-p", PROMPT, "-n", "4", "--show-precision", "--schedule", "static:4@0,3@1,2@2"]
     result = run(*arguments, terminal=True)
     colours = re.findall(r"\x1b\[(\d+)m([^\x1b]*)\x1b\[0m", result.stdout)
     assert "".join(text for _, text in colours) == ANSWER

@@ -63,7 +63,7 @@ def test_temperature_divides_the_logits() -> None:
 def test_top_k_one_and_tiny_top_p_are_greedy() -> None:
     logits = logits_of(0.5, 2, 1.5)
     for options in ({"top_k": 1}, {"top_p": 1e-9}):
-        sampler = Sampler(Sampling(temperature=1, **options))  # type: ignore[arg-type]
+        sampler = Sampler(Sampling(temperature=1, **options))
         assert {sampler(logits, []) for _ in range(50)} == {1}
 
 

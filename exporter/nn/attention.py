@@ -38,7 +38,7 @@ class HeadNorm(nn.Module):
         super().__init__()
         self.shape = (heads, layout.slots)
         self.epsilon = epsilon
-        size = (heads, layout.slots) if per_head else (layout.slots,)
+        size = (heads, layout.slots) if per_head and heads > 1 else (layout.slots,)
 
         def stored(kind: str) -> Stored:
             sources = tuple(f"norms.{head}.{kind}" for head in range(heads)) if per_head else (kind,)
