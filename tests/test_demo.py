@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pmpd.exporter.demo import demo_model_path
-from pmpd.exporter.demo.corpus import BOS, EOS, PAD, pack, read_documents, split_documents, train_tokenizer
+from pmpd.exporter.demo.corpus import BOS, EOS, PAD, pack, split_documents, train_tokenizer
 from pmpd.exporter.demo.train import main
+from pmpd.exporter.documents import read_documents
 from pmpd.runtime.errors import PmpdError
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
