@@ -89,12 +89,14 @@ class Export:
 
     @property
     def peak_memory(self) -> int:
-        """Estimated peak of resident memory in bytes: libraries, the largest layer at work, the bundle."""
+        """Estimated peak of resident memory in bytes.
+
+        That is the libraries and the largest layer as floats, a few times over; in the verification the checkpoint
+        too, mapped from its files; in the calibration the weights and their sensitivities in float32.
+        """
         largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
-        quantizing = 600e6 + 14 * largest
-        verifying = 600e6 + 10 * largest + self.plan.size
-        calibrating = 600e6 + 12 * self.parameters if self.config.calibration else 0
-        return int(max(quantizing, verifying, calibrating))
+        calibrating = 12 * self.parameters if self.config.calibration else 0
+        return int(700e6 + max(12 * largest + self.checkpoint.nbytes, calibrating))
 
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""

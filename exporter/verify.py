@@ -167,6 +167,9 @@ def float_graph_logits(checkpoint: Checkpoint, family: Family, ids: Sequence[int
         model.graph.initializers[name].const_value = ir.tensor(array)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # In the order of the graph: by default every weight would be cast to float32 before the first is used.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False  # an arena would keep what the largest layer needed
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     proto = ir.to_proto(model).SerializeToString()
     session = onnxruntime.InferenceSession(proto, options)
@@ -188,13 +191,12 @@ def _dequantized(
         bits = precision if layer.module.nested else layer.parent
         planes = bundle.tensor(plan.tensors[f"{layer.name}.planes"], planes=bits)
         codebook = bundle.tensor(plan.tensors[f"{layer.name}.codebook.{bits}"])
-        pieces = [
-            dequantize(
-                planes[:, at : at + _ROWS_AT_A_TIME], codebook[at : at + _ROWS_AT_A_TIME], layer.module.in_features
-            )
-            for at in range(0, layer.module.out_features, _ROWS_AT_A_TIME)
-        ]
-        return layer.unstack(np.concatenate(pieces))
+        N, K = layer.module.out_features, layer.module.in_features
+        weight = np.empty((N, K), dtype=np.float32)
+        for at in range(0, N, _ROWS_AT_A_TIME):
+            rows = slice(at, at + _ROWS_AT_A_TIME)
+            weight[rows] = dequantize(planes[:, rows], codebook[rows], K)
+        return layer.unstack(weight)
 
     def tensor(name: str) -> torch.Tensor:
         if name in layers:

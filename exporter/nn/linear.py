@@ -140,10 +140,10 @@ class FloatLinear(Linear):
             for part in self.parts:
                 value = op.Cast(getattr(self, f"{part.name.replace('.', '_')}_{kind}"), to=ir.DataType.FLOAT)
                 pieces.append(_select(op, value, part.index, size=part.rows, axis=0))
-            return op.Concat(*pieces, axis=0)  # type: ignore[no-any-return]
+            return pieces[0] if len(pieces) == 1 else op.Concat(*pieces, axis=0)
 
         weight = _select(op, stacked("weight"), self.columns, size=self.source_features, axis=1)
-        y = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))  # (B, S, N)
+        y = op.FusedMatMul(x, weight, transB=1, _domain="com.microsoft")  # (B, S, N)
         return op.Add(y, stacked("bias")) if self.has_bias else y  # type: ignore[no-any-return]
 
 
