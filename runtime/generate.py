@@ -202,8 +202,14 @@ class Generator:
         trace.finish_reason = "length"
 
     def _append(self, runner: GraphRunner, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        length = self.cache.length
+        try:
+            logits = runner(ids)
+        except BaseException:  # an interrupt too: what the cache holds must stay what `tokens` says
+            self._rewind(length)
+            raise
         self.tokens.extend(ids)
-        return runner(ids)
+        return logits
 
     def _rewind(self, length: int) -> None:
         self.cache.truncate(length)

@@ -170,6 +170,25 @@ def test_closing_cancels_and_the_generator_goes_on(generator: Generator, prompt:
     assert text_of(generator.stream(prompt, max_new_tokens=5, schedule="uniform:4")) == GOLDEN[:23]
 
 
+def test_an_interrupted_step_leaves_the_cache_as_it_was(
+    generator: Generator, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator.prefill(prompt)
+    want = generator.decode_step(5, precision=3)
+    generator.reset()
+    generator.prefill(prompt)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generator._decode[3], "_run", interrupt)
+        generator.decode_step(5, precision=3)
+    assert generator.tokens == prompt
+    assert generator.cache.length == int(generator.cache.mask.sum()) == len(prompt)
+    assert np.array_equal(generator.decode_step(5, precision=3), want)
+
+
 def test_second_stream_ends_the_first(generator: Generator, prompt: list[int]) -> None:
     first = generator.stream(prompt, max_new_tokens=5)
     next(first)
