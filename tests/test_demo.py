@@ -99,7 +99,7 @@ def test_progress_and_result_are_reported(tmp_path: Path, capsys: pytest.Capture
     out, err = capsys.readouterr()
     assert "3 held-out documents" in out
     assert "step 1 of " in err
-    assert err.splitlines()[-1].endswith("0:00 left")
+    assert [line for line in err.splitlines() if line.startswith("step ")][-1].endswith("0:00 left")
 
 
 def test_a_stopped_training_leaves_nothing(tmp_path: Path) -> None:
