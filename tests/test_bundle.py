@@ -206,7 +206,7 @@ json_values = st.recursive(
 )
 
 
-def opens_or_refuses(path: Path) -> None:
+def check_opens_or_refuses(path: Path) -> None:
     try:
         bundle = Bundle.open(path)
     except BundleError:
@@ -230,7 +230,7 @@ def test_any_change_of_the_json_opens_or_is_refused(fuzzed: tuple[Path, bytes], 
         else:
             del node[last]
     (path / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
-    opens_or_refuses(path)
+    check_opens_or_refuses(path)
 
 
 @settings(max_examples=100)
@@ -242,4 +242,4 @@ def test_any_change_of_the_bytes_opens_or_is_refused(fuzzed: tuple[Path, bytes],
         at = data.draw(st.integers(0, len(text) - 1))
         text[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     (path / "bundle.json").write_bytes(text)
-    opens_or_refuses(path)
+    check_opens_or_refuses(path)
