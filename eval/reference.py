@@ -157,7 +157,9 @@ class Reference:
 def _transformers(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # transformers 5 shows one for loading; the progress here is ours
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
     return Reference(model.eval(), bits=checkpoint.bits, last_logits={"logits_to_keep": 1})
