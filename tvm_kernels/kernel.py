@@ -1,0 +1,111 @@
+"""A kernel as a value: what it computes, for which machine, with which choices; its name says all of it.
+
+``pmpd_gemv_qs8w4_2x64_p2048__avx512vbmi``: one row of activations (`gemv`; `gemm` for many) of 8-bit steps (`qs8`;
+`f32` for floats) times 4-bit weights, 2 rows at a time by vectors of 64 bytes, asking for memory 2048 bytes ahead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pmpd.tvm_kernels.isa import ISAS, Isa
+
+__all__ = ["ACCURACIES", "Accuracy", "Kernel", "Phase", "Tuning", "isa_named"]
+
+Accuracy = Literal["int8", "exact"]
+Phase = Literal["gemv", "gemm"]
+ACCURACIES: tuple[Accuracy, ...] = ("int8", "exact")
+_TYPES = {"int8": "qs8", "exact": "f32"}
+
+
+def isa_named(name: str) -> Isa:
+    """Return the instruction set of a name (KeyError if there is none)."""
+    return {isa.name: isa for isa in ISAS}[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What a search may choose for a kernel.
+
+    Attributes:
+        rows: weight rows computed together, a power of two.
+        prefetch: gemv: bytes ahead that are asked for in every plane; 0 leaves it to the processor.
+        tokens: gemm: rows of activations multiplied together.
+        depth: gemm: cache lines (512 columns) of a weight row decoded at a time.
+        chunk: rows handed to a thread at a time.
+    """
+
+    rows: int = 2
+    prefetch: int = 0
+    tokens: int = 1
+    depth: int = 1
+    chunk: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One compiled function: instruction set, precision, accuracy, phase and tuning."""
+
+    isa: Isa
+    bits: int
+    accuracy: Accuracy
+    phase: Phase
+    tuning: Tuning
+
+    @property
+    def name(self) -> str:
+        """The C symbol, which is also what reports show."""
+        t = self.tuning
+        tile = f"{t.rows}x{self.isa.width}_p{t.prefetch}" if self.phase == "gemv" else f"{t.rows}x{t.tokens}x{t.depth}"
+        return f"pmpd_{self.phase}_{_TYPES[self.accuracy]}w{self.bits}_{tile}__{self.isa.name}"
+
+    @property
+    def pack_name(self) -> str:
+        """The C symbol of the function that lays out the activations this kernel reads."""
+        return f"pmpd_pack_{_TYPES[self.accuracy]}_{self.isa.width}__{self.isa.name}"
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch memory that a call needs."""
+        return 0 if self.phase == "gemv" else self.tuning.rows * self.tuning.depth * 512 * self.element_bytes
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one packed activation."""
+        return 1 if self.accuracy == "int8" else 4
+
+    def function(self) -> Any:
+        """Return the TIR function."""
+        from pmpd.tvm_kernels.gemm import gemm_exact, gemm_int8
+        from pmpd.tvm_kernels.gemv import gemv_exact, gemv_int8
+
+        t = self.tuning
+        if self.phase == "gemv":
+            gemv = gemv_int8 if self.accuracy == "int8" else gemv_exact
+            return gemv(self.isa, name=self.name, bits=self.bits, rows=t.rows, prefetch=t.prefetch)
+        gemm = gemm_int8 if self.accuracy == "int8" else gemm_exact
+        return gemm(self.isa, name=self.name, bits=self.bits, rows=t.rows, tokens=t.tokens, depth=t.depth)
+
+    def pack_function(self) -> Any:
+        """Return the TIR function that lays out activations."""
+        from pmpd.tvm_kernels.activations import pack_float32, pack_int8
+
+        return (pack_int8 if self.accuracy == "int8" else pack_float32)(self.isa, name=self.pack_name)
+
+    def table_entry(self) -> str:
+        """Return the initializer of its `struct pmpd_kernel`."""
+        fields = {
+            "name": f'"{self.name}"',
+            "features": " | ".join(self.isa.feature),
+            "bits": self.bits,
+            "accuracy": f"PMPD_{self.accuracy.upper()}",
+            "many": int(self.phase == "gemm"),
+            "element_bytes": self.element_bytes,
+            "rows": self.tuning.rows,
+            "chunk": self.tuning.chunk,
+            "scratch_bytes": self.scratch_bytes,
+            "pack": self.pack_name,
+            "matmul": self.name,
+        }
+        return "{" + ", ".join(f".{field} = {value}" for field, value in fields.items()) + "}"
