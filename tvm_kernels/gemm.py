@@ -16,7 +16,7 @@ from pmpd.tvm_kernels.emit import Emitter, shuffle, vector
 from pmpd.tvm_kernels.gemv import LINE, float_values, fma, load_planes, parameters, sum_lanes, tile_rows
 from pmpd.tvm_kernels.isa import Isa
 from pmpd.tvm_kernels.planes import split_planes
-from pmpd.tvm_kernels.tables import exact_tables, int8_tables
+from pmpd.tvm_kernels.tables import Int8Tables, exact_tables
 
 __all__ = ["gemm_exact", "gemm_int8"]
 
@@ -36,7 +36,9 @@ def gemm_int8(isa: Isa, *, name: str, bits: int, rows: int, tokens: int, depth: 
     width, words, ints = isa.width, vector("float32", isa.words), vector("int32", isa.words)
     with e.loop("tile", e["begin"], e["end"], rows) as first:
         numbers = tile_rows(e, first, rows)
-        made = int8_tables(e, isa, e["codebook"], numbers, bits)
+        made = Int8Tables.allocate(e, rows=rows, bits=bits)
+        made.fill(e, isa, e["codebook"], numbers)
+        low, step = made.scale(e)
         tables = [made.tables.load(e, isa, row) for row in range(rows)]
 
         def decode(block: Any, row: int, planes: Sequence[Any]) -> None:
@@ -64,9 +66,9 @@ def gemm_int8(isa: Isa, *, name: str, bits: int, rows: int, tokens: int, depth: 
                         e.store(totals, index * isa.words, fma(tirx.Cast(words, sums[index]), scale, sofar))
 
         def begin(token: Any) -> Any:
-            return made.low * tirx.Broadcast(e.load(e["sum"], token), rows)
+            return low * tirx.Broadcast(e.load(e["sum"], token), rows)
 
-        _stretches(e, isa, numbers, first, bits, rows, tokens, depth, decode, multiply, begin, made.step)
+        _stretches(e, isa, numbers, first, bits, rows, tokens, depth, decode, multiply, begin, step)
     return e.function()
 
 
@@ -80,7 +82,7 @@ def gemm_exact(isa: Isa, *, name: str, bits: int, rows: int, tokens: int, depth:
     with e.loop("tile", e["begin"], e["end"], rows) as first:
         numbers = tile_rows(e, first, rows)
         made = exact_tables(e, e["codebook"], numbers, bits)
-        tables = [(made.load(e, isa, row, 0), made.load(e, isa, row, 1)) for row in range(rows)]
+        tables = [(made.load(e, isa, row, half=0), made.load(e, isa, row, half=1)) for row in range(rows)]
 
         def decode(block: Any, row: int, planes: Sequence[Any]) -> None:
             for code in split_planes(e, isa, planes):

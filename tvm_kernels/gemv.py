@@ -15,7 +15,7 @@ from tvm import tirx
 from pmpd.tvm_kernels.emit import Emitter, lanes_of, shuffle, vector
 from pmpd.tvm_kernels.isa import Isa
 from pmpd.tvm_kernels.planes import split_planes
-from pmpd.tvm_kernels.tables import exact_tables, int8_tables
+from pmpd.tvm_kernels.tables import Int8Tables, exact_tables
 
 __all__ = ["MATMUL_PARAMETERS", "gemv_exact", "gemv_int8"]
 
@@ -109,10 +109,14 @@ def gemv_int8(isa: Isa, *, name: str, bits: int, rows: int, prefetch: int) -> An
     e = Emitter(name, parameters("int8"))
     words, ints = vector("float32", isa.words), vector("int32", isa.words)
     stride = e.bind(e["lines"].astype("int64") * LINE, "stride")
+    made = Int8Tables.allocate(e, rows=rows, bits=bits, slots=2)
+    made.fill(e, isa, e["codebook"], tile_rows(e, e["begin"], rows), slot=tirx.const(0, "int32"))
     with e.loop("tile", e["begin"], e["end"], rows) as first:
         numbers = tile_rows(e, first, rows)
-        made = int8_tables(e, isa, e["codebook"], numbers, bits)
-        tables = [made.tables.load(e, isa, row) for row in range(rows)]
+        slot = e.bind(tirx.floormod(tirx.floordiv(first - e["begin"], rows), 2))
+        tables = [made.tables.load(e, isa, row, slot=slot) for row in range(rows)]
+        low, step = made.scale(e, slot=slot)
+        made.fill(e, isa, e["codebook"], tile_rows(e, first + rows, rows), slot=e.bind(1 - slot))
         starts = [e.bind(number.astype("int64") * stride, f"start{row}") for row, number in enumerate(numbers)]
         totals = e.local("float32", rows * isa.words, "totals")
         for row in range(rows):
@@ -132,7 +136,7 @@ def gemv_int8(isa: Isa, *, name: str, bits: int, rows: int, prefetch: int) -> An
         sums = sum_lanes(e, [e.load(totals, row * isa.words, isa.words) for row in range(rows)])
         everything = e.load(e["sum"], tirx.const(0, "int32"))
         spread = tirx.Broadcast(everything, rows) if rows > 1 else everything
-        store_rows(e, first, rows, e.bind(sums * made.step + made.low * spread))
+        store_rows(e, first, rows, e.bind(sums * step + low * spread))
     return e.function()
 
 
@@ -145,7 +149,7 @@ def gemv_exact(isa: Isa, *, name: str, bits: int, rows: int, prefetch: int) -> A
     with e.loop("tile", e["begin"], e["end"], rows) as first:
         numbers = tile_rows(e, first, rows)
         made = exact_tables(e, e["codebook"], numbers, bits)
-        tables = [(made.load(e, isa, row, 0), made.load(e, isa, row, 1)) for row in range(rows)]
+        tables = [(made.load(e, isa, row, half=0), made.load(e, isa, row, half=1)) for row in range(rows)]
         starts = [e.bind(number.astype("int64") * stride, f"start{row}") for row, number in enumerate(numbers)]
         totals = e.local("float32", rows * halves, "totals")
         for row in range(rows):

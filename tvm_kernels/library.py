@@ -26,7 +26,8 @@ __all__ = ["build_library", "link_library"]
 
 SOURCES = Path(__file__).parent / "ort_ops"
 # ONNX Runtime fixes what functions take, whether they use it or not.
-_OPTIONS = "-std=c11 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unused-parameter".split()
+_WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
+_OPTIONS = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *_WARNINGS]
 _LINK = ["-shared", "-s", "-pthread", "-lm", "-Wl,-z,defs", f"-Wl,--version-script={SOURCES / 'exports.map'}"]
 
 

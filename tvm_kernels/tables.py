@@ -19,37 +19,106 @@ from pmpd.tvm_kernels.planes import table_entries, table_variants
 # Entries worked on together, which is what the widest registers hold as float32.
 LANES = 16
 
-__all__ = ["ByteTables", "Int8Tables", "exact_tables", "int8_tables"]
+__all__ = ["ByteTables", "Int8Tables", "exact_tables"]
 
 
 @dataclass(frozen=True)
 class ByteTables:
-    """Byte tables of some rows in a buffer on the stack; `halves` is 1, or 2 for the low and the high byte of float16."""
+    """Byte tables of a tile of rows, in a buffer on the stack.
+
+    Attributes:
+        buffer: ``[slots, halves, variants, rows, size]`` bytes.
+        rows: rows in the tile.
+        bits: of the codes.
+        halves: 1, or 2 for the low and the high byte of float16.
+    """
 
     buffer: Any
     rows: int
     bits: int
+    halves: int
 
-    def load(self, e: Emitter, isa: Isa, row: int, half: int = 0) -> list[list[Any]]:
+    @classmethod
+    def allocate(cls, e: Emitter, *, rows: int, bits: int, halves: int = 1, slots: int = 1) -> ByteTables:
+        """Make room for the tables of `slots` tiles."""
+        size = halves * table_variants(bits) * rows * max(16, 2**bits)
+        return cls(e.local("uint8", slots * size, "tables"), rows, bits, halves)
+
+    def _place(self, slot: Any, half: int, variant: int) -> Any:
+        variants, size = table_variants(self.bits), self.rows * max(16, 2**self.bits)
+        return slot * (self.halves * variants * size) + (half * variants + variant) * size
+
+    def load(self, e: Emitter, isa: Isa, row: int, *, slot: Any = 0, half: int = 0) -> list[list[Any]]:
         """Return the tables of a row, for each variant, as `Isa.lookup` takes them."""
-        size, variants = max(16, 2**self.bits), table_variants(self.bits)
-        return [
-            isa.tables(e, self.buffer, ((half * variants + variant) * self.rows + row) * size, self.bits)
-            for variant in range(variants)
-        ]
+        own = row * max(16, 2**self.bits)
+        variants = range(table_variants(self.bits))
+        return [isa.tables(e, self.buffer, self._place(slot, half, variant) + own, self.bits) for variant in variants]
+
+    def store(self, e: Emitter, half: int, lines: Sequence[Sequence[Any]], *, slot: Any = 0) -> None:
+        """Lay out entries (uint8), in lines as `_entries` makes them."""
+        for variant in range(table_variants(self.bits)):
+            place = self._place(slot, half, variant)
+            for line in lines:
+                # Stores as wide as the loads to come, so that LLVM can keep the tables in registers.
+                for first in range(0, len(line), 64 // LANES):
+                    parts = line[first : first + 64 // LANES]
+                    lanes = list(range(sum(map(lanes_of, parts))))
+                    if self.bits < 4:
+                        own = table_entries(self.bits, variant)
+                        lanes = [first + entry for first in lanes[:: 2**self.bits] for entry in own]
+                    codes = e.bind(shuffle(parts, lanes))
+                    e.store(self.buffer, place, codes)
+                    place = place + lanes_of(codes)
 
 
 @dataclass(frozen=True)
 class Int8Tables:
-    """Tables of 8-bit steps, with the least value and the step of every row (float32, a lane a row)."""
+    """Tables of 8-bit steps, with the least value and the step of every row of a tile.
+
+    With two slots a kernel makes the tables of the next tile before it works on one, so that the long chain from a
+    codebook to its table is computed beside the products and not before them.
+    """
 
     tables: ByteTables
-    low: Any
-    step: Any
+    scalars: Any
+
+    @classmethod
+    def allocate(cls, e: Emitter, *, rows: int, bits: int, slots: int = 1) -> Int8Tables:
+        """Make room for `slots` tiles."""
+        tables = ByteTables.allocate(e, rows=rows, bits=bits, slots=slots)
+        return cls(tables, e.local("float32", slots * 2 * rows, "scalars"))
+
+    def scale(self, e: Emitter, *, slot: Any = 0) -> tuple[Any, Any]:
+        """Return the least value and the step of every row (float32, a lane a row)."""
+        rows = self.tables.rows
+        return tuple(e.load(self.scalars, slot * (2 * rows) + part * rows, rows) for part in range(2))  # type: ignore[return-value]
+
+    def fill(self, e: Emitter, isa: Isa, codebook: Any, rows: Sequence[Any], *, slot: Any = 0) -> None:
+        """Make the tables of `rows` (row numbers) from codebook float16 ``[N, 1, 2**bits]``, given as uint16."""
+        low, step, lines = _int8_entries(e, isa, codebook, rows, self.tables.bits)
+        self.tables.store(e, 0, lines, slot=slot)
+        e.store(self.scalars, slot * (2 * len(rows)), low)
+        e.store(self.scalars, slot * (2 * len(rows)) + len(rows), step)
 
 
-def int8_tables(e: Emitter, isa: Isa, codebook: Any, rows: Sequence[Any], bits: int) -> Int8Tables:
-    """Make the tables of `rows` (row numbers) from codebook float16 ``[N, 1, 2**bits]``, given as uint16."""
+def exact_tables(e: Emitter, codebook: Any, rows: Sequence[Any], bits: int) -> ByteTables:
+    """Make the byte tables of `rows` from codebook float16 ``[N, 1, 2**bits]``, given as uint16."""
+    lines = _entries(e, codebook, rows, bits, "uint16")
+    tables = ByteTables.allocate(e, rows=len(rows), bits=bits, halves=2)
+
+    def byte(part: Any, shift: int) -> Any:
+        words = part >> tirx.const(shift, str(part.ty.dtype)) if shift else part
+        return e.bind(tirx.Cast(vector("uint8", lanes_of(part)), words))
+
+    for half, shift in enumerate((0, 8)):
+        tables.store(e, half, [[byte(part, shift) for part in line] for line in lines])
+    return tables
+
+
+def _int8_entries(
+    e: Emitter, isa: Isa, codebook: Any, rows: Sequence[Any], bits: int
+) -> tuple[Any, Any, list[list[Any]]]:
+    """Return the least value and the step of every row, and the entries as 8-bit steps, in lines."""
     entries, count = 2**bits, len(rows)
     lines = _entries(e, codebook, rows, bits, "float32")
     group = min(entries, LANES)  # the lanes of a line that belong to one row
@@ -87,20 +156,9 @@ def int8_tables(e: Emitter, isa: Isa, codebook: Any, rows: Sequence[Any], bits: 
         values = [tirx.Cast(vector("uint8", lanes), step) for step in steps]
         return [e.bind(value ^ tirx.const(0x80, vector("uint8", lanes)) if isa.signed else value) for value in values]
 
-    tables = _store(e, [[codes(line, number) for number, line in enumerate(lines)]], count, bits)
-    return Int8Tables(tables, e.bind(low + step * tirx.const(128, scalars)) if isa.signed else low, step)
-
-
-def exact_tables(e: Emitter, codebook: Any, rows: Sequence[Any], bits: int) -> ByteTables:
-    """Make the byte tables of `rows` from codebook float16 ``[N, 1, 2**bits]``, given as uint16."""
-    lines = _entries(e, codebook, rows, bits, "uint16")
-
-    def byte(part: Any, shift: int) -> Any:
-        words = part >> tirx.const(shift, str(part.ty.dtype)) if shift else part
-        return e.bind(tirx.Cast(vector("uint8", lanes_of(part)), words))
-
-    halves = [[[byte(part, shift) for part in line] for line in lines] for shift in (0, 8)]
-    return _store(e, halves, len(rows), bits)
+    if isa.signed:
+        low = e.bind(low + step * tirx.const(128, scalars))
+    return low, step, [codes(line, number) for number, line in enumerate(lines)]
 
 
 def _entries(e: Emitter, codebook: Any, rows: Sequence[Any], bits: int, dtype: str) -> list[list[Any]]:
@@ -123,24 +181,3 @@ def _entries(e: Emitter, codebook: Any, rows: Sequence[Any], bits: int, dtype: s
 def _float32(e: Emitter, half: Any) -> Any:
     lanes = lanes_of(half)
     return e.bind(tirx.Cast(vector("float32", lanes), tirx.reinterpret(vector("float16", lanes), half)))
-
-
-def _store(e: Emitter, halves: Sequence[Sequence[Sequence[Any]]], rows: int, bits: int) -> ByteTables:
-    """Lay out entries, in lines as `_entries` makes them, as the tables that `ByteTables.load` reads."""
-    entries, variants = 2**bits, table_variants(bits)
-    size = max(16, entries)
-    buffer = e.local("uint8", len(halves) * variants * rows * size, "tables")
-    for half, lines in enumerate(halves):
-        for variant in range(variants):
-            place = (half * variants + variant) * rows * size
-            for line in lines:
-                # Stores as wide as the loads to come: LLVM then keeps the tables in registers.
-                for first in range(0, len(line), 64 // LANES):
-                    parts = line[first : first + 64 // LANES]
-                    lanes = range(sum(map(lanes_of, parts)))
-                    if bits < 4:
-                        lanes = [own + code for own in lanes[::entries] for code in table_entries(bits, variant)]
-                    codes = e.bind(shuffle(parts, lanes))
-                    e.store(buffer, place, codes)
-                    place += lanes_of(codes)
-    return ByteTables(buffer, rows, bits)
