@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := runtime exporter eval tests
+PACKAGES := runtime exporter tvm_kernels eval
 
 .PHONY: demo test test-slow lint typecheck format clean
 
@@ -35,8 +35,8 @@ lint: $(VENV)/.installed typecheck
 # The folders become the namespace package `pmpd` through a tree of links, which type checkers can follow.
 typecheck: $(VENV)/.installed
 	mkdir -p .typecheck/pmpd
-	for folder in runtime exporter eval; do ln -sfn ../../$$folder .typecheck/pmpd/$$folder; done
-	$(BIN)/mypy -p pmpd.runtime -p pmpd.exporter -p pmpd.eval
+	for folder in $(PACKAGES); do ln -sfn ../../$$folder .typecheck/pmpd/$$folder; done
+	$(BIN)/mypy $(PACKAGES:%=-p pmpd.%)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

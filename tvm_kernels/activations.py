@@ -50,7 +50,9 @@ def pack_int8(isa: Isa, *, name: str) -> Any:
                 e.store(x, 0, e.load(e["x"], source + first.astype("int64"), GROUP))
             with e.when(first + GROUP > e["k"]):  # the row ends here: nothing behind it is read
                 e.store(x, 0, tirx.const(0.0, floats))
-                with e.loop("column", tirx.const(0, "int32"), tirx.max(e["k"] - first, tirx.const(0, "int32"))) as column:
+                with e.loop(
+                    "column", tirx.const(0, "int32"), tirx.max(e["k"] - first, tirx.const(0, "int32"))
+                ) as column:
                     e.store(x, column, e.load(e["x"], source + (first + column).astype("int64")))
             values = e.load(x, 0, GROUP)
             largest = _reduce(e, tirx.call_llvm_pure_intrin(floats, "llvm.fabs", values), tirx.max)

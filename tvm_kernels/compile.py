@@ -1,33 +1,43 @@
 """From kernels to objects and the table that the operator library is linked from.
 
-Objects are kept in the user's cache folder by what they are made of: a second export compiles nothing.
+Objects are kept in the user's cache folder by what they are made of: a second export compiles nothing. Compiling is
+done by processes of their own (``python -m pmpd.tvm_kernels.compile``), a few at a time, because TVM uses one thread.
 """
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
+import importlib.util
+import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pmpd.runtime.errors import MissingExtraError
+from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.targets import Target
 
-__all__ = ["compile_kernels", "kernels_of"]
+__all__ = ["Progress", "compile_kernels", "kernels_of"]
+
+# The modules that decide what is in an object.
+_GENERATORS = ("activations", "emit", "gemm", "gemv", "isa", "planes", "portable", "tables")
+
+# Given what is done, one item after another, and how many there will be, it hands the items on.
+Progress = Callable[[Iterable[str], int], Iterable[str]]
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """One function to compile: the kernel itself, its packing function, or the portable one (no kernel)."""
+    """One function to compile, by its symbol: a kernel, the packing of its activations, or the portable one."""
 
     symbol: str
-    kernel: Any
-    part: Literal["kernel", "pack", "portable"]
+    kernel: dict[str, Any] | None
     triple: str
     cpu: str
     attributes: tuple[str, ...]
@@ -48,7 +58,12 @@ def kernels_of(target: Target, precisions: Sequence[int]) -> list[Any]:
 
 
 def compile_kernels(
-    target: Target, *, precisions: Sequence[int], directory: Path, kernels: Sequence[Any] | None = None
+    target: Target,
+    *,
+    precisions: Sequence[int],
+    directory: Path,
+    kernels: Sequence[Any] | None = None,
+    progress: Progress = lambda done, _: done,
 ) -> list[Path]:
     """Compile a target's kernels and write the table of ``kernels.h``; return the files to link, objects and C.
 
@@ -57,55 +72,91 @@ def compile_kernels(
         precisions: the p to have kernels for.
         directory: where `kernels.c` goes; the objects stay in the cache.
         kernels: other kernels than the tuned ones.
+        progress: shows what is done of what is not in the cache yet.
 
     Raises:
         MissingExtraError: apache-tvm is not installed.
+        PmpdError: TVM fails on a kernel.
     """
-    try:
-        import tvm  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("kernels need apache-tvm: run `pip install 'pmpd[tune]'`") from None
+    if importlib.util.find_spec("tvm") is None:
+        raise MissingExtraError("apache-tvm", "tune")
     chosen = kernels_of(target, precisions) if kernels is None else list(kernels)
     units = {unit.symbol: unit for kernel in chosen for unit in _units(kernel, target)}
-    units["pmpd_any"] = _Unit("pmpd_any", None, "portable", target.triple, target.baseline, ())
+    units["pmpd_any"] = _Unit("pmpd_any", None, target.triple, target.baseline, ())
     objects = {symbol: _cached(unit) for symbol, unit in units.items()}
-    missing = [(units[symbol], path) for symbol, path in objects.items() if not path.exists()]
+    missing = {path: units[symbol] for symbol, path in objects.items() if not path.exists()}
     if missing:
-        # TVM compiles in one thread; fresh processes, because its own threads do not survive a fork.
-        workers = min(len(missing), os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            for _ in pool.map(_compile, *zip(*missing, strict=True)):
-                pass
+        for _ in progress(_compile_all(missing), len(missing)):
+            pass
     table = directory / "kernels.c"
     table.write_text(_table(chosen), encoding="utf-8")
     return [table, *objects.values()]
 
 
 def _units(kernel: Any, target: Target) -> list[_Unit]:
+    values = kernel.to_json()
     machine = (target.triple, kernel.isa.cpu, kernel.isa.attributes)
-    return [_Unit(kernel.name, kernel, "kernel", *machine), _Unit(kernel.pack_name, kernel, "pack", *machine)]
+    return [_Unit(symbol, values, *machine) for symbol in (kernel.name, kernel.pack_name)]
+
+
+def _compile_all(units: dict[Path, _Unit]) -> Iterator[str]:
+    """Compile functions into objects; yield the symbols as they are done."""
+    todo = iter(units.items())
+    lock, done = threading.Lock(), queue.SimpleQueue[str | BaseException]()
+
+    def work() -> None:
+        command = [sys.executable, "-m", "pmpd.tvm_kernels.compile"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            while True:
+                with lock:
+                    path, unit = next(todo, (None, None))
+                if unit is None:
+                    break
+                worker.stdin.write(json.dumps({"path": str(path), **asdict(unit)}) + "\n")
+                worker.stdin.flush()
+                if not worker.stdout.readline():
+                    done.put(PmpdError(f"TVM fails to compile the kernel {unit.symbol}: its messages are above"))
+                    break
+                done.put(unit.symbol)
+            worker.stdin.close()
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(len(units), os.cpu_count() or 1))]
+    for worker in workers:
+        worker.start()
+    for _ in units:
+        symbol = done.get()
+        if isinstance(symbol, BaseException):
+            raise symbol
+        yield symbol
+    for worker in workers:
+        worker.join()
 
 
 def _cached(unit: _Unit) -> Path:
     """Return where the object of a function is kept: under a name made of everything that decides its contents."""
-    here = Path(__file__).parent
     digest = hashlib.sha256()
-    for source in sorted(here.glob("*.py")):
-        digest.update(source.read_bytes())
+    for module in _GENERATORS:
+        digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
     digest.update(repr((unit.symbol, unit.triple, unit.cpu, unit.attributes, version("apache-tvm"))).encode())
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "pmpd" / "kernels" / f"{unit.symbol}-{digest.hexdigest()[:16]}.o"
 
 
 def _compile(unit: _Unit, path: Path) -> None:
-    """Compile one function into an object file (in a process of its own)."""
+    """Compile one function into an object file."""
     import tvm
     from tvm import tirx
 
+    from pmpd.tvm_kernels.kernel import Kernel
     from pmpd.tvm_kernels.portable import portable_matmul
 
-    made = {"kernel": lambda: unit.kernel.function(), "pack": lambda: unit.kernel.pack_function()}
-    function = made.get(unit.part, portable_matmul)()
+    if unit.kernel is None:
+        function = portable_matmul()
+    else:
+        kernel = Kernel.from_json(unit.kernel)
+        function = kernel.pack_function() if unit.symbol == kernel.pack_name else kernel.function()
     target = tvm.target.Target(
         {"kind": "llvm", "mtriple": unit.triple, "mcpu": unit.cpu, "mattr": list(unit.attributes)}
     )
@@ -135,3 +186,17 @@ def _table(kernels: Sequence[Any]) -> str:
     lines += [f"  {kernel.table_entry()}," for kernel in kernels] or ["  {0},"]
     lines += ["};", f"const size_t pmpd_kernel_count = {len(kernels)};", ""]
     return "\n".join(lines)
+
+
+def _serve() -> None:
+    """Compile what standard input names, a unit a line; answer each with a line."""
+    for line in sys.stdin:
+        values = json.loads(line)
+        path = Path(values.pop("path"))
+        _compile(_Unit(**values), path)
+        sys.stdout.write(f"{values['symbol']}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _serve()

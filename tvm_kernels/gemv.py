@@ -173,9 +173,7 @@ def float_values(e: Emitter, isa: Isa, tables: tuple[Any, Any], code: Any, bits:
     """Look up float32 weights: those of the even bytes of a vector, then those of the odd ones."""
     halves = isa.width // 2
     words = vector("uint16", halves)
-    low, high = (
-        tirx.reinterpret(words, isa.lookup(e, half[code.variant], code.index, bits)) for half in tables
-    )
+    low, high = (tirx.reinterpret(words, isa.lookup(e, half[code.variant], code.index, bits)) for half in tables)
     byte, eight = tirx.const(0x00FF, words), tirx.const(8, words)
     even = (low & byte) | (high << eight)
     odd = (low >> eight) | (high & tirx.const(0xFF00, words))

@@ -79,7 +79,8 @@ class Isa:
 class Avx2(Isa):
     """256-bit x86, as of 2013: byte shuffles, multiply-add of byte pairs into 16 bits."""
 
-    name, arch, feature = "avx2", "x86_64", ("PMPD_AVX2",)
+    name, arch = "avx2", "x86_64"
+    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX2",)
     width, registers, cpu = 32, 16, "x86-64-v3"
     levels = 128
     shuffle = "llvm.x86.avx2.pshuf.b"
@@ -121,8 +122,9 @@ class Avx2(Isa):
 class AvxVnni(Avx2):
     """AVX2 with the VNNI products in the VEX encoding (2021)."""
 
-    name, feature = "avxvnni", ("PMPD_AVX2", "PMPD_AVX_VNNI")
-    attributes = ("+avxvnni",)
+    name = "avxvnni"
+    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX2", "PMPD_AVX_VNNI")
+    attributes: ClassVar[tuple[str, ...]] = ("+avxvnni",)
     levels = 256
     product = "llvm.x86.avx512.vpdpbusd.256"
 
@@ -134,7 +136,8 @@ class AvxVnni(Avx2):
 class Avx512(Avx2):
     """512-bit x86, as of 2017 (F, BW, DQ, VL)."""
 
-    name, feature = "avx512", ("PMPD_AVX512",)
+    name = "avx512"
+    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX512",)
     width, registers, cpu = 64, 32, "x86-64-v4"
     shuffle = "llvm.x86.avx512.pshuf.b.512"
     pairs, quads = "llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"
@@ -151,18 +154,20 @@ class Avx512(Avx2):
 class Avx512Vnni(Avx512):
     """AVX-512 with the VNNI products (2019)."""
 
-    name, feature = "avx512vnni", ("PMPD_AVX512", "PMPD_AVX512_VNNI")
-    attributes = ("+avx512vnni",)
+    name = "avx512vnni"
+    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX512", "PMPD_AVX512_VNNI")
+    attributes: ClassVar[tuple[str, ...]] = ("+avx512vnni",)
     levels = 256
     product = "llvm.x86.avx512.vpdpbusd.512"
     dot = AvxVnni.dot
 
 
 class Avx512Vbmi(Avx512Vnni):
-    """AVX-512 with VNNI and the byte permutations of VBMI (2019): tables of 64 entries, junk above the index allowed."""
+    """AVX-512 with VNNI and the byte permutations of VBMI (2019): tables of 64 entries, and junk above an index."""
 
-    name, feature = "avx512vbmi", ("PMPD_AVX512", "PMPD_AVX512_VNNI", "PMPD_AVX512_VBMI")
-    attributes = ("+avx512vnni", "+avx512vbmi")
+    name = "avx512vbmi"
+    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX512", "PMPD_AVX512_VNNI", "PMPD_AVX512_VBMI")
+    attributes: ClassVar[tuple[str, ...]] = ("+avx512vnni", "+avx512vbmi")
 
     def tables(self, e: Emitter, buffer: Any, offset: int, bits: int) -> list[Any]:
         """One vector for each 64 entries; a smaller table is repeated."""
@@ -175,9 +180,7 @@ class Avx512Vbmi(Avx512Vnni):
         """Permutations of 64 entries, of two tables of 64, or of two such pairs."""
         where = _bits(index, "uint8x64")
         if len(tables) == 1:
-            return e.bind(
-                tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.permvar.qi.512", tables[0], where)
-            )
+            return e.bind(tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.permvar.qi.512", tables[0], where))
         pairs = [
             tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", low, where, high)
             for low, high in zip(tables[::2], tables[1::2], strict=True)
@@ -190,9 +193,10 @@ class Avx512Vbmi(Avx512Vnni):
 class Neon(Isa):
     """128-bit Arm (Armv8.0): table look-ups of 16 to 64 entries; products widen to 16 bits."""
 
-    name, arch, feature = "neon", "aarch64", ("PMPD_NEON",)
+    name, arch = "neon", "aarch64"
+    feature: ClassVar[tuple[str, ...]] = ("PMPD_NEON",)
     width, registers, cpu = 16, 32, "generic"
-    attributes = ("+neon",)
+    attributes: ClassVar[tuple[str, ...]] = ("+neon",)
     signed = True
 
     def tables(self, e: Emitter, buffer: Any, offset: int, bits: int) -> list[Any]:
@@ -204,9 +208,7 @@ class Neon(Isa):
         where = index & tirx.const(0x0F0F0F0F, "uint32x4") if bits <= 4 else index
         where = e.bind(_bits(where, "uint8x16"))
         count = min(len(tables), 4)
-        found = tirx.call_llvm_pure_intrin(
-            "uint8x16", f"llvm.aarch64.neon.tbl{count}", *tables[:count], where
-        )
+        found = tirx.call_llvm_pure_intrin("uint8x16", f"llvm.aarch64.neon.tbl{count}", *tables[:count], where)
         for part in range(4, len(tables), 4):
             further = where - tirx.const(16 * part, "uint8x16")
             found = tirx.call_llvm_pure_intrin(
@@ -222,9 +224,7 @@ class Neon(Isa):
             return shuffle([value], [8 * part + i for i in range(8)])
 
         def pairs(part: int) -> Any:
-            wide = tirx.call_llvm_pure_intrin(
-                "int16x8", "llvm.aarch64.neon.smull", half(codes, part), half(x, part)
-            )
+            wide = tirx.call_llvm_pure_intrin("int16x8", "llvm.aarch64.neon.smull", half(codes, part), half(x, part))
             return tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", wide)
 
         return total + tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.addp", pairs(0), pairs(1))
@@ -233,8 +233,9 @@ class Neon(Isa):
 class Dotprod(Neon):
     """Arm with the dot products of Armv8.2."""
 
-    name, feature = "dotprod", ("PMPD_NEON", "PMPD_DOTPROD")
-    attributes = ("+neon", "+dotprod")
+    name = "dotprod"
+    feature: ClassVar[tuple[str, ...]] = ("PMPD_NEON", "PMPD_DOTPROD")
+    attributes: ClassVar[tuple[str, ...]] = ("+neon", "+dotprod")
 
     def dot(self, total: Any, codes: Any, x: Any) -> Any:
         """One instruction."""

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 from pmpd.tvm_kernels.isa import ISAS, Isa
 
@@ -52,6 +53,16 @@ class Kernel:
     accuracy: Accuracy
     phase: Phase
     tuning: Tuning
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the kernel as JSON-ready data."""
+        choice = {"bits": self.bits, "accuracy": self.accuracy, "phase": self.phase, "tuning": asdict(self.tuning)}
+        return {"isa": self.isa.name, **choice}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the kernel that `to_json` describes."""
+        return cls(**{**values, "isa": isa_named(values["isa"]), "tuning": Tuning(**values["tuning"])})
 
     @property
     def name(self) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pmpd.runtime.errors import MissingExtraError, PmpdError
+from pmpd.tvm_kernels.compile import Progress, compile_kernels
 from pmpd.tvm_kernels.targets import Target, find_target
 
 __all__ = ["build_library", "link_library"]
@@ -31,7 +32,9 @@ _OPTIONS = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *_WARNINGS]
 _LINK = ["-shared", "-s", "-pthread", "-lm", "-Wl,-z,defs", f"-Wl,--version-script={SOURCES / 'exports.map'}"]
 
 
-def build_library(target: str, *, precisions: Sequence[int], output: Path) -> None:
+def build_library(
+    target: str, *, precisions: Sequence[int], output: Path, progress: Progress = lambda done, _: done
+) -> None:
     """Compile the kernels for some precisions (bits) and a target, and link them into the file `output`.
 
     Raises:
@@ -40,10 +43,9 @@ def build_library(target: str, *, precisions: Sequence[int], output: Path) -> No
     """
     chosen = find_target(target)
     _compiler(chosen)  # if there is none, say so before the kernels take their time
-    from pmpd.tvm_kernels.compile import compile_kernels
-
     with TemporaryDirectory() as directory:
-        link_library(chosen, compile_kernels(chosen, precisions=precisions, directory=Path(directory)), output=output)
+        files = compile_kernels(chosen, precisions=precisions, directory=Path(directory), progress=progress)
+        link_library(chosen, files, output=output)
 
 
 def link_library(target: Target, kernels: Sequence[Path], *, output: Path) -> None:

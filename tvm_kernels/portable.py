@@ -19,7 +19,7 @@ LANES = 16
 
 
 def portable_matmul() -> Any:
-    """Return the kernel of kernels.h, `pmpd_any`: a line of a row is decoded to floats, then multiplied with every x."""
+    """Return the kernel of kernels.h, `pmpd_any`: decode a line of a row to floats, multiply it with every x."""
     e = Emitter(
         PORTABLE_NAME,
         [
@@ -56,8 +56,7 @@ def _decode_byte(e: Emitter, row: Any, byte: Any, place: Any, weights: Any) -> N
     zero, wide = tirx.const(0, "int32"), vector("int32", 8)
     codes = e.local("int32", 8, "codes")
     e.store(codes, 0, tirx.const(0, wide))
-    bit = shuffle([tirx.const(0, "int32")], [0])
-    shifts = tirx.Ramp(bit, tirx.const(1, "int32"), 8)
+    shifts = tirx.Ramp(zero, tirx.const(1, "int32"), 8)
     with e.loop("plane", zero, e["bits"]) as plane:
         row_bytes = e["lines"].astype("int64") * (LINE_COLUMNS // 8)
         where = plane.astype("int64") * e["plane_bytes"] + row.astype("int64") * row_bytes + byte.astype("int64")
@@ -101,4 +100,3 @@ def _multiply_line(e: Emitter, row: Any, first: Any, weights: Any) -> None:
         with e.loop("rest", e.bind(vectors * LANES), count) as rest:
             product = e.load(e["x"], source + rest.astype("int64")) * e.load(weights, rest)
             e.store(e["y"], place, e.load(e["y"], place) + product)
-    assert row is not None

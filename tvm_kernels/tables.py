@@ -91,7 +91,8 @@ class Int8Tables:
     def scale(self, e: Emitter, *, slot: Any = 0) -> tuple[Any, Any]:
         """Return the least value and the step of every row (float32, a lane a row)."""
         rows = self.tables.rows
-        return tuple(e.load(self.scalars, slot * (2 * rows) + part * rows, rows) for part in range(2))  # type: ignore[return-value]
+        low, step = (e.load(self.scalars, slot * (2 * rows) + part * rows, rows) for part in range(2))
+        return low, step
 
     def fill(self, e: Emitter, isa: Isa, codebook: Any, rows: Sequence[Any], *, slot: Any = 0) -> None:
         """Make the tables of `rows` (row numbers) from codebook float16 ``[N, 1, 2**bits]``, given as uint16."""

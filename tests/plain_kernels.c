@@ -1,0 +1,63 @@
+/* Kernels for tests, of 3, 4 and 6 bits: plain loops that are right, and an `int8` that rounds activations visibly. */
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+static float from_half(uint16_t half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const float value = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+  return half >> 15 ? -value : value;
+}
+
+void pmpd_any(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebook, const float *x, float *y,
+              int64_t ldy, int32_t bits, int32_t groups, int32_t group_bytes, int32_t k, int32_t lines, int32_t m,
+              int32_t begin, int32_t end) {
+  for (int32_t row = begin; row < end; row++) {
+    for (int32_t i = 0; i < m; i++) y[i * ldy + row] = 0;
+    for (int32_t column = 0; column < k; column++) {
+      const int32_t byte = column / 8;
+      uint32_t entry = (uint32_t)(row * groups + byte / group_bytes);
+      for (int32_t plane = 0; plane < bits; plane++)
+        entry = entry << 1 | (planes[plane * plane_bytes + (int64_t)row * lines * 64 + byte] >> column % 8 & 1);
+      const float weight = from_half(codebook[entry]);
+      for (int32_t i = 0; i < m; i++) y[i * ldy + row] += weight * x[(int64_t)i * k + column];
+    }
+  }
+}
+
+static void pack(const float *x, void *packed, float *scale, float *sum, int32_t k, int32_t lines, int32_t begin,
+                 int32_t end) {
+  (void)scale, (void)sum;
+  for (int32_t i = begin; i < end; i++) {
+    float *to = (float *)packed + (int64_t)i * lines * 512;
+    memset(to, 0, (size_t)lines * 512 * sizeof *to);
+    memcpy(to, x + (int64_t)i * k, (size_t)k * sizeof *to);
+  }
+}
+
+static void pack_int8(const float *x, void *packed, float *scale, float *sum, int32_t k, int32_t lines, int32_t begin,
+                      int32_t end) {
+  pack(x, packed, scale, sum, k, lines, begin, end);
+  for (float *to = (float *)packed + (int64_t)begin * lines * 512; to < (float *)packed + (int64_t)end * lines * 512; to++)
+    *to = roundf(*to * 128) / 128;
+}
+
+#define MATMUL(p)                                                                                                     \
+  static void matmul_##p(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebook, const void *packed,    \
+                         const float *scale, const float *sum, float *y, int64_t ldy, uint8_t *scratch, int32_t lines, \
+                         int32_t m, int32_t begin, int32_t end) {                                                     \
+    (void)scale, (void)sum, (void)scratch;                                                                            \
+    pmpd_any(planes, plane_bytes, codebook, packed, y, ldy, p, 1, lines * 64, lines * 512, lines, m, begin, end);     \
+  }
+MATMUL(3)
+MATMUL(4)
+MATMUL(6)
+
+#define KERNELS(p)                                                                  \
+  {"plain_exact_" #p, 0, p, PMPD_EXACT, 1, 4, 1, 64, 0, 0, pack, matmul_##p},       \
+      {"plain_one_int8_" #p, 0, p, PMPD_INT8, 0, 4, 1, 64, 0, 0, pack_int8, matmul_##p}, \
+      {"plain_int8_" #p, 0, p, PMPD_INT8, 1, 4, 1, 64, 0, 0, pack_int8, matmul_##p}
+const struct pmpd_kernel pmpd_kernels[] = {KERNELS(3), KERNELS(4), KERNELS(6)};
+const size_t pmpd_kernel_count = sizeof pmpd_kernels / sizeof *pmpd_kernels;
+const char pmpd_any_name[] = "pmpd_any";
