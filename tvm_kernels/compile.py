@@ -23,10 +23,10 @@ from typing import Any
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.targets import Target
 
-__all__ = ["Progress", "compile_kernels", "kernels_of"]
+__all__ = ["Progress", "attentions_of", "compile_kernels", "kernels_of"]
 
 # The modules that decide what is in an object.
-_GENERATORS = ("activations", "emit", "gemm", "gemv", "isa", "planes", "portable", "tables")
+_GENERATORS = ("activations", "attention", "emit", "gemm", "gemv", "isa", "planes", "portable", "tables")
 
 # Given what is done, one item after another, and how many there will be, it hands the items on.
 Progress = Callable[[Iterable[str], int], Iterable[str]]
@@ -34,7 +34,7 @@ Progress = Callable[[Iterable[str], int], Iterable[str]]
 
 @dataclass(frozen=True)
 class _Unit:
-    """One function to compile, by its symbol: a kernel, the packing of its activations, or the portable one."""
+    """One function to compile, by its symbol: a kernel, the packing of its activations, attention, or `pmpd_any`."""
 
     symbol: str
     kernel: dict[str, Any] | None
@@ -46,7 +46,7 @@ class _Unit:
 def kernels_of(target: Target, precisions: Sequence[int]) -> list[Any]:
     """Return the kernels of a target's library, best first: every instruction set, precision, accuracy and phase."""
     from pmpd.tvm_kernels.kernel import ACCURACIES, Kernel, isa_named
-    from pmpd.tvm_kernels.records import tuning
+    from pmpd.tvm_kernels.tuned import tuning
 
     return [
         Kernel(isa=isa, bits=bits, accuracy=accuracy, phase=phase, tuning=tuning(isa, bits, accuracy, phase))
@@ -57,11 +57,28 @@ def kernels_of(target: Target, precisions: Sequence[int]) -> list[Any]:
     ]
 
 
+def attentions_of(target: Target, head_dims: Sequence[int]) -> list[Any]:
+    """Return the attention kernels of a target's library, best first, for heads of some sizes."""
+    from pmpd.tvm_kernels.attention import queries_together
+    from pmpd.tvm_kernels.isa import Avx2, Avx512, Neon, Portable
+    from pmpd.tvm_kernels.kernel import AttentionKernel
+
+    # Attention has no use for 8-bit products: the plainest of each vector width.
+    return [
+        AttentionKernel(isa=isa, dim=dim, queries=queries)
+        for isa in (Avx512(), Avx2(), Neon(), Portable())
+        if isa.name in (*target.isa, "portable")
+        for dim in sorted(set(head_dims))
+        for queries in sorted({queries_together(isa, dim), 1}, reverse=True)
+    ]
+
+
 def compile_kernels(
     target: Target,
     *,
     precisions: Sequence[int],
     directory: Path,
+    head_dims: Sequence[int] = (),
     kernels: Sequence[Any] | None = None,
     progress: Progress = lambda done, _: done,
 ) -> list[Path]:
@@ -70,6 +87,7 @@ def compile_kernels(
     Args:
         target: the machine.
         precisions: the p to have kernels for.
+        head_dims: sizes of attention heads to have kernels for.
         directory: where `kernels.c` goes; the objects stay in the cache.
         kernels: other kernels than the tuned ones.
         progress: shows what is done of what is not in the cache yet.
@@ -81,7 +99,11 @@ def compile_kernels(
     if importlib.util.find_spec("tvm") is None:
         raise MissingExtraError("apache-tvm", "tune")
     chosen = kernels_of(target, precisions) if kernels is None else list(kernels)
+    attentions = attentions_of(target, head_dims)
     units = {unit.symbol: unit for kernel in chosen for unit in _units(kernel, target)}
+    for kernel in attentions:
+        cpu = target.baseline if kernel.isa.name == "portable" else kernel.isa.cpu
+        units[kernel.name] = _Unit(kernel.name, kernel.to_json(), target.triple, cpu, kernel.isa.attributes)
     units["pmpd_any"] = _Unit("pmpd_any", None, target.triple, target.baseline, ())
     objects = {symbol: _cached(unit) for symbol, unit in units.items()}
     missing = {path: units[symbol] for symbol, path in objects.items() if not path.exists()}
@@ -89,7 +111,7 @@ def compile_kernels(
         for _ in progress(_compile_all(missing), len(missing)):
             pass
     table = directory / "kernels.c"
-    table.write_text(_table(chosen), encoding="utf-8")
+    table.write_text(_table(chosen, attentions), encoding="utf-8")
     return [table, *objects.values()]
 
 
@@ -149,11 +171,13 @@ def _compile(unit: _Unit, path: Path) -> None:
     import tvm
     from tvm import tirx
 
-    from pmpd.tvm_kernels.kernel import Kernel
+    from pmpd.tvm_kernels.kernel import AttentionKernel, Kernel
     from pmpd.tvm_kernels.portable import portable_matmul
 
     if unit.kernel is None:
         function = portable_matmul()
+    elif "dim" in unit.kernel:
+        function = AttentionKernel.from_json(unit.kernel).function()
     else:
         kernel = Kernel.from_json(unit.kernel)
         function = kernel.pack_function() if unit.symbol == kernel.pack_name else kernel.function()
@@ -171,12 +195,14 @@ def _compile(unit: _Unit, path: Path) -> None:
     partial.replace(path)
 
 
-def _table(kernels: Sequence[Any]) -> str:
+def _table(kernels: Sequence[Any], attentions: Sequence[Any]) -> str:
     """Return the C text that lists the kernels."""
     signatures = {
         "pack": "(const float *, void *, float *, float *, int32_t, int32_t, int32_t, int32_t)",
         "matmul": "(const uint8_t *, int64_t, const uint16_t *, const void *, const float *, const float *, float *, "
         "int64_t, uint8_t *, int32_t, int32_t, int32_t, int32_t)",
+        "attention": "(const float *, uint16_t *, uint16_t *, const float *, const float *, float *, float *, float, "
+        "int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int32_t)",
     }
     packs = sorted({kernel.pack_name for kernel in kernels})
     lines = ['#include "kernels.h"', ""]
@@ -185,6 +211,10 @@ def _table(kernels: Sequence[Any]) -> str:
     lines += ["", 'const char pmpd_any_name[] = "pmpd_any";', "", "const struct pmpd_kernel pmpd_kernels[] = {"]
     lines += [f"  {kernel.table_entry()}," for kernel in kernels] or ["  {0},"]
     lines += ["};", f"const size_t pmpd_kernel_count = {len(kernels)};", ""]
+    lines += [f"extern void {kernel.name}{signatures['attention']};" for kernel in attentions]
+    lines += ["", "const struct pmpd_attention pmpd_attentions[] = {"]
+    lines += [f"  {kernel.table_entry()}," for kernel in attentions] or ["  {0},"]
+    lines += ["};", f"const size_t pmpd_attention_count = {len(attentions)};", ""]
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from tvm import tirx
 
 from pmpd.tvm_kernels.emit import Emitter, lanes_of, shuffle, vector
 
-__all__ = ["ISAS", "Avx2", "Avx512", "Avx512Vbmi", "Avx512Vnni", "AvxVnni", "Dotprod", "Isa", "Neon"]
+__all__ = ["ISAS", "Avx2", "Avx512", "Avx512Vbmi", "Avx512Vnni", "AvxVnni", "Dotprod", "Isa", "Neon", "Portable"]
 
 
 def _bits(value: Any, dtype: str) -> Any:
@@ -74,6 +74,47 @@ class Isa:
     def dot(self, total: Any, codes: Any, x: Any) -> Any:
         """Add to each int32 lane of `total` the products of its four bytes of codes and of x (int8)."""
         raise NotImplementedError
+
+    def from_half(self, half: Any) -> Any:
+        """Return uint16 lanes that hold float16 as float32 lanes."""
+        lanes = lanes_of(half)
+        return tirx.Cast(vector("float32", lanes), tirx.reinterpret(vector("float16", lanes), half))
+
+    def to_half(self, x: Any) -> Any:
+        """Return float32 lanes as float16 in uint16 lanes, rounded to nearest."""
+        lanes = lanes_of(x)
+        return tirx.reinterpret(vector("uint16", lanes), tirx.Cast(vector("float16", lanes), x))
+
+
+class Portable(Isa):
+    """No instruction set in particular: for attention alone, whose arithmetic any compiler vectorizes."""
+
+    name = "portable"
+    feature: ClassVar[tuple[str, ...]] = ()
+    width, registers = 16, 16
+    attributes: ClassVar[tuple[str, ...]] = ()
+
+    def from_half(self, half: Any) -> Any:
+        """Shift exponent and mantissa to where float32 has them; one product mends the bias, subnormals included."""
+        lanes = lanes_of(half)
+        words, floats = vector("uint32", lanes), vector("float32", lanes)
+        wide = tirx.Cast(words, half)
+        magnitude = tirx.reinterpret(floats, (wide & tirx.const(0x7FFF, words)) << tirx.const(13, words))
+        scaled = tirx.reinterpret(words, magnitude * tirx.const(2.0**112, floats))
+        return tirx.reinterpret(floats, scaled | ((wide & tirx.const(0x8000, words)) << tirx.const(16, words)))
+
+    def to_half(self, x: Any) -> Any:
+        """The same way back: the largest float16 bounds it, and the bits that are cut off round to even."""
+        lanes = lanes_of(x)
+        words, floats = vector("uint32", lanes), vector("float32", lanes)
+        bits = tirx.reinterpret(words, x)
+        magnitude = tirx.reinterpret(floats, bits & tirx.const(0x7FFFFFFF, words))
+        bounded = tirx.min(magnitude, tirx.const(65504.0, floats)) * tirx.const(2.0**-112, floats)
+        scaled = tirx.reinterpret(words, bounded)
+        odd = (scaled >> tirx.const(13, words)) & tirx.const(1, words)
+        rounded = (scaled + tirx.const(0xFFF, words) + odd) >> tirx.const(13, words)
+        sign = (bits >> tirx.const(16, words)) & tirx.const(0x8000, words)
+        return tirx.Cast(vector("uint16", lanes), rounded | sign)
 
 
 class Avx2(Isa):

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from pmpd.tvm_kernels.isa import ISAS, Isa
+from pmpd.tvm_kernels.isa import ISAS, Isa, Portable
 
-__all__ = ["ACCURACIES", "Accuracy", "Kernel", "Phase", "Tuning", "isa_named"]
+__all__ = ["ACCURACIES", "Accuracy", "AttentionKernel", "Kernel", "Phase", "Tuning", "isa_named"]
 
 Accuracy = Literal["int8", "exact"]
 Phase = Literal["gemv", "gemm"]
@@ -22,7 +22,7 @@ _TYPES = {"int8": "qs8", "exact": "f32"}
 
 def isa_named(name: str) -> Isa:
     """Return the instruction set of a name (KeyError if there is none)."""
-    return {isa.name: isa for isa in ISAS}[name]
+    return {isa.name: isa for isa in (*ISAS, Portable())}[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +120,37 @@ class Kernel:
             "matmul": self.name,
         }
         return "{" + ", ".join(f".{field} = {value}" for field, value in fields.items()) + "}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionKernel:
+    """Attention over a float16 cache: instruction set, size of a head, queries taken together."""
+
+    isa: Isa
+    dim: int
+    queries: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the kernel as JSON-ready data."""
+        return {"isa": self.isa.name, "dim": self.dim, "queries": self.queries}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Return the kernel that `to_json` describes."""
+        return cls(**{**values, "isa": isa_named(values["isa"])})
+
+    @property
+    def name(self) -> str:
+        """The C symbol, which is also what reports show."""
+        return f"pmpd_attention_f16d{self.dim}_q{self.queries}__{self.isa.name}"
+
+    def function(self) -> Any:
+        """Return the TIR function."""
+        from pmpd.tvm_kernels.attention import attention
+
+        return attention(self.isa, name=self.name, dim=self.dim, queries=self.queries)
+
+    def table_entry(self) -> str:
+        """Return the initializer of its `struct pmpd_attention`."""
+        features = " | ".join(self.isa.feature) or "0"
+        return f'{{"{self.name}", {features}, {self.dim}, {self.queries}, {self.name}}}'

@@ -33,9 +33,14 @@ _LINK = ["-shared", "-s", "-pthread", "-lm", "-Wl,-z,defs", f"-Wl,--version-scri
 
 
 def build_library(
-    target: str, *, precisions: Sequence[int], output: Path, progress: Progress = lambda done, _: done
+    target: str,
+    *,
+    precisions: Sequence[int],
+    head_dims: Sequence[int] = (),
+    output: Path,
+    progress: Progress = lambda done, _: done,
 ) -> None:
-    """Compile the kernels for some precisions (bits) and a target, and link them into the file `output`.
+    """Compile kernels for some precisions (bits), sizes of heads and a target, and link them into the file `output`.
 
     Raises:
         MissingExtraError: TVM, or a C compiler that can link for the target, is not installed.
@@ -44,7 +49,9 @@ def build_library(
     chosen = find_target(target)
     _compiler(chosen)  # if there is none, say so before the kernels take their time
     with TemporaryDirectory() as directory:
-        files = compile_kernels(chosen, precisions=precisions, directory=Path(directory), progress=progress)
+        files = compile_kernels(
+            chosen, precisions=precisions, head_dims=head_dims, directory=Path(directory), progress=progress
+        )
         link_library(chosen, files, output=output)
 
 

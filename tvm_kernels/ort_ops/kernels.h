@@ -58,4 +58,30 @@ void pmpd_any(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebo
               int64_t ldy, int32_t bits, int32_t groups, int32_t group_bytes, int32_t k, int32_t lines, int32_t m,
               int32_t begin, int32_t end);
 
+/* Attention of m new tokens over a cache of `past` positions, for key/value heads [begin, end).
+ * qkv: float32 [m, (heads + 2 * kv_heads) * dim]; keys, values: float16 [kv_heads, capacity, dim], extended in place by
+ * the m positions that follow `past`; cos, sin: float32 [positions, pairs]: element i < pairs of queries and keys is
+ * rotated with element pairs + i; pairs is a multiple of 8. y: float32 [m, heads * dim].
+ * scratch: private to the call, PMPD_ATTENTION_SCRATCH floats. heads is a multiple of kv_heads, dim one of 16. */
+typedef void (*pmpd_attention_fn)(const float *qkv, uint16_t *keys, uint16_t *values, const float *cos,
+                                  const float *sin, float *y, float *scratch, float scale, int32_t m, int32_t past,
+                                  int32_t capacity, int32_t heads, int32_t kv_heads, int32_t pairs, int32_t begin,
+                                  int32_t end);
+
+struct pmpd_attention {
+  const char *name;
+  uint32_t features;
+  int32_t dim;     /* elements of a head */
+  int32_t queries; /* taken together: 1 serves a single token best where every head has its own keys */
+  pmpd_attention_fn attention;
+};
+
+/* Floats of scratch memory for `positions` = past + m. */
+#define PMPD_ATTENTION_SCRATCH(kernel, positions) \
+  ((size_t)(kernel)->queries * (size_t)((kernel)->dim + (positions) + 16))
+
+/* By instruction set, the best first; of one set and dim those with more queries come first. */
+extern const struct pmpd_attention pmpd_attentions[];
+extern const size_t pmpd_attention_count;
+
 #endif
