@@ -2,6 +2,8 @@
 
 from pmpd.eval.results import Metric, Results, Row, Sample
 from pmpd.eval.runner import Settings, evaluate
+from pmpd.eval.speed import SpeedSettings, measure_speed
+from pmpd.eval.speed_results import SpeedResults, SpeedRow
 from pmpd.eval.tasks import TASKS, Task
 
 __all__ = [
@@ -11,6 +13,10 @@ __all__ = [
     "Row",
     "Sample",
     "Settings",
+    "SpeedResults",
+    "SpeedRow",
+    "SpeedSettings",
     "Task",
     "evaluate",
+    "measure_speed",
 ]

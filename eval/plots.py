@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from statistics import median
@@ -87,8 +88,12 @@ def _scheduled(rows: Sequence[Row]) -> list[tuple[Row, float]]:
 
 def _quality_panel(axes: Any, metric: Metric, rows: Sequence[Row], colors: Mapping[str, str]) -> None:
     points = _scheduled(rows)
-    uniform = sorted((bits, row.metrics[metric.name]) for row, bits in points if row.schedule.startswith("uniform:"))
-    axes.plot(*zip(*uniform, strict=True) if uniform else ((), ()), color=_NAMES["--muted"], alpha=0.45, zorder=1)
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row, bits in points:
+        if row.schedule.startswith("uniform:"):
+            lines[row.schedule.partition(" ")[2]].append((bits, row.metrics[metric.name]))  # a line per accuracy
+    for line in lines.values():
+        axes.plot(*zip(*sorted(line), strict=True), color=_NAMES["--muted"], alpha=0.45, zorder=1)
     for row, bits in points:
         axes.errorbar(
             bits,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
@@ -12,7 +14,19 @@ from typing import Any, Self
 
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["FP", "VERSION", "Metric", "Results", "Row", "Sample", "format_number", "write_atomically"]
+__all__ = [
+    "FP",
+    "VERSION",
+    "Metric",
+    "Results",
+    "Row",
+    "Sample",
+    "csv_text",
+    "format_number",
+    "json_text",
+    "markdown_table",
+    "write_atomically",
+]
 
 FP = "fp"
 VERSION = 1
@@ -130,8 +144,19 @@ class Results:
             "environment": self.environment,
             "version": VERSION,
         }
-        text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-        return _NUMBERS.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
+        return json_text(document)
+
+    def to_csv(self) -> str:
+        """Return a line per row; standard errors are columns of their own."""
+        speeds = ("prefill_tps", "decode_tps")
+        return csv_text(
+            [
+                {"schedule": row.schedule, "average_bits": row.average_bits}
+                | dict(row.metrics)
+                | {name: getattr(row, name) for name in speeds}
+                for row in self.rows
+            ]
+        )
 
     def to_markdown(self) -> str:
         """Return the table."""
@@ -141,10 +166,30 @@ class Results:
             quality = [_cell(metric, row) for metric in self.metrics]
             speeds = [format_number(row.prefill_tps, 1), format_number(row.decode_tps, 1)]
             table.append([row.schedule, format_number(row.average_bits, 2), *quality, *speeds])
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = [_line(line, widths) for line in table]
-        rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-        return "\n".join([lines[0], _line(rule, widths), *lines[1:]])
+        return markdown_table(table)
+
+
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells as a markdown table; the first row is the header, the first column aligned to the left."""
+    widths = [max(3, *(len(line[i]) for line in table)) for i in range(len(table[0]))]
+    lines = [_line(line, widths) for line in table]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([lines[0], _line(rule, widths), *lines[1:]])
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows with the same keys as comma-separated values, the keys first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def json_text(document: object) -> str:
+    """Return JSON as text for people too: indented, with lists of numbers on one line."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    return _NUMBERS.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
 
 
 def format_number(value: float | None, digits: int) -> str:

@@ -16,11 +16,13 @@ from pmpd.eval.models import Model, Scheduled
 from pmpd.eval.records import Template, read_records
 from pmpd.eval.reference import BACKENDS, ReferenceCheckpoint
 from pmpd.eval.results import FP, Results, Row, Sample
+from pmpd.eval.speed import SPEED
 from pmpd.eval.tasks import TASKS, Baseline, Item, Task
 from pmpd.exporter.progress import track
 from pmpd.runtime import Bundle, Generator, Schedule, Tokenizer, parse_schedule
 from pmpd.runtime.bundle import sha256_of
 from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.manifest import ACCURACIES
 from pmpd.runtime.sessions import available_threads
 
 __all__ = ["Settings", "evaluate", "prepare"]
@@ -36,6 +38,9 @@ class Settings:
         task: a name of `TASKS`.
         data: JSON lines (``.jsonl``, also ``.jsonl.gz``), or a plain text.
         schedules: one row each; default uniform at every precision of the bundle.
+        accuracies: how kernels compute; each gives all rows again. Default the bundle's.
+        kernels: a kernel library to use instead of the bundle's.
+        require_fast_kernels: whether to refuse a bundle without compiled kernels for this machine.
         limit: use the first so many items of the data (records; for perplexity, windows of text).
         max_new_tokens: tokens per answer; default the task's.
         prompt_template: the prompt, with ``{field}``; default the task's.
@@ -50,8 +55,11 @@ class Settings:
     """
 
     task: str
-    data: Path
+    data: Path = Path()
     schedules: tuple[str, ...] = ()
+    accuracies: tuple[str, ...] = ()
+    kernels: Path | None = None
+    require_fast_kernels: bool = False
     limit: int | None = None
     max_new_tokens: int | None = None
     prompt_template: str | None = None
@@ -63,9 +71,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise PmpdError(unknown_choice("task", self.task, TASKS))
+            raise PmpdError(unknown_choice("task", self.task, [*TASKS, SPEED]))
+        for accuracy in self.accuracies:
+            if accuracy not in ACCURACIES:
+                raise PmpdError(unknown_choice("accuracy", accuracy, ACCURACIES))
         if self.reference_backend not in BACKENDS:
             raise PmpdError(unknown_choice("reference backend", self.reference_backend, BACKENDS))
+        if self.data == Path():
+            raise PmpdError(f"the task {self.task} needs --data: a .jsonl or text file")
         if not self.data.is_file():
             raise PmpdError(f"data file {self.data} does not exist: give a .jsonl or text file")
         for name in ("limit", "max_new_tokens", "threads"):
@@ -119,7 +132,8 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Resul
     checkpoint = ReferenceCheckpoint.find(bundle, settings.reference)
     items, skipped = _read_items(task, settings)
     threads = settings.threads or available_threads()
-    steps = len(schedules) + 1
+    accuracies = tuple(dict.fromkeys(settings.accuracies)) or (bundle.manifest.accuracy,)
+    steps = len(accuracies) * len(schedules) + 1
     log.info("reference: %s with %s, %d threads", checkpoint.path, settings.reference_backend, threads)
 
     with tempfile.TemporaryDirectory(prefix="pmpd-eval-") as scratch:
@@ -134,14 +148,26 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Resul
         del model
         rows = [Row.of(FP, samples, task.summarize(samples))]
 
-        generator = Generator(bundle, threads=threads, context_length=max(map(task.positions, items)))
         pairs = list(zip(items, baselines, strict=True))
-        for step, (name, schedule) in enumerate(schedules.items(), start=2):
-            scheduled: Model = Scheduled(generator, schedule)
-            scheduled.warm_up(items[0].ids)
-            tracked = track(pairs, step=f"[{step}/{steps}] {name}", total=len(pairs), quiet=quiet)
-            samples = [task.measure(scheduled, item, baseline)[0] for item, baseline in tracked]
-            rows.append(Row.of(name, samples, task.summarize(samples)))
+        kernels: dict[str, list[str]] = {}
+        for accuracy in accuracies:
+            generator = Generator(
+                bundle,
+                threads=threads,
+                context_length=max(map(task.positions, items)),
+                kernels=settings.kernels or True,
+                accuracy=accuracy,
+                require_fast_kernels=settings.require_fast_kernels,
+            )
+            for schedule_name, schedule in schedules.items():
+                name = schedule_name if len(accuracies) == 1 else f"{schedule_name} {accuracy}"
+                scheduled: Model = Scheduled(generator, schedule)
+                scheduled.warm_up(items[0].ids)
+                tracked = track(pairs, step=f"[{len(rows) + 1}/{steps}] {name}", total=len(pairs), quiet=quiet)
+                samples = [task.measure(scheduled, item, baseline)[0] for item, baseline in tracked]
+                rows.append(Row.of(name, samples, task.summarize(samples)))
+            kernels[accuracy] = sorted({node.kernel for node in generator.kernels() if node.kernel})
+            del generator, scheduled  # before the next maps its own cache
 
     environment = {
         **describe_machine(),
@@ -154,11 +180,14 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Resul
             "dtype": "float32",
         },
         "data": {"name": settings.data.name, "sha256": sha256_of(settings.data), "skipped": skipped},
+        "kernels": kernels,
         "limit": settings.limit,
         "settings": {
             **asdict(settings),
             "data": settings.data.name,
             "schedules": {name: str(schedule) for name, schedule in schedules.items()},
+            "accuracies": accuracies,
+            "kernels": settings.kernels and settings.kernels.name,
             "max_new_tokens": task.max_new_tokens,
             "chat": task.chat,
         },

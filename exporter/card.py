@@ -17,6 +17,9 @@ def model_card(manifest: Manifest, results: dict[str, Agreement], *, name: str) 
     front = f"license: {source.license}\n" if source.license else ""
     files = "\n".join(f"| {file} | {entry.size:,} |" for file, entry in sorted(manifest.files.items()))
     checks = "\n".join(f"- {check}: {agreement}" for check, agreement in results.items())
+    kernels = (
+        f"{', '.join(manifest.kernels)} ({manifest.accuracy})" if manifest.kernels else "none: portable graphs, slow"
+    )
     revision = f" at revision `{source.revision}`" if source.revision else ""
     return f"""---
 {front}base_model: {source.model}
@@ -34,6 +37,7 @@ tags: [onnx, pmpd]
 | context | {manifest.context_length} tokens |
 | precisions | {phases}, from {manifest.parent_precision} bit-planes |
 | default schedule | `{manifest.schedule}` |
+| kernels | {kernels} |
 | licence of the weights | {source.license or "see the source model"} |
 | made by | {manifest.producer} |
 
@@ -55,6 +59,8 @@ for token in generator.stream(tokenizer.encode("Once upon a time"), max_new_toke
 ```
 
 The graphs run in stock ONNX Runtime: the operator `pmpd::BitplaneMatMul` carries its definition in standard operators.
+Kernels are native code that the commands above load and run; `pmpd-run --no-kernels` and `Generator(kernels=False)` do
+without.
 
 ## What was checked at export
 

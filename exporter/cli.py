@@ -26,6 +26,12 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
         raise click.BadParameter(f"{value!r} is not a list of bits like 4,3,2") from None
 
 
+def _targets(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return () if value == "none" else tuple(dict.fromkeys(value.split(",")))
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-m", "--model", required=True, help="Hub id, alias (demo, phi-1.5, vicuna-7b, …) or checkpoint folder.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder.  [default: NAME-pmpd]")
@@ -49,6 +55,13 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
 )
 @click.option("--calibration-samples", type=int, default=64, show_default=True, help="Sequences of that text.")
 @click.option("--calibration-length", type=int, default=256, show_default=True, help="Tokens of each sequence.")
+@click.option(
+    "--target",
+    "targets",
+    callback=_targets,
+    help="Machines to build kernels for: x86-64-v4,x86-64-v3,aarch64-linux or none.  [default: this one]",
+)
+@click.option("--accuracy", help="int8 or exact: how kernels compute.  [default: int8]")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -59,6 +72,7 @@ def main(
     model: str,
     output: Path | None,
     head_precision: int | None,
+    accuracy: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -77,13 +91,14 @@ def main(
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
     try:
-        from pmpd.exporter.config import DEFAULT_HEAD_PRECISION, ExportConfig
+        from pmpd.exporter.config import DEFAULT_ACCURACY, DEFAULT_HEAD_PRECISION, ExportConfig
         from pmpd.exporter.pipeline import Export
 
         config = ExportConfig(
             model=model,
             output=output or Path(f"{Path(model).resolve().name}-pmpd"),
             head_precision=DEFAULT_HEAD_PRECISION if head_precision is None else head_precision,
+            accuracy=DEFAULT_ACCURACY if accuracy is None else accuracy,
             **options,
         )
         export = Export.prepare(config)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from pmpd.runtime.bitplanes import MAX_PRECISION
-from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.manifest import ACCURACIES
 from pmpd.runtime.schedule import parse_schedule
+from pmpd.tvm_kernels.targets import find_target
 
-__all__ = ["DEFAULT_HEAD_PRECISION", "ExportConfig"]
+__all__ = ["DEFAULT_ACCURACY", "DEFAULT_HEAD_PRECISION", "ExportConfig"]
 
+DEFAULT_ACCURACY = "int8"
 DEFAULT_HEAD_PRECISION = 6
 
 
@@ -34,6 +37,8 @@ class ExportConfig:
         calibration: text whose gradients weight the clustering; default none, all weights count alike.
         calibration_samples: sequences of that text.
         calibration_length: tokens of each.
+        targets: machines to build kernels for; default this one, if TVM and a compiler are there.
+        accuracy: how kernels compute, ``exact`` or ``int8``.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -54,6 +59,8 @@ class ExportConfig:
     calibration: Path | None = None
     calibration_samples: int = 64
     calibration_length: int = 256
+    targets: tuple[str, ...] | None = None
+    accuracy: str = DEFAULT_ACCURACY
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -80,6 +87,10 @@ class ExportConfig:
                 raise PmpdError(f"{name} must be 1 or more, got {number}")
         if self.schedule is not None:
             parse_schedule(self.schedule, self.precisions)
+        for target in self.targets or ():
+            find_target(target)
+        if self.accuracy not in ACCURACIES:
+            raise PmpdError(unknown_choice("accuracy", self.accuracy, ACCURACIES))
         if self.calibration is not None and not self.calibration.is_file():
             raise PmpdError(f"calibration text {self.calibration} is not a file")
 
@@ -98,5 +109,6 @@ class ExportConfig:
         document = asdict(self)
         del document["output"], document["overwrite"]
         document["precisions"] = list(self.precisions)
+        document["targets"] = self.targets and list(self.targets)
         document["calibration"] = self.calibration and self.calibration.name
         return document

@@ -1,25 +1,36 @@
-"""`pmpd::BitplaneMatMul` as an ONNX model-local function: the operator's definition in standard operators.
+"""The operators of domain `pmpd` as ONNX model-local functions, which define them in operators that are there anyway.
 
-Every graph carries it. ONNX Runtime runs a compiled kernel where one is registered and this body where none is;
-`onnx.reference` runs it too. It works for any N, K, G and p, reads all of them from the shapes, and walks the rows in
-tiles, so that its temporary memory does not grow with the layer. Because the tiles are cut inside a loop no optimizer
-can fold the weights into floats ahead of time.
+Graphs carry them. ONNX Runtime runs a compiled kernel where one is registered and the function's body where none is.
+
+The body of `BitplaneMatMul` has only standard operators, so that `onnx.reference` runs it too. It works for any N, K, G
+and p, reads all of them from the shapes, and walks the rows in tiles, so that its temporary memory does not grow with
+the layer. Because the tiles are cut inside a loop no optimizer can fold the weights into floats ahead of time.
 
 Columns are put in bit-major order: column ``8 b + j`` of a row becomes element ``[j, b]``, so that one multiplication
 by ``2**(7 - j)``, which drops what overflows, brings bit j of every byte to the top. It is cheaper to reorder the few
 activations to match than the many weights. (In ONNX Runtime 1.31 an addition or multiplication of uint8 takes 0.05 ns
 an element, a shift or a bitwise operator 0.5.)
+
+That of `GroupQueryAttention` is ONNX Runtime's own operator of the name, between casts to the type of the cache.
 """
 
 from __future__ import annotations
 
 import onnx
 
-__all__ = ["BITPLANE_DOMAIN", "BITPLANE_MATMUL", "BITPLANE_VERSION", "bitplane_matmul"]
+__all__ = [
+    "BITPLANE_MATMUL",
+    "GROUP_QUERY_ATTENTION",
+    "PMPD_DOMAIN",
+    "PMPD_VERSION",
+    "bitplane_matmul",
+    "group_query_attention",
+]
 
-BITPLANE_DOMAIN = "pmpd"
+PMPD_DOMAIN = "pmpd"
 BITPLANE_MATMUL = "BitplaneMatMul"
-BITPLANE_VERSION = 1
+PMPD_VERSION = 1
+GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 
 # Weights unpacked at a time: enough that the loop's own nodes do not show, few enough for the caches.
 TILE_WEIGHTS = 1 << 19
@@ -168,3 +179,37 @@ def bitplane_matmul() -> onnx.FunctionProto:
     """
     body = _BODY.replace("TILE_WEIGHTS", str(TILE_WEIGHTS)).replace("SMALL_TABLE", str(SMALL_TABLE))
     return onnx.parser.parse_function(body)
+
+
+_ATTENTION_BODY = """
+<domain: "pmpd", opset_import: ["": 21, "com.microsoft": 1]>
+GroupQueryAttention <num_heads, kv_num_heads, scale>
+(qkv, past_key, past_value, last_position, total, cos, sin) => (Y, present_key, present_value)
+{
+  qkv_16 = CastLike (qkv, past_key)
+  cos_16 = CastLike (cos, past_key)
+  sin_16 = CastLike (sin, past_key)
+  y_16, present_key, present_value = com.microsoft.GroupQueryAttention <
+    do_rotary = 1, num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale
+  > (qkv_16, "", "", past_key, past_value, last_position, total, cos_16, sin_16)
+  Y = CastLike (y_16, qkv)
+}
+"""
+
+
+def group_query_attention() -> onnx.FunctionProto:
+    """Return ``GroupQueryAttention(qkv, past_key, past_value, last_position, total, cos, sin)``.
+
+    Attention of M new tokens over a float16 cache of C slots, which it extends: queries and keys are rotated, keys and
+    values rounded to the cache's type, scores times ``scale`` masked causally.
+
+    * qkv float32 ``[1, M, (H + 2 G) D]``: H = ``num_heads`` queries, G = ``kv_num_heads`` keys and as many values;
+    * past_key, past_value, present_key, present_value float16 ``[1, G, C, D]``: the present may be the past's memory;
+    * last_position int32 ``[1]``: positions that are valid after this run, less one; total int32: C;
+    * cos, sin float32 ``[P, pairs]``: element i < pairs of a head is rotated with element pairs + i;
+    * Y float32 ``[1, M, H D]``.
+
+    A kernel computes in float32 throughout. This body computes with as much precision as ONNX Runtime's operator does,
+    from queries and rotary tables that are rounded to the cache's type.
+    """
+    return onnx.parser.parse_function(_ATTENTION_BODY)

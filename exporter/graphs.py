@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxscript
 
 from pmpd.exporter.arch import Decoder
-from pmpd.exporter.functions import BITPLANE_DOMAIN, BITPLANE_VERSION, bitplane_matmul
+from pmpd.exporter.functions import PMPD_DOMAIN, PMPD_VERSION, bitplane_matmul, group_query_attention
 
 __all__ = ["Phase", "build_graph"]
 
@@ -23,7 +23,7 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     The names are those of onnxruntime-genai:
 
     * in: ``input_ids`` int64 ``[B, S]``; ``attention_mask`` int64 ``[B, T]``, 1 where a token stands, this run's
-      included; ``past_key_values.{i}.key`` and ``.value`` float32 ``[B, kv_heads, P, slots]``;
+      included; ``past_key_values.{i}.key`` and ``.value`` float16 ``[B, kv_heads, P, slots]``;
     * out: ``logits`` float32, of the last position ``[B, 1, V]`` (prefill) or all ``[B, S, V]`` (decode);
       ``present.{i}.key`` and ``.value``, which may be the same memory as the past.
 
@@ -31,7 +31,7 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     """
     shape = decoder.shape
     graph = ir.Graph(
-        [], [], nodes=[], name=phase, opset_imports={"": OPSET, "com.microsoft": 1, BITPLANE_DOMAIN: BITPLANE_VERSION}
+        [], [], nodes=[], name=phase, opset_imports={"": OPSET, "com.microsoft": 1, PMPD_DOMAIN: PMPD_VERSION}
     )
     builder = onnxscript.GraphBuilder(graph)
     op = builder.op
@@ -39,7 +39,7 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     mask = builder.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
     names = [f"{i}.{part}" for i in range(shape.layers) for part in ("key", "value")]
     kv_shape = ["batch_size", shape.kv_heads, "past_sequence_length", shape.head.slots]
-    past = [builder.input(f"past_key_values.{name}", ir.DataType.FLOAT, kv_shape) for name in names]
+    past = [builder.input(f"past_key_values.{name}", ir.DataType.FLOAT16, kv_shape) for name in names]
 
     valid = op.ReduceSum(mask, [1], keepdims=0)  # (B)
     last_position = op.Cast(op.Sub(valid, 1), to=ir.DataType.INT32)
@@ -48,19 +48,21 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     logits, presents = decoder(op, input_ids, (last_position, total), past, last_only=last_only)
 
     rows = 1 if last_only else "sequence_length"
-    _output(builder, "logits", logits, ["batch_size", rows, shape.vocab_size])
+    _output(builder, "logits", logits, ir.DataType.FLOAT, ["batch_size", rows, shape.vocab_size])
+    present_shape = ["batch_size", shape.kv_heads, "total", shape.head.slots]
     for name, present in zip(names, presents, strict=True):
-        _output(builder, f"present.{name}", present, ["batch_size", shape.kv_heads, "total", shape.head.slots])
+        _output(builder, f"present.{name}", present, ir.DataType.FLOAT16, present_shape)
     for node in graph:
         node.metadata_props.clear()  # the builder's scope notes are half the file
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name=producer)
-    function = ir.serde.deserialize_function(bitplane_matmul())
-    model.functions[function.identifier()] = function
+    for definition in (bitplane_matmul(), group_query_attention()):
+        function = ir.serde.deserialize_function(definition)
+        model.functions[function.identifier()] = function
     return model
 
 
-def _output(builder: Any, name: str, value: ir.Value, shape: list[int | str]) -> None:
+def _output(builder: Any, name: str, value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> None:
     value.name = name
-    value.type = ir.TensorType(ir.DataType.FLOAT)
+    value.type = ir.TensorType(dtype)
     value.shape = ir.Shape(shape)
     builder.graph.outputs.append(value)

@@ -19,11 +19,20 @@ from pmpd.exporter.checkpoint import Checkpoint
 from pmpd.exporter.config import ExportConfig
 from pmpd.exporter.functions import BITPLANE_MATMUL
 from pmpd.exporter.graphs import Phase, build_graph
+from pmpd.exporter.kernels import build_kernels, built_kernels, wanted_targets
 from pmpd.exporter.nn import BitplaneLinear
 from pmpd.exporter.progress import track
 from pmpd.exporter.quantize import AnyPrecisionQuantizer
 from pmpd.exporter.tokenizer import copy_text_files
-from pmpd.exporter.verify import Agreement, require_agreement, verification_ids, verify_bundle, verify_float_graph
+from pmpd.exporter.verify import (
+    Agreement,
+    kernel_checks,
+    require_agreement,
+    verification_ids,
+    verify_bundle,
+    verify_float_graph,
+    verify_kernels,
+)
 from pmpd.exporter.weights import WeightPlan, checkpoint_shapes, external_tensor, plain_tensors, plan_weights
 from pmpd.exporter.workspace import Workspace, fingerprint
 from pmpd.runtime.bundle import Bundle, sha256_of
@@ -102,21 +111,31 @@ class Export:
         """Return the plan in lines for a person."""
         config, shape, plan = self.config, self.family.shape, self.plan
         graph = build_graph(_network(config, self.family, config.precisions[0]), phase="decode", producer="").graph
-        a_layer = sum((node.name or "").startswith("model/layers.0/") for node in graph)
+        last = f"model/layers.{shape.layers - 1}/"
+        a_layer = sum((node.name or "").startswith(last) for node in graph)
         products = sum(node.op_type == BITPLANE_MATMUL for node in graph)
-        bits = "/".join(map(str, config.precisions))
         rest = plan.size - plan.plane_bytes - plan.codebook_bytes
         return [
             f"model     {config.model}: {self.family.model_type}, {self.parameters / 1e6:,.1f} M parameters, "
             f"{shape.layers} layers, context {shape.context_length}",
-            f"bundle    {config.output}: {bits} bits from {config.parent} planes, prefill at {config.prefill}, "
-            f"head at {config.head_precision}, schedule {config.schedule}",
+            f"bundle    {config.output}: {_bits(config.precisions)} bits from {config.parent} planes, "
+            f"prefill at {config.prefill}, head at {config.head_precision}, schedule {config.schedule}",
             f"weights   {plan.size / 1e6:,.1f} MB: planes {plan.plane_bytes / 1e6:,.1f}, "
             f"codebooks {plan.codebook_bytes / 1e6:,.1f}, embedding and the rest {rest / 1e6:,.1f}",
             f"graphs    {len(config.precisions) + 1} of {len(graph)} nodes, {a_layer} a layer, "
             f"{products} {BITPLANE_MATMUL}",
+            f"kernels   {self._kernels()}",
             f"needs     {plan.size / 1e9:.2f} GB of disk, about {self.peak_memory / 1e9:.1f} GB of memory",
         ]
+
+    @property
+    def kernel_precisions(self) -> tuple[int, ...]:
+        """Bits of all weights that a kernel may meet, high to low."""
+        return tuple(sorted({*self.config.precisions, self.config.head_precision}, reverse=True))
+
+    def _kernels(self) -> str:
+        targets = ", ".join(wanted_targets(self.config.targets))
+        return f"{targets}: {self.config.accuracy}, {_bits(self.kernel_precisions)} bits" if targets else "none"
 
     def run(self, *, quiet: bool = False) -> Manifest:
         """Do the export; what an earlier, interrupted one has done is not done again.
@@ -126,10 +145,14 @@ class Export:
         """
         config = self.config
         text = config.calibration and sha256_of(config.calibration)
-        mark = fingerprint(config.to_json(), text, self.checkpoint.identity(), version("pmpd"))
+        # Kernels are no part of the work that a folder is named after: whoever wants others keeps his weights.
+        kernels = {"targets": None, "accuracy": None}
+        mark = fingerprint(config.to_json() | kernels, text, self.checkpoint.identity(), version("pmpd"))
         with Workspace.open(config.output, mark, self.plan) as workspace:
             if workspace.done:
-                log.info("resuming: %d of %d steps are done", len(workspace.done), len(self.plan.linears) + 1)
+                steps = len(self.plan.linears) + 1 + len(wanted_targets(config.targets))
+                log.info("resuming: %d of %d steps are done", len(workspace.done), steps)
+            build_kernels(config.targets, self.kernel_precisions, self.family.shape.head.slots, workspace, quiet=quiet)
             copy_text_files(self.checkpoint, workspace.path)
             self._quantize(workspace, quiet=quiet)
             for phase, precision in self._graphs():
@@ -191,6 +214,12 @@ class Export:
         results = {"float32 graph against transformers": verify_float_graph(self.checkpoint, self.family, ids)}
         checks = verify_bundle(bundle, self.checkpoint, self.family, self.plan, ids)
         results |= dict(track(checks, step="verify", total=len(self.config.precisions) + 1, quiet=quiet))
+        if runs := kernel_checks(bundle.manifest):
+            results |= dict(
+                track(verify_kernels(bundle, ids, runs), step="verify kernels", total=len(runs), quiet=quiet)
+            )
+        if unchecked := sorted(bundle.manifest.kernels.keys() - {target for _, target, _ in runs}):
+            log.info("not checked, as this machine cannot run them: kernels for %s", ", ".join(unchecked))
         require_agreement(results)
         return results
 
@@ -214,16 +243,19 @@ class Export:
             parent_precision=config.parent or 0,
             prefill_precision=config.prefill or 0,
             schedule=config.schedule or "",
-            kv_cache=KvContract(layers=shape.layers, heads=shape.kv_heads, head_dim=shape.head.slots),
+            kv_cache=KvContract(layers=shape.layers, heads=shape.kv_heads, head_dim=shape.head.slots, dtype="float16"),
             graphs=tuple(
                 Graph(file=_graph_file(phase, precision), phase=phase, precision=precision)
                 for phase, precision in self._graphs()
             ),
             tensors=tuple(self.plan.tensors.values()),
             files={
-                file.name: FileEntry(size=file.stat().st_size, sha256=sha256_of(file)) for file in workspace.files()
+                file.relative_to(workspace.path).as_posix(): FileEntry(size=file.stat().st_size, sha256=sha256_of(file))
+                for file in workspace.files()
             },
             configuration=config.to_json(),
+            kernels=built_kernels(config.targets, workspace),
+            accuracy=config.accuracy,
         )
 
 
@@ -240,6 +272,10 @@ def _network(config: ExportConfig, family: Family, precision: int) -> Decoder:
 
 def _graph_file(phase: Phase, precision: int) -> str:
     return "prefill.onnx" if phase == "prefill" else f"decode-{precision}.onnx"
+
+
+def _bits(precisions: Iterable[int]) -> str:
+    return "/".join(map(str, precisions))
 
 
 def _producer() -> str:

@@ -107,6 +107,10 @@ class Workspace:
                 file.write(np.ascontiguousarray(array).data)
             file.flush()
             os.fsync(file.fileno())
+        self.record(step)
+
+    def record(self, step: str) -> None:
+        """Put a step on record whose results are on disk."""
         with (self.path / _JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(f"{step}\n")
             journal.flush()
@@ -115,8 +119,9 @@ class Workspace:
 
     def files(self) -> list[Path]:
         """Return the files of the bundle but its manifest, sorted by name."""
-        others = (_JOURNAL, _LOCK, MANIFEST_NAME)
-        return sorted(file for file in self.path.iterdir() if file.is_file() and file.name not in others)
+        others = {self.path / name for name in (_JOURNAL, _LOCK, MANIFEST_NAME)}
+        files = (file for file in self.path.rglob("*") if file.is_file() and file not in others)
+        return sorted(file for file in files if self.path / _SCRATCH not in file.parents)
 
     def publish(self) -> None:
         """Put the finished bundle in its place; an older one there is deleted only after that."""

@@ -39,7 +39,8 @@ class Bundle:
     """An exported model on disk: its manifest, and one read-only mapping of its weights.
 
     `Bundle.open` is the way to get one. The mapping is made once; every session that runs the bundle reads it, so the
-    weights are in memory once, and only as far as they are touched.
+    weights are in memory once, and only as far as they are touched. Nothing that the bundle holds is run by opening it;
+    a `Generator` runs its kernel library (see there).
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -71,7 +72,8 @@ class Bundle:
             raise BundleError(f"{manifest_path} is not UTF-8 text: the bundle is damaged, export again") from None
         except OSError as error:
             raise BundleError(f"{manifest_path} cannot be read ({error.strerror})") from None
-        weight_files = {tensor.file for tensor in manifest.tensors} - {graph.file for graph in manifest.graphs}
+        others = {graph.file for graph in manifest.graphs} | set(manifest.kernels.values())
+        weight_files = {tensor.file for tensor in manifest.tensors} - others
         for name, entry in manifest.files.items():
             try:
                 _check_file(root, name, entry, hashed=verify or name not in weight_files)

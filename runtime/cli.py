@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,11 @@ _COLOURS = ("bright_red", "bright_yellow", "bright_green", "bright_cyan", "brigh
 @click.option(
     "--trace", type=click.Path(path_type=Path), help="Write every token's precision and time to this JSON file."
 )
+@click.option("--accuracy", help="exact or int8: how kernels compute.  [default: the bundle's]")
+@click.option("--kernels", type=click.Path(path_type=Path), help="Use this kernel library instead of the bundle's.")
+@click.option("--no-kernels", is_flag=True, help="Run no native code of the bundle: portable graphs only, slow.")
+@click.option("--require-fast-kernels", is_flag=True, help="Fail where anything slower than a fast kernel would run.")
+@click.option("--show-kernels", is_flag=True, help="Say which kernel ran how often and how long.")
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of the weights first.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing but the text.")
 @click.version_option(package_name="pmpd")
@@ -49,11 +55,20 @@ def main(
     context_length: int | None,
     show_precision: bool,
     trace: Path | None,
+    accuracy: str | None,
+    kernels: Path | None,
+    no_kernels: bool,
+    require_fast_kernels: bool,
+    show_kernels: bool,
     verify: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Generate text with the model in the folder BUNDLE."""
+    if kernels is not None and no_kernels:
+        raise click.UsageError("--kernels and --no-kernels exclude each other")
+    # What goes wrong raises; what is worth a warning, such as a slow path, is one line.
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="warning: %(message)s")
     try:
         from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
 
@@ -63,12 +78,23 @@ def main(
         sampling = Sampling(**{name: options.pop(name) for name in names})
         opened = Bundle.open(bundle, verify=verify)
         tokenizer = Tokenizer.from_bundle(opened)
-        generator = Generator(opened, threads=threads, context_length=context_length, tokenizer=tokenizer)
+        generator = Generator(
+            opened,
+            threads=threads,
+            context_length=context_length,
+            tokenizer=tokenizer,
+            kernels=kernels or not no_kernels,
+            accuracy=accuracy,
+            require_fast_kernels=require_fast_kernels,
+        )
         session = _Session(generator, tokenizer, sampling, show_precision, quiet, options)
         if chat:
             session.chat()
         else:
             session.complete(_read_prompt(prompt))
+        if show_kernels:
+            for line in _kernel_lines(generator.kernels()):
+                click.echo(line, err=True)
         if trace is not None:
             trace.write_text(json.dumps(generator.trace.to_dict(), indent=1), encoding="utf-8")
     except PmpdError as error:
@@ -146,6 +172,20 @@ class _Session:
         if self.colour:
             parts.append(" ".join(click.style(f"{bits}-bit", fg=_colour(precisions, bits)) for bits in precisions))
         return ", ".join(parts)
+
+
+def _kernel_lines(nodes: list[Any]) -> Iterator[str]:
+    """Say what ran, a line for each graph, number of bits and kernel."""
+    groups: dict[tuple[str, int, str], list[Any]] = {}
+    for node in nodes:
+        if node.kernel is not None:
+            groups.setdefault((node.graph, node.bits, node.kernel), []).append(node)
+    for (graph, bits, kernel), same in groups.items():
+        line = f"{graph}: {len(same)} of {bits} bits ran {kernel}"
+        if calls := sum(node.calls or 0 for node in same):
+            seconds = sum(node.seconds for node in same)
+            line += f", {calls} calls of {seconds / calls * 1e6:.1f} µs, {seconds:.3f} s"
+        yield line
 
 
 def _colour(precisions: tuple[int, ...], precision: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["BundleError", "ContextLengthError", "MissingExtraError", "PmpdError", "unknown_choice"]
+__all__ = ["BundleError", "ContextLengthError", "KernelError", "MissingExtraError", "PmpdError", "unknown_choice"]
 
 
 class PmpdError(Exception):
@@ -18,6 +18,10 @@ class BundleError(PmpdError):
 
 class ContextLengthError(PmpdError):
     """More tokens than the KV cache has room for."""
+
+
+class KernelError(PmpdError):
+    """There are no kernels, or none that are fast, for a bundle on this machine."""
 
 
 class MissingExtraError(PmpdError, ImportError):

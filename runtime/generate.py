@@ -6,14 +6,17 @@ import time
 from collections import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import count, takewhile
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from pmpd.runtime.bundle import Bundle
 from pmpd.runtime.errors import ContextLengthError, PmpdError, unknown_choice
+from pmpd.runtime.kernels import NodeKernel, choose_library, portable_kernels, require_fast
 from pmpd.runtime.kv_cache import KvCache
+from pmpd.runtime.manifest import Graph
 from pmpd.runtime.sampling import Sampler, Sampling
 from pmpd.runtime.schedule import Schedule, parse_schedule
 from pmpd.runtime.sessions import GraphRunner, available_threads, open_session
@@ -27,9 +30,15 @@ DEFAULT_CONTEXT_LENGTH = 4096
 # Prompts go in by pieces, so that the memory of activations does not grow with the prompt.
 PREFILL_CHUNK = 512
 
+_numbers = count(1)  # a library reports by session, and serves all generators of the process
+
 
 class Generator:
     """Generates text with a bundle. One sequence at a time; not safe to share between threads.
+
+    Kernels are native code of the bundle and run in this process: refuse those of a bundle that you do not trust with
+    ``kernels=False``, or give a library that you built. Where there are none for this machine, the portable graphs run,
+    many times slower, and a warning is logged.
 
     Args:
         bundle: an open bundle.
@@ -37,14 +46,19 @@ class Generator:
         context_length: positions of the KV cache; default the model's context, at most 4096.
         precisions: decode precisions to load; default all of the bundle.
         tokenizer: the bundle's tokenizer, for tokens with text and for stop strings.
+        kernels: True for the bundle's library for this machine, False for none, or the path of another library.
+        accuracy: ``exact`` or ``int8`` kernels; default the bundle's.
+        require_fast_kernels: refuse to run anything but fast kernels.
 
     Attributes:
+        kernel_library: the library that runs; None for the portable graphs.
         tokens: the token ids that the KV cache holds.
         trace: the record of the last `stream`.
 
     Raises:
-        PmpdError: a precision that the bundle does not have, a context beyond the model's, no threads.
+        PmpdError: a precision or accuracy that does not exist, a context beyond the model's, no threads.
         BundleError: ONNX Runtime refuses a graph.
+        KernelError: the given library does not load, or fast kernels are required and not there.
     """
 
     def __init__(
@@ -55,6 +69,9 @@ class Generator:
         context_length: int | None = None,
         precisions: Sequence[int] | None = None,
         tokenizer: Tokenizer | None = None,
+        kernels: bool | str | Path = True,
+        accuracy: str | None = None,
+        require_fast_kernels: bool = False,
     ) -> None:
         manifest = bundle.manifest
         capacity = min(manifest.context_length, DEFAULT_CONTEXT_LENGTH) if context_length is None else context_length
@@ -67,14 +84,35 @@ class Generator:
         self.trace = Trace(prompt_tokens=0)
         self.cache = KvCache(manifest.kv_cache, capacity)
 
-        def runner(phase: str, precision: int) -> GraphRunner:
-            graph = manifest.graph(phase, precision)
-            session = open_session(bundle, graph, threads=threads)
+        decoded = [manifest.graph("decode", p) for p in (manifest.precisions if precisions is None else precisions)]
+        prefill = manifest.graph("prefill", manifest.prefill_precision)
+        accuracy = accuracy or manifest.accuracy
+        self.kernel_library = choose_library(bundle, kernels, accuracy=accuracy, required=require_fast_kernels)
+        if require_fast_kernels and self.kernel_library is not None:
+            require_fast(self.kernel_library, manifest, [prefill, *decoded])
+        self._graphs: dict[str, Graph] = {}  # by the tag of its session
+
+        def runner(graph: Graph) -> GraphRunner:
+            tag = f"{graph.file}#{next(_numbers)}"
+            self._graphs[tag] = graph
+            session = open_session(bundle, graph, threads=threads, kernels=self.kernel_library, tag=tag)
             return GraphRunner(session, self.cache, manifest.architecture.vocab_size, path=bundle.path / graph.file)
 
-        self._prefill = runner("prefill", manifest.prefill_precision)
-        self._decode = {p: runner("decode", p) for p in (manifest.precisions if precisions is None else precisions)}
+        self._prefill = runner(prefill)
+        self._decode = {graph.precision: runner(graph) for graph in decoded}
         self._schedule = parse_schedule(manifest.schedule, manifest.precisions)
+
+    def kernels(self, *, reset: bool = False) -> list[NodeKernel]:
+        """Return what runs for every `BitplaneMatMul` node of every loaded graph: kernel, calls, time.
+
+        With `reset`, calls and time are counted from zero after this.
+        """
+        library, nodes = self.kernel_library, list[NodeKernel]()
+        for tag, graph in self._graphs.items():
+            nodes += portable_kernels(self.bundle.manifest, graph) if library is None else library.report(tag, graph)
+            if library is not None and reset:
+                library.reset(tag)
+        return nodes
 
     def reset(self) -> None:
         """Empty the KV cache."""

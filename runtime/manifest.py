@@ -15,14 +15,26 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import PurePosixPath
 from typing import Any, Self
 
-from pmpd.runtime.errors import BundleError
+from pmpd.runtime.errors import BundleError, unknown_choice
 
-__all__ = ["Architecture", "FileEntry", "Graph", "KvContract", "Manifest", "Source", "Tensor", "contained_name"]
+__all__ = [
+    "ACCURACIES",
+    "Architecture",
+    "FileEntry",
+    "Graph",
+    "KvContract",
+    "Manifest",
+    "Source",
+    "Tensor",
+    "contained_name",
+]
 
 FORMAT = "pmpd-bundle"
 VERSION = 1
 MANIFEST_NAME = "bundle.json"
 DTYPE_SIZES = {"uint8": 1, "float16": 2, "float32": 4, "int64": 8}
+# How kernels compute: `exact` in float; `int8` with codebook entries and activations rounded to 8 bits.
+ACCURACIES = ("exact", "int8")
 
 
 def contained_name(name: str) -> str:
@@ -134,7 +146,10 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The whole of `bundle.json`."""
+    """The whole of `bundle.json`.
+
+    `kernels` names the operator library of each target that the bundle has one for; they compute at `accuracy`.
+    """
 
     producer: str
     source: Source
@@ -151,6 +166,7 @@ class Manifest:
     configuration: dict[str, Any]
     verification: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
+    accuracy: str = "exact"
 
     def __post_init__(self) -> None:
         if not self.precisions or list(self.precisions) != sorted(set(self.precisions), reverse=True):
@@ -159,7 +175,8 @@ class Manifest:
             raise BundleError(f"context length must be 1 or more, got {self.context_length}: export the model again")
         for name in self.files:
             contained_name(name)
-        for file in [*(graph.file for graph in self.graphs), *(tensor.file for tensor in self.tensors)]:
+        named = (*(graph.file for graph in self.graphs), *(tensor.file for tensor in self.tensors))
+        for file in (*named, *self.kernels.values()):
             if contained_name(file) not in self.files:
                 raise BundleError(f"bundle.json refers to {file!r} but does not list it: export the model again")
         for tensor in self.tensors:
@@ -168,6 +185,8 @@ class Manifest:
                     f"tensor {tensor.name!r} ends at byte {tensor.offset + tensor.length} of {tensor.file}, "
                     f"which has {self.files[tensor.file].size}: export the model again"
                 )
+        if self.accuracy not in ACCURACIES:
+            raise BundleError(f"bundle.json: {unknown_choice('accuracy', self.accuracy, ACCURACIES)}")
         self.graph("prefill", self.prefill_precision)
         for precision in self.precisions:
             self.graph("decode", precision)

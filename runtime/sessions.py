@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pmpd.runtime.bundle import Bundle
 from pmpd.runtime.errors import BundleError, PmpdError
+from pmpd.runtime.kernels import KernelLibrary
 from pmpd.runtime.kv_cache import KvCache
 from pmpd.runtime.manifest import Graph
 from pmpd.runtime.onnxruntime import onnxruntime
@@ -25,15 +26,18 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_session(bundle: Bundle, graph: Graph, *, threads: int) -> Any:
+def open_session(
+    bundle: Bundle, graph: Graph, *, threads: int, kernels: KernelLibrary | None = None, tag: str = ""
+) -> Any:
     """Open an `onnxruntime.InferenceSession` for one graph of a bundle.
 
     Weights are handed over as views of the bundle's mapping, so that further sessions cost no further weight memory.
-    Threads stop spinning when a run returns: sessions used in turn would otherwise fight for the processors.
+    With `kernels` they run for `BitplaneMatMul` and report under `tag`; without, its portable body does. Threads stop
+    spinning when a run returns: sessions used in turn would otherwise fight for the processors.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
-        PmpdError: `threads` is not positive.
+        PmpdError: `threads` is not positive, or ONNX Runtime refuses the kernels.
     """
     if threads < 1:
         raise PmpdError(f"threads must be 1 or more, got {threads}")
@@ -45,6 +49,8 @@ def open_session(bundle: Bundle, graph: Graph, *, threads: int) -> Any:
     # The graphs are fused already: optimizing them again doubles the time to load and changes no speed.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if kernels is not None:
+        kernels.register(options, tag=tag)
     path = bundle.path / graph.file
     weights = []
     with _refusals(path):

@@ -14,12 +14,12 @@ settings.load_profile("pmpd")
 
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model at 4, 3 and 2 bits. Tests copy it before they change anything."""
+    """The demo model at 4, 3 and 2 bits, without kernels. Tests copy it before they change anything."""
     from pmpd.exporter.config import ExportConfig
     from pmpd.exporter.pipeline import export_bundle
 
     output = tmp_path_factory.mktemp("demo") / "demo-pmpd"
-    export_bundle(ExportConfig(model="demo", output=output, precisions=(4, 3, 2)))
+    export_bundle(ExportConfig(model="demo", output=output, precisions=(4, 3, 2), targets=()))
     return output
 
 

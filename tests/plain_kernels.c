@@ -61,3 +61,71 @@ MATMUL(6)
 const struct pmpd_kernel pmpd_kernels[] = {KERNELS(3), KERNELS(4), KERNELS(6)};
 const size_t pmpd_kernel_count = sizeof pmpd_kernels / sizeof *pmpd_kernels;
 const char pmpd_any_name[] = "pmpd_any";
+
+static uint16_t to_half(float x) {
+  const uint16_t sign = signbit(x) ? 0x8000 : 0;
+  int exponent;
+  frexpf(x, &exponent);
+  const int step = (exponent > -13 ? exponent : -13) - 11; /* of the last bit */
+  const int count = (int)rintf(ldexpf(fabsf(x), -step));   /* below 1024 for subnormal numbers */
+  return (uint16_t)(sign | (count ? ((step + 24) << 10) + count : 0));
+}
+
+static void rotate(const float *x, const float *cos, const float *sin, int32_t dim, int32_t pairs, float *to) {
+  memcpy(to, x, (size_t)dim * sizeof *to);
+  for (int32_t i = 0; i < pairs; i++) {
+    to[i] = x[i] * cos[i] - x[pairs + i] * sin[i];
+    to[pairs + i] = x[pairs + i] * cos[i] + x[i] * sin[i];
+  }
+}
+
+/* A softmax whose sums are scaled again whenever a score is greater than all before it. */
+static void attend(const float *query, const uint16_t *keys, const uint16_t *values, float *y, float scale, int32_t dim,
+                   int32_t length) {
+  float greatest = -INFINITY, total = 0;
+  memset(y, 0, (size_t)dim * sizeof *y);
+  for (int32_t position = 0; position < length; position++) {
+    float score = 0;
+    for (int32_t i = 0; i < dim; i++) score += query[i] * from_half(keys[position * dim + i]) * scale;
+    const float least = fmaxf(score, greatest), old = expf(greatest - least), weight = expf(score - least);
+    for (int32_t i = 0; i < dim; i++) y[i] = y[i] * old + weight * from_half(values[position * dim + i]);
+    total = total * old + weight;
+    greatest = least;
+  }
+  for (int32_t i = 0; i < dim; i++) y[i] /= total;
+}
+
+static void attention(int32_t dim, const float *qkv, uint16_t *keys, uint16_t *values, const float *cos,
+                      const float *sin, float *y, float *rotated, float scale, int32_t m, int32_t past,
+                      int32_t capacity, int32_t heads, int32_t kv_heads, int32_t pairs, int32_t head) {
+  keys += (int64_t)head * capacity * dim;
+  values += (int64_t)head * capacity * dim;
+  for (int32_t token = 0; token < m; token++) {
+    const float *row = qkv + (int64_t)token * (heads + 2 * kv_heads) * dim;
+    const float *key = row + (heads + head) * dim, *value = key + kv_heads * dim;
+    const int32_t place = past + token, group = heads / kv_heads;
+    rotate(key, cos + place * pairs, sin + place * pairs, dim, pairs, rotated);
+    for (int32_t i = 0; i < dim; i++) {
+      keys[place * dim + i] = to_half(rotated[i]);
+      values[place * dim + i] = to_half(value[i]);
+    }
+    for (int32_t query = head * group; query < (head + 1) * group; query++) {
+      rotate(row + query * dim, cos + place * pairs, sin + place * pairs, dim, pairs, rotated);
+      attend(rotated, keys, values, y + ((int64_t)token * heads + query) * dim, scale, dim, place + 1);
+    }
+  }
+}
+
+#define ATTENTION(dim)                                                                                                 \
+  static void attention_##dim(const float *qkv, uint16_t *keys, uint16_t *values, const float *cos, const float *sin,  \
+                              float *y, float *scratch, float scale, int32_t m, int32_t past, int32_t capacity,        \
+                              int32_t heads, int32_t kv_heads, int32_t pairs, int32_t begin, int32_t end) {            \
+    for (int32_t head = begin; head < end; head++)                                                                     \
+      attention(dim, qkv, keys, values, cos, sin, y, scratch, scale, m, past, capacity, heads, kv_heads, pairs, head); \
+  }
+ATTENTION(16)
+ATTENTION(64)
+
+const struct pmpd_attention pmpd_attentions[] = {{"plain_attention_16", 0, 16, 1, attention_16},
+                                                 {"plain_attention_64", 0, 64, 1, attention_64}};
+const size_t pmpd_attention_count = sizeof pmpd_attentions / sizeof *pmpd_attentions;

@@ -100,3 +100,7 @@ const struct pmpd_kernel pmpd_kernels[] = {
     KERNEL("exact_7_many", 0, 7, PMPD_EXACT, 1),
 };
 const size_t pmpd_kernel_count = sizeof pmpd_kernels / sizeof *pmpd_kernels;
+
+/* And none for attention. */
+const struct pmpd_attention pmpd_attentions[] = {{0}};
+const size_t pmpd_attention_count = 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -63,6 +64,25 @@ def test_fidelity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: Pat
     assert rows["fp"][2:5] == ["0.0000", "100.00", "100.00"]
     assert 0 < float(rows["uniform:4"][2]) < float(rows["uniform:2"][2])
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_each_accuracy_gives_all_rows(demo_bundle: Path, data: Path, tmp_path: Path) -> None:
+    report, sheet, page = tmp_path / "r.json", tmp_path / "r.csv", tmp_path / "r.html"
+    result = run(
+        demo_bundle, "--task", "perplexity", "--data", data, "--max-new-tokens", 8, "--limit", 1, "-q",
+        "--schedule", "uniform:4", "--schedule", "uniform:2", "--accuracy", "exact", "--accuracy", "int8",
+        "--json", report, "--csv", sheet, "--html", page,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    names = ["fp", "uniform:4 exact", "uniform:2 exact", "uniform:4 int8", "uniform:2 int8"]
+    assert [line[0] for line in table(result)[2:]] == names
+    document = json.loads(report.read_text(encoding="utf-8"))
+    assert document["environment"]["kernels"].keys() == {"exact", "int8"}
+    rows = list(csv.DictReader(sheet.read_text(encoding="utf-8").splitlines()))
+    assert [row["schedule"] for row in rows] == names
+    nll = [row["metrics"]["nll"] for row in document["rows"]]
+    assert [float(row["nll"]) for row in rows] == nll
+    assert nll[3] == pytest.approx(nll[1], abs=0.05)  # 8 bits are enough for activations
 
 
 def test_jsonl_with_a_template_and_a_reference(demo_bundle: Path, data: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def refusal(model: Path | str, place: Path, **options: Any) -> str:
     """Export into the empty folder `place`; return the one line of the refusal, which leaves nothing there."""
     place.mkdir(parents=True)
     with pytest.raises(PmpdError) as caught:
-        export_bundle(ExportConfig(model=str(model), output=place / "bundle", **options))
+        export_bundle(ExportConfig(model=str(model), output=place / "bundle", targets=(), **options))
     assert "\n" not in str(caught.value)
     assert list(place.iterdir()) == []
     return str(caught.value)
@@ -292,7 +292,7 @@ def test_a_weight_that_is_no_number_is_named(
 
     folder = broken(whole, tmp_path, tensor_with(name, spoil))
     with pytest.raises(PmpdError) as caught:
-        export_bundle(ExportConfig(model=str(folder), output=tmp_path / "bundle"))
+        export_bundle(ExportConfig(model=str(folder), output=tmp_path / "bundle", targets=()))
     assert message in str(caught.value)
     assert not (tmp_path / "bundle").exists()
 

@@ -41,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(model: Path, output: Path, **options: Any) -> ExportConfig:
     """An export that takes about a second."""
-    return ExportConfig(model=str(model), output=output, precisions=(2,), **options)
+    return ExportConfig(model=str(model), output=output, precisions=(2,), targets=(), **options)
 
 
 def externals(graph: Path) -> dict[str, tuple[str, int, int]]:
@@ -162,6 +162,7 @@ def test_other_choices_reach_the_bundle(tiny: Path, tmp_path: Path) -> None:
         groups=2,
         schedule="static:2@7",
         context_length=40,
+        targets=(),
     )
     export_bundle(config)
     bundle = Bundle.open(config.output, verify=True)
@@ -199,7 +200,9 @@ def test_a_wrong_graph_fails_the_export(
     output = tmp_path / "bundle"
     with monkeypatch.context() as patch:
         patch.setattr(module, "build_graph", doubled_attention(module.build_graph))
-        result = CliRunner().invoke(main, ["-q", "-m", str(tiny), "-o", str(output), "--precisions", "2"])
+        result = CliRunner().invoke(
+            main, ["-q", "-m", str(tiny), "-o", str(output), "--precisions", "2", "--target", "none"]
+        )
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: verification failed, {check}: argmax ")
     assert "nothing was published" in result.stderr
@@ -288,7 +291,9 @@ def test_a_disk_that_fills_up_is_one_line_and_no_loss(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        result = CliRunner().invoke(main, ["-q", "-m", str(tiny), "-o", str(tmp_path / "bundle"), "--precisions", "2"])
+        result = CliRunner().invoke(
+            main, ["-q", "-m", str(tiny), "-o", str(tmp_path / "bundle"), "--precisions", "2", "--target", "none"]
+        )
     assert result.exit_code == 1
     assert "(No space left on device)" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -314,7 +319,7 @@ def test_a_read_only_place_is_refused(tiny: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_the_plan_adds_up(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    export = Export.prepare(ExportConfig(model=str(tiny), output=tmp_path / "bundle"))
+    export = Export.prepare(ExportConfig(model=str(tiny), output=tmp_path / "bundle", targets=()))
     with caplog.at_level(logging.INFO, logger="pmpd"):
         manifest = export.run()
     assert manifest.files["weights.bin"].size == export.plan.size

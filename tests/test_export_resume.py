@@ -44,14 +44,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small(tiny: Path, tmp_path: Path) -> ExportConfig:
     """An export that takes about a second."""
-    return ExportConfig(model=str(tiny), output=tmp_path / "bundle", precisions=(2,), head_precision=2)
+    return ExportConfig(model=str(tiny), output=tmp_path / "bundle", precisions=(2,), head_precision=2, targets=())
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights of `small` when nothing stops it."""
     output = tmp_path_factory.mktemp("undisturbed") / "bundle"
-    export_bundle(ExportConfig(model=str(tiny), output=output, precisions=(2,), head_precision=2))
+    export_bundle(ExportConfig(model=str(tiny), output=output, precisions=(2,), head_precision=2, targets=()))
     return (output / "weights.bin").read_bytes()
 
 
@@ -190,7 +190,12 @@ def test_old_work_serves_the_same_export_only(
     shutil.copytree(tiny, model)
     shutil.copy(text, calibration)
     config = ExportConfig(
-        model=str(model), output=tmp_path / "out" / "bundle", precisions=(2,), head_precision=2, calibration=calibration
+        model=str(model),
+        output=tmp_path / "out" / "bundle",
+        precisions=(2,),
+        head_precision=2,
+        calibration=calibration,
+        targets=(),
     )
     with interrupted(pipeline, "sensitivities"):
         export_bundle(config)
@@ -248,6 +253,8 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
         "demo",
         "-o",
         str(output),
+        "--target",
+        "none",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not (work := list(tmp_path.glob("*.partial-*/export.journal"))) or not work[0].read_text():
@@ -266,7 +273,7 @@ def test_killing_an_export_at_ten_moments_leaves_no_broken_bundle(size: str, tin
     context = multiprocessing.get_context("forkserver")
     lazy = [f"transformers.models.{name}" for name in ("auto.tokenization_auto", "llama.modeling_llama")]
     context.set_forkserver_preload(["pmpd.exporter.pipeline", *lazy])
-    config = ExportConfig(model=str(tiny) if size == "tiny" else "demo", output=tmp_path / "bundle")
+    config = ExportConfig(model=str(tiny) if size == "tiny" else "demo", output=tmp_path / "bundle", targets=())
 
     def run(seconds: float | None) -> bool:
         """Export for so long; return whether it was killed."""

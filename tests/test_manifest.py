@@ -47,10 +47,11 @@ def manifest() -> Manifest:
         ),
         files={
             name: FileEntry(size=400, sha256="0" * 64)
-            for name in ("w.bin", "prefill.onnx", "decode-3.onnx", "decode-2.onnx")
+            for name in ("w.bin", "prefill.onnx", "decode-3.onnx", "decode-2.onnx", "kernels/libpmpd.so")
         },
         configuration={"precisions": [3, 2], "nested": {"any": None}},
         kernels={"linux-x86_64": "kernels/libpmpd.so"},
+        accuracy="int8",
     )
 
 
@@ -63,6 +64,13 @@ def test_round_trip() -> None:
     assert Manifest.from_json(manifest().to_json()) == manifest()
     assert document()["format"] == "pmpd-bundle"
     assert document()["version"] == 1
+
+
+def test_a_manifest_from_before_kernels_is_read() -> None:
+    old = document()
+    del old["kernels"], old["accuracy"]
+    read = Manifest.from_json(json.dumps(old))
+    assert (read.kernels, read.accuracy) == ({}, "exact")
 
 
 def test_graph_is_found_by_phase_and_precision() -> None:
@@ -128,6 +136,11 @@ def drop(*path: str | int) -> Callable[[Document], None]:
         (change("graphs", 0, "file", to="other.onnx"), "refers to 'other.onnx' but does not list it"),
         (drop("files", "w.bin"), "refers to 'w.bin' but does not list it"),
         (change("tensors", 1, "file", to="../w.bin"), "names the file '../w.bin', which lies outside"),
+        (change("kernels", "arm", to="other.so"), "refers to 'other.so' but does not list it"),
+        (change("kernels", "arm", to="/lib/libc.so.6"), "names the file '/lib/libc.so.6', which lies outside"),
+        (change("kernels", "arm", to=7), "bundle.json: kernels: arm must be str, got 7"),
+        (change("accuracy", to="int4"), "unknown accuracy 'int4': choose one of int8, exact"),
+        (change("accuracy", to=8), "bundle.json: accuracy must be str, got 8"),
         (change("files", "../x", to={"size": 1, "sha256": ""}), "names the file '../x', which lies outside"),
     ],
 )

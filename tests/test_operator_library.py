@@ -281,7 +281,16 @@ def test_report_counts_and_resets(library: Path, reports: Reports) -> None:
     name = 'läyer "0"\\mlp\n'
     session = open_session(library, model(20, name=name), session="counted")
     assert reports.nodes("counted") == [
-        {"name": name, "bits": 0, "n": 0, "k": 20, "kernel": None, "calls": 0, "nanoseconds": 0}
+        {
+            "name": name,
+            "op": "BitplaneMatMul",
+            "bits": 0,
+            "n": 0,
+            "k": 20,
+            "kernel": None,
+            "calls": 0,
+            "nanoseconds": 0,
+        }
     ]
     for _ in range(3):
         session.run(None, {"X": activations(1, 20), **layer(7, 20, 4)})

@@ -112,16 +112,16 @@ def test_build_compiles_and_links(tmp_path: Path, host: Target, monkeypatch: pyt
     asked = []
 
     def compile_kernels(
-        target: Target, *, precisions: Sequence[int], directory: Path, progress: Progress
+        target: Target, *, precisions: Sequence[int], head_dims: Sequence[int], directory: Path, progress: Progress
     ) -> list[Path]:
-        asked.append((target, precisions))
+        asked.append((target, precisions, head_dims))
         return [Path(shutil.copy(KERNELS, directory))]
 
     link(host, tmp_path / "libpmpd_ops.so")  # skips if there is no compiler
     monkeypatch.setattr(library_module, "compile_kernels", compile_kernels)
     output = tmp_path / "new" / "folder" / "libpmpd_ops.so"
-    build_library(host.name, precisions=(4, 2), output=output)
-    assert asked == [(host, (4, 2))]
+    build_library(host.name, precisions=(4, 2), head_dims=(64,), output=output)
+    assert asked == [(host, (4, 2), (64,))]
     assert target_of(output) == host.name
     assert list(output.parent.iterdir()) == [output]
 

@@ -198,7 +198,7 @@ def test_text_streams_and_ctrl_c_ends_it(demo_bundle: Path) -> None:
 
 
 def test_bytes_that_are_no_text(demo_bundle: Path) -> None:
-    with start(demo_bundle, "-n", "1", stdin=subprocess.PIPE) as process:
+    with start(demo_bundle, "-n", "1", "-q", stdin=subprocess.PIPE) as process:
         _, errors = process.communicate(b"caf\xe9", timeout=60)
     assert process.returncode == 1
     assert re.fullmatch(rb"error: [^\n]*(UTF-8)[^\n]*\n", errors)

@@ -119,6 +119,8 @@ class _Gemm:
         place = e.bind(token.astype("int64") * e["ldy"] + first.astype("int64"))
         with e.when(first + rows <= e["end"]):
             e.store(e["y"], place, e.load(e["y"], place, rows) + value if add else value)
+        if rows == 1:
+            return
         with e.when(first + rows > e["end"]):
             for row in range(rows - 1):
                 one = shuffle([value], [row])
@@ -161,7 +163,7 @@ class _Int8(_Gemm):
                     e.store(totals, index * words, fma(product, scale, e.load(totals, index * words, words)))
 
     def first(self, token: Any) -> Any:
-        return self.low * tirx.Broadcast(self.e.load(self.e["sum"], token), self.rows)
+        return self.low * shuffle([self.e.load(self.e["sum"], token)], [0] * self.rows)
 
     def scaled(self, sums: Any) -> Any:
         return sums * self.step

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import nn
 
+from pmpd.exporter.functions import GROUP_QUERY_ATTENTION, PMPD_DOMAIN
 from pmpd.exporter.nn.linear import LinearFactory, Part, Stored
 from pmpd.exporter.nn.rotary import HeadLayout
 
@@ -94,15 +95,13 @@ class Attention(nn.Module):
 
     def forward(self, op: Any, x: ir.Value, cache: Cache) -> tuple[ir.Value, ir.Value, ir.Value]:
         """``x [B, S, H]`` → the block's output ``[B, S, H]``, and the present key and value."""
-        q, k, v = self.qkv_proj(op, x), None, None  # packed (B, S, (heads + 2 kv_heads) * slots)
+        qkv = self.qkv_proj(op, x)  # (B, S, (heads + 2 kv_heads) * slots)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             sizes = [count * self.layout.slots for count in (self.heads, self.kv_heads, self.kv_heads)]
-            q, k, v = op.Split(q, sizes, axis=-1, _outputs=3)
-            q, k = self.q_layernorm(op, q), self.k_layernorm(op, k)
-        y, present_key, present_value = op.GroupQueryAttention(
-            q,
-            k,
-            v,
+            q, k, v = op.Split(qkv, sizes, axis=-1, _outputs=3)
+            qkv = op.Concat(self.q_layernorm(op, q), self.k_layernorm(op, k), v, axis=-1)
+        y, present_key, present_value = getattr(op, GROUP_QUERY_ATTENTION)(
+            qkv,
             cache.past_key,
             cache.past_value,
             cache.last_position,
@@ -112,8 +111,7 @@ class Attention(nn.Module):
             num_heads=self.heads,
             kv_num_heads=self.kv_heads,
             scale=1 / math.sqrt(self.layout.size),
-            do_rotary=1,
-            _domain="com.microsoft",
+            _domain=PMPD_DOMAIN,
             _outputs=3,
         )
         return self.o_proj(op, y), present_key, present_value

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 from onnxscript import nn
 
-from pmpd.exporter.functions import BITPLANE_DOMAIN
+from pmpd.exporter.functions import PMPD_DOMAIN
 from pmpd.runtime.bitplanes import row_stride
 
 __all__ = ["BitplaneLinear", "FloatLinear", "Index", "Linear", "LinearFactory", "Part", "Stored"]
@@ -113,7 +113,7 @@ class BitplaneLinear(Linear):
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """Add the operator."""
         return op.BitplaneMatMul(  # type: ignore[no-any-return]  # (B, S, N)
-            x, self.planes, self.codebook, self.bias, K=self.in_features, _domain=BITPLANE_DOMAIN
+            x, self.planes, self.codebook, self.bias, K=self.in_features, _domain=PMPD_DOMAIN
         )
 
 

@@ -1,36 +1,14 @@
 /* The operator pmpd::BitplaneMatMul: X[..., M, K], planes[p, N, S], codebook[N, G, 2^p], bias[N]? → Y[..., M, N].
  * Checks what it is given, chooses a kernel, and shares the work out over the session's own threads. */
-#define _POSIX_C_SOURCE 200809L
+#include <stdlib.h>
 
 #include "operator.h"
 
-#include <stdarg.h>
-#include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <time.h>
-
-#include "report.h"
-
 enum {
-  MAX_RANK = 8,
   LINE_COLUMNS = 512,      /* columns whose bits fill a line of 64 bytes */
   ANY_CHUNK = 16,          /* rows of weights given to pmpd_any at a time */
   PACK_ELEMENTS = 1 << 14, /* activations given to a thread at a time */
   MAX_SCRATCH = 1 << 19,   /* bytes, on the stack */
-};
-
-/* The operator of one node of a graph. */
-struct operator {
-  struct pmpd_node node;
-  const struct pmpd_settings *settings;
-};
-
-struct tensor {
-  void *data;
-  size_t rank;
-  int64_t shape[MAX_RANK];
-  int given;
 };
 
 /* One call of the operator. */
@@ -49,89 +27,42 @@ struct call {
   int32_t total, step;
 };
 
-__attribute__((format(printf, 2, 3))) static struct ort_status *refuse(const struct operator *operator,
-                                                                       const char *format, ...) {
-  char message[1024];
-  const int start = snprintf(message, sizeof message, "BitplaneMatMul '%.256s': ", operator->node.name);
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(message + start, sizeof message - (size_t)start, format, arguments);
-  va_end(arguments);
-  return operator->settings->api->CreateStatus(ORT_INVALID_ARGUMENT, message);
-}
-
-static void write_shape(const struct tensor *tensor, char *text, size_t size) {
-  size_t length = (size_t)snprintf(text, size, "[");
-  for (size_t i = 0; i < tensor->rank && i < MAX_RANK; i++)
-    length += (size_t)snprintf(text + length, size - length, i ? ", %lld" : "%lld", (long long)tensor->shape[i]);
-  snprintf(text + length, size - length, tensor->rank > MAX_RANK ? ", ...]" : "]");
-}
-
-__attribute__((format(printf, 4, 5))) static struct ort_status *refuse_shape(const struct operator *operator,
-                                                                             const char *input,
-                                                                             const struct tensor *tensor,
-                                                                             const char *wanted_format, ...) {
-  char found[256], wanted[256];
-  write_shape(tensor, found, sizeof found);
-  va_list arguments;
-  va_start(arguments, wanted_format);
-  vsnprintf(wanted, sizeof wanted, wanted_format, arguments);
-  va_end(arguments);
-  return refuse(operator, "input %s has shape %s, wanted %s", input, found, wanted);
-}
-
-static struct ort_status *read_input(const union ort_api *api, const struct ort_kernel_context *context, size_t index,
-                                     struct tensor *tensor) {
-  const struct ort_value *value;
-  struct ort_shape *shape;
-  TRY(api->KernelContext_GetInput(context, index, &value));
-  tensor->given = value != NULL;
-  if (!value) return NULL;
-  TRY(api->GetTensorTypeAndShape(value, &shape));
-  struct ort_status *status = api->GetDimensionsCount(shape, &tensor->rank);
-  if (!status) status = api->GetDimensions(shape, tensor->shape, tensor->rank < MAX_RANK ? tensor->rank : MAX_RANK);
-  api->ReleaseTensorTypeAndShapeInfo(shape);
-  return status ? status : api->GetTensorMutableData((struct ort_value *)value, &tensor->data);
-}
-
 /* Read and check all inputs, and make the output. */
-static struct ort_status *open_call(const struct operator *operator, struct ort_kernel_context *context,
+static struct ort_status *open_call(const struct pmpd_operator *operator, struct ort_kernel_context *context,
                                     struct call *call) {
   const union ort_api *api = operator->settings->api;
   const int32_t k = operator->node.k, lines = (k + LINE_COLUMNS - 1) / LINE_COLUMNS;
-  struct tensor x, planes, codebook, bias;
-  TRY(read_input(api, context, 0, &x));
-  TRY(read_input(api, context, 1, &planes));
-  TRY(read_input(api, context, 2, &codebook));
-  TRY(read_input(api, context, 3, &bias));
+  struct pmpd_tensor x, planes, codebook, bias;
+  TRY(pmpd_read_input(api, context, 0, &x));
+  TRY(pmpd_read_input(api, context, 1, &planes));
+  TRY(pmpd_read_input(api, context, 2, &codebook));
+  TRY(pmpd_read_input(api, context, 3, &bias));
 
-  if (x.rank < 1 || x.rank > MAX_RANK || x.shape[x.rank - 1] != k)
-    return refuse_shape(operator, "X", &x, "[..., %d] of up to %d axes", k, MAX_RANK);
+  if (x.rank < 1 || x.rank > PMPD_MAX_RANK || x.shape[x.rank - 1] != k)
+    return pmpd_refuse_shape(operator, "X", &x, "[..., %d] of up to %d axes", k, PMPD_MAX_RANK);
   if (planes.rank != 3 || planes.shape[0] < 1 || planes.shape[0] > 8 || planes.shape[2] != 64 * (int64_t)lines)
-    return refuse_shape(operator, "planes", &planes, "[1 to 8, N, %lld] for K = %d", 64LL * lines, k);
+    return pmpd_refuse_shape(operator, "planes", &planes, "[1 to 8, N, %lld] for K = %d", 64LL * lines, k);
   const int64_t bits = planes.shape[0], n = planes.shape[1];
   if (codebook.rank != 3 || codebook.shape[0] != n || codebook.shape[1] < 1 || codebook.shape[2] != 1 << bits)
-    return refuse_shape(operator, "codebook", &codebook, "[%lld, groups, %d] for %lld planes of %lld rows",
+    return pmpd_refuse_shape(operator, "codebook", &codebook, "[%lld, groups, %d] for %lld planes of %lld rows",
                         (long long)n, 1 << bits, (long long)bits, (long long)n);
   if (bias.given && (bias.rank != 1 || bias.shape[0] != n))
-    return refuse_shape(operator, "bias", &bias, "[%lld]", (long long)n);
+    return pmpd_refuse_shape(operator, "bias", &bias, "[%lld]", (long long)n);
   int64_t m = 1;
   for (size_t i = 0; i + 1 < x.rank; i++) m *= x.shape[i];
   if (m > INT32_MAX || n > INT32_MAX || codebook.shape[1] > INT32_MAX)
-    return refuse(operator, "%lld rows of X, %lld of the weights and %lld groups; %d are the most", (long long)m,
+    return pmpd_refuse(operator, "%lld rows of X, %lld of the weights and %lld groups; %d are the most", (long long)m,
                   (long long)n, (long long)codebook.shape[1], INT32_MAX);
 
   x.shape[x.rank - 1] = n;
-  struct ort_value *y;
-  void *y_data;
-  TRY(api->KernelContext_GetOutput(context, 0, x.shape, x.rank, &y));
-  TRY(api->GetTensorMutableData(y, &y_data));
+  void *y;
+  TRY(pmpd_make_output(api, context, 0, x.shape, x.rank, &y));
   *call = (struct call){
       .x = x.data,
       .bias = bias.given ? bias.data : NULL,
       .planes = planes.data,
       .codebook = codebook.data,
-      .y = y_data,
+      .y = y,
       .bits = (int32_t)bits,
       .groups = (int32_t)codebook.shape[1],
       .n = (int32_t)n,
@@ -185,7 +116,7 @@ static void do_part(void *data, size_t i) {
 
 /* Do all of a job on the session's threads. ONNX Runtime gives each a stretch of its own, from which those that have
  * finished theirs may take: threads stream through memory, and none waits long. */
-static struct ort_status *share(const struct operator *operator, const struct ort_kernel_context *context,
+static struct ort_status *share(const struct pmpd_operator *operator, const struct ort_kernel_context *context,
                                 struct call *call, void (*part)(const struct call *, int32_t begin, int32_t end),
                                 int32_t total, int32_t step) {
   const size_t parts = ((size_t)total + (size_t)step - 1) / (size_t)step;
@@ -197,17 +128,17 @@ static struct ort_status *share(const struct operator *operator, const struct or
   return NULL;
 }
 
-static struct ort_status *run_kernel(const struct operator *operator, const struct ort_kernel_context *context,
+static struct ort_status *run_kernel(const struct pmpd_operator *operator, const struct ort_kernel_context *context,
                                      struct call *call) {
   const struct pmpd_kernel *kernel = call->kernel;
   if (scratch_bytes(call) > MAX_SCRATCH)
-    return refuse(operator, "%s wants %lld bytes of scratch memory, more than %d", kernel->name,
+    return pmpd_refuse(operator, "%s wants %lld bytes of scratch memory, more than %d", kernel->name,
                   (long long)scratch_bytes(call), MAX_SCRATCH);
   const size_t m = (size_t)call->m, lines = (size_t)call->lines;
   const size_t packed = m * lines * LINE_COLUMNS * kernel->element_bytes, scale = m * lines * 64;
   const size_t sum = (m * sizeof(float) + 63) / 64 * 64;
   uint8_t *memory = aligned_alloc(64, packed + scale + sum);
-  if (!memory) return refuse(operator, "no memory for %zu bytes", packed + scale + sum);
+  if (!memory) return pmpd_refuse(operator, "no memory for %zu bytes", packed + scale + sum);
   call->packed = memory;
   call->scale = (float *)(memory + packed);
   call->sum = (float *)(memory + packed + scale);
@@ -217,57 +148,35 @@ static struct ort_status *run_kernel(const struct operator *operator, const stru
   return status;
 }
 
-static uint64_t nanoseconds(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static struct ort_status *compute(void *data, struct ort_kernel_context *context) {
-  struct operator *operator = data;
-  struct pmpd_node *node = &operator->node;
-  const uint64_t start = nanoseconds();
+  struct pmpd_operator *operator = data;
+  const uint64_t start = pmpd_nanoseconds();
   struct call call;
   TRY(open_call(operator, context, &call));
   if (call.m && call.n)
     TRY(call.kernel ? run_kernel(operator, context, &call)
                     : share(operator, context, &call, multiply_any, call.n, ANY_CHUNK));
-  atomic_store_explicit(&node->bits, call.bits, memory_order_relaxed);
-  atomic_store_explicit(&node->n, call.n, memory_order_relaxed);
-  atomic_store_explicit(&node->kernel, pmpd_kernel_name(call.kernel), memory_order_relaxed);
-  atomic_fetch_add_explicit(&node->calls, 1, memory_order_relaxed);
-  atomic_fetch_add_explicit(&node->nanoseconds, nanoseconds() - start, memory_order_relaxed);
+  pmpd_operator_ran(operator, pmpd_kernel_name(call.kernel), call.bits, call.n, call.k, start);
   return NULL;
 }
 
 static struct ort_status *create(const struct ort_custom_op *op, const union ort_api *api,
                                  const struct ort_kernel_info *info, void **kernel) {
   int64_t k;
-  size_t size = 0;
+  void *made;
   TRY(api->KernelInfoGetAttribute_int64(info, "K", &k));
-  TRY(api->KernelInfo_GetNodeName(info, NULL, &size));
-  struct operator *operator = calloc(1, sizeof *operator + size);
-  if (!operator) return pmpd_no_memory(api);
-  operator->settings = (const struct pmpd_settings *)op;
-  operator->node.session = operator->settings->session;
-  operator->node.name = (char *)(operator + 1);
-  struct ort_status *status = api->KernelInfo_GetNodeName(info, operator->node.name, &size);
-  if (!status && (k < 1 || k > INT32_MAX - LINE_COLUMNS))
-    status = refuse(operator, "attribute K is %lld, wanted a positive 32-bit number", (long long)k);
-  if (status) {
-    free(operator);
+  TRY(pmpd_operator_make(op, api, info, sizeof(struct pmpd_operator), &made));
+  struct pmpd_operator *operator = made;
+  if (k < 1 || k > INT32_MAX - LINE_COLUMNS) {
+    struct ort_status *status =
+        pmpd_refuse(operator, "attribute K is %lld, wanted a positive 32-bit number", (long long)k);
+    free(made);
     return status;
   }
   operator->node.k = (int32_t)k;
   pmpd_node_add(&operator->node);
-  *kernel = operator;
+  *kernel = made;
   return NULL;
-}
-
-static void destroy(void *kernel) {
-  struct operator *operator = kernel;
-  pmpd_node_remove(&operator->node);
-  free(operator);
 }
 
 static const int INPUT_TYPES[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT16, ORT_FLOAT};
@@ -291,7 +200,7 @@ const struct ort_custom_op pmpd_bitplane_matmul = {
     .GetInputTypeCount = input_count,
     .GetOutputType = output_type,
     .GetOutputTypeCount = output_count,
-    .KernelDestroy = destroy,
+    .KernelDestroy = pmpd_operator_destroy,
     .GetInputCharacteristic = input_kind,
     .GetOutputCharacteristic = output_kind,
     .GetInputMemoryType = input_memory,

@@ -29,6 +29,21 @@ struct pmpd_choice pmpd_choose(uint32_t features) {
   return choice;
 }
 
+const struct pmpd_attention *pmpd_choose_attention(uint32_t features, int32_t dim, int64_t queries) {
+  for (size_t i = 0; i < pmpd_attention_count; i++) {
+    const struct pmpd_attention *kernel = &pmpd_attentions[i];
+    const int enough = kernel->queries <= queries || kernel->queries == 1;
+    if (enough && kernel->dim == dim && (kernel->features & ~features) == 0) return kernel;
+  }
+  return NULL;
+}
+
+int pmpd_is_new_dim(size_t i) {
+  size_t first = 0;
+  while (pmpd_attentions[first].dim != pmpd_attentions[i].dim) first++;
+  return first == i;
+}
+
 int pmpd_highest_level(void) {
   const char *name = getenv("PMPD_MAX_ISA");
   int level = pmpd_level_count - 1;

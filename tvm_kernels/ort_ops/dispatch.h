@@ -13,6 +13,12 @@ struct pmpd_choice {
  * rows of activations stands in for one made for a single row. */
 struct pmpd_choice pmpd_choose(uint32_t features);
 
+/* The attention for heads of `dim` elements and so many queries that share a key; NULL if there is none. */
+const struct pmpd_attention *pmpd_choose_attention(uint32_t features, int32_t dim, int64_t queries);
+
+/* Is this the first of pmpd_attentions for heads of its size? */
+int pmpd_is_new_dim(size_t i);
+
 /* The number in pmpd_levels of the highest step that may be used: PMPD_MAX_ISA, or the last; -1 if that names none. */
 int pmpd_highest_level(void);
 

@@ -28,7 +28,8 @@ typedef void (*pmpd_pack_fn)(const float *x, void *packed, float *scale, float *
                              int32_t begin, int32_t end);
 
 /* y[i * ldy + n] = sum over k of x[i, k] * W[n, k], for i in [0, m) and rows n in [begin, end); G must be 1.
- * plane_bytes = N * S. scratch: private to the call, `scratch_bytes + lines * scratch_bytes_per_line`, 64-byte aligned. */
+ * plane_bytes = N * S. scratch: private to the call, `scratch_bytes + lines * scratch_bytes_per_line` bytes, aligned to
+ * 64. */
 typedef void (*pmpd_matmul_fn)(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebook, const void *packed,
                                const float *scale, const float *sum, float *y, int64_t ldy, uint8_t *scratch,
                                int32_t lines, int32_t m, int32_t begin, int32_t end);
@@ -60,8 +61,9 @@ void pmpd_any(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebo
 
 /* Attention of m new tokens over a cache of `past` positions, for key/value heads [begin, end).
  * qkv: float32 [m, (heads + 2 * kv_heads) * dim]; keys, values: float16 [kv_heads, capacity, dim], extended in place by
- * the m positions that follow `past`; cos, sin: float32 [positions, pairs]: element i < pairs of queries and keys is
- * rotated with element pairs + i; pairs is a multiple of 8. y: float32 [m, heads * dim].
+ * the m positions that follow `past`; what is too large for float16 becomes infinity, or its largest number in the
+ * portable kernel. cos, sin: float32 [positions, pairs]: element i < pairs of queries and keys is rotated with element
+ * pairs + i; pairs is a multiple of 8. y: float32 [m, heads * dim].
  * scratch: private to the call, PMPD_ATTENTION_SCRATCH floats. heads is a multiple of kv_heads, dim one of 16. */
 typedef void (*pmpd_attention_fn)(const float *qkv, uint16_t *keys, uint16_t *values, const float *cos,
                                   const float *sin, float *y, float *scratch, float scale, int32_t m, int32_t past,

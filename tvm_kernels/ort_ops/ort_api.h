@@ -13,7 +13,7 @@
 enum { ORT_API_VERSION = 17 };
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_FLOAT16 = 10 };
+enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT32 = 6, ORT_FLOAT16 = 10 };
 enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 };
 
 struct ort_status;
@@ -41,6 +41,8 @@ union ort_api {
   ORT_AT(61, struct ort_status *(*GetDimensionsCount)(const struct ort_shape *, size_t *out));
   ORT_AT(62, struct ort_status *(*GetDimensions)(const struct ort_shape *, int64_t *out, size_t rank));
   ORT_AT(65, struct ort_status *(*GetTensorTypeAndShape)(const struct ort_value *, struct ort_shape **out));
+  ORT_AT(85, struct ort_status *(*KernelInfoGetAttribute_float)(const struct ort_kernel_info *, const char *name,
+                                                                float *out));
   ORT_AT(86, struct ort_status *(*KernelInfoGetAttribute_int64)(const struct ort_kernel_info *, const char *name,
                                                                 int64_t *out));
   ORT_AT(90, struct ort_status *(*KernelContext_GetInput)(const struct ort_kernel_context *, size_t index,

@@ -1,4 +1,4 @@
-/* The library's entry: registers the operator, under settings, with the sessions that ask for it. */
+/* The library's entry: registers the operators, under settings, with the sessions that ask for it. */
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -6,13 +6,11 @@
 
 #include "cpu.h"
 #include "operator.h"
-#include "report.h"
 
 /* ONNX Runtime never says when it needs a registration no more: it is kept for good, and serves all sessions that have
  * the same settings. */
 struct registration {
   struct pmpd_settings settings;
-  uint32_t features;
   struct ort_domain *domain;
   struct registration *next;
   char session[]; /* settings.session */
@@ -21,26 +19,24 @@ struct registration {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct registration *registrations;
 
-struct ort_status *pmpd_no_memory(const union ort_api *api) {
-  return api->CreateStatus(ORT_FAIL, "BitplaneMatMul: no memory");
-}
-
 /* Make a registration, the first of the list. */
 static struct ort_status *add_registration(const union ort_api *api, const char *session, int accuracy,
                                            uint32_t features) {
   struct registration *made = calloc(1, sizeof *made + strlen(session) + 1);
   if (!made) return pmpd_no_memory(api);
   made->settings = (struct pmpd_settings){
-      .op = pmpd_bitplane_matmul,
+      .matmul = {pmpd_bitplane_matmul, &made->settings},
+      .attention = {pmpd_group_query_attention, &made->settings},
       .api = api,
       .session = strcpy(made->session, session),
       .accuracy = accuracy,
+      .features = features,
       .choice = pmpd_choose(features),
   };
-  made->features = features;
   made->next = registrations;
   struct ort_status *status = api->CreateCustomOpDomain("pmpd", &made->domain);
-  if (!status) status = api->CustomOpDomain_Add(made->domain, &made->settings.op);
+  if (!status) status = api->CustomOpDomain_Add(made->domain, &made->settings.matmul.op);
+  if (!status) status = api->CustomOpDomain_Add(made->domain, &made->settings.attention.op);
   if (status)
     free(made);
   else
@@ -52,7 +48,7 @@ static struct ort_status *add_registration(const union ort_api *api, const char 
 static struct ort_status *give(struct ort_session_options *options, const union ort_api *api, const char *session,
                                int accuracy, uint32_t features) {
   struct registration *found = registrations;
-  while (found && (found->settings.accuracy != accuracy || found->features != features ||
+  while (found && (found->settings.accuracy != accuracy || found->settings.features != features ||
                    strcmp(found->session, session)))
     found = found->next;
   if (!found) {

@@ -69,12 +69,24 @@ static void append_info(struct text *text, uint32_t features) {
   for (int accuracy = PMPD_EXACT; accuracy <= PMPD_INT8; accuracy++)
     for (int many = 0; many <= 1; many++)
       for (int bits = 1; bits <= 8; bits++) {
-        append(text, "%s{\"bits\": %d, \"accuracy\": \"%s\", \"rows\": \"%s\", \"kernel\": ", separator, bits,
-               accuracy == PMPD_INT8 ? "int8" : "exact", many ? "many" : "one");
+        append(text,
+               "%s{\"op\": \"BitplaneMatMul\", \"bits\": %d, \"accuracy\": \"%s\", \"rows\": \"%s\", \"kernel\": ",
+               separator, bits, accuracy == PMPD_INT8 ? "int8" : "exact", many ? "many" : "one");
         append_string(text, pmpd_kernel_name(choice.kernels[accuracy][many][bits - 1]));
         append(text, "}");
         separator = ", ";
       }
+  for (size_t i = 0; i < pmpd_attention_count; i++) {
+    if (!pmpd_is_new_dim(i)) continue;
+    const int32_t dim = pmpd_attentions[i].dim;
+    for (int many = 0; many <= 1; many++) {
+      const struct pmpd_attention *kernel = pmpd_choose_attention(features, dim, many ? INT32_MAX : 1);
+      append(text, ", {\"op\": \"GroupQueryAttention\", \"dim\": %d, \"rows\": \"%s\", \"kernel\": ", dim,
+             many ? "many" : "one");
+      append_string(text, kernel ? kernel->name : "");
+      append(text, "}");
+    }
+  }
   append(text, "]}");
 }
 
@@ -100,7 +112,8 @@ size_t pmpd_ops_report(const char *session, char *buffer, size_t size) {
     const char *kernel = atomic_load_explicit(&node->kernel, memory_order_relaxed);
     append(&text, "%s{\"name\": ", separator);
     append_string(&text, node->name);
-    append(&text, ", \"bits\": %d, \"n\": %d, \"k\": %d, \"kernel\": ", node->bits, node->n, node->k);
+    append(&text, ", \"op\": \"%s\", \"bits\": %d, \"n\": %d, \"k\": %d, \"kernel\": ", node->op, node->bits,
+           node->n, node->k);
     kernel ? append_string(&text, kernel) : append(&text, "null");
     append(&text, ", \"calls\": %" PRIu64 ", \"nanoseconds\": %" PRIu64 "}", node->calls, node->nanoseconds);
     separator = ", ";

@@ -1,0 +1,63 @@
+"""The worker's side: one contender in a process of its own, which answers requests when it is its turn.
+
+    PYTHON -P serve.py make|serve CONTENDER.py OPTIONS
+
+CONTENDER.py defines ``load(options)``, which returns something with ``facts`` (JSON data) and ``run(**request)``, and
+``make(options)`` where there are models to make first. Requests and answers are JSON, a line each, on stdin and stdout.
+This file and the contenders of peers need nothing of this project, for peers live in environments of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import runpy
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["main", "peak_memory"]
+
+
+def peak_memory() -> int:
+    """Return the most memory in bytes that this process ever had resident, mapped files included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count the parent from before this program was started
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))
+        if found:
+            return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve until stdin ends; the first answer is the contender's facts."""
+    # Libraries print what they like: it must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(value: object) -> None:
+        answers.write(json.dumps(value) + "\n")
+
+    action, path, text = arguments
+    try:
+        contender, options = runpy.run_path(path), json.loads(text)
+        if action == "make":
+            contender["make"](options)
+            answer({})
+            return
+        loaded = contender["load"](options)
+        answer(loaded.facts)
+        for request in sys.stdin:
+            begin = time.process_time()
+            measured = loaded.run(**json.loads(request))
+            answer({**measured, "cpu_seconds": time.process_time() - begin, "peak_bytes": peak_memory()})
+    except Exception as error:
+        answer({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
+        raise
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
