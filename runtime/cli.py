@@ -175,13 +175,13 @@ class _Session:
 
 
 def _kernel_lines(nodes: list[Any]) -> Iterator[str]:
-    """Say what ran, a line for each graph, number of bits and kernel."""
-    groups: dict[tuple[str, int, str], list[Any]] = {}
+    """Say what ran, a line for each graph, operator, number of bits and kernel."""
+    groups: dict[tuple[str, str, int, str], list[Any]] = {}
     for node in nodes:
         if node.kernel is not None:
-            groups.setdefault((node.graph, node.bits, node.kernel), []).append(node)
-    for (graph, bits, kernel), same in groups.items():
-        line = f"{graph}: {len(same)} of {bits} bits ran {kernel}"
+            groups.setdefault((node.graph, node.op, node.bits, node.kernel), []).append(node)
+    for (graph, op, bits, kernel), same in groups.items():
+        line = f"{graph}: {len(same)} {op} of {bits} bits: {kernel}"
         if calls := sum(node.calls or 0 for node in same):
             seconds = sum(node.seconds for node in same)
             line += f", {calls} calls of {seconds / calls * 1e6:.1f} µs, {seconds:.3f} s"

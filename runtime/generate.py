@@ -103,9 +103,9 @@ class Generator:
         self._schedule = parse_schedule(manifest.schedule, manifest.precisions)
 
     def kernels(self, *, reset: bool = False) -> list[NodeKernel]:
-        """Return what runs for every `BitplaneMatMul` node of every loaded graph: kernel, calls, time.
+        """Return what ran for every node of every loaded graph that a kernel can run: kernel, calls, time.
 
-        With `reset`, calls and time are counted from zero after this.
+        Without a library these are the `BitplaneMatMul` nodes. With `reset`, counting starts again after this.
         """
         library, nodes = self.kernel_library, list[NodeKernel]()
         for tag, graph in self._graphs.items():

@@ -1,4 +1,4 @@
-"""The operator library: compiled kernels that take the place of the graphs' portable `BitplaneMatMul`.
+"""The operator library: compiled kernels that take the place of the graphs' portable functions.
 
 A bundle holds one library per target. It is native code, and using it runs it: take bundles from whom you trust, give a
 library of your own, or do without. What a library offers to its host is in `tvm_kernels/ort_ops`.
@@ -21,6 +21,7 @@ from pmpd.runtime.manifest import ACCURACIES, Graph, Manifest
 from pmpd.runtime.onnxruntime import onnxruntime
 
 __all__ = [
+    "MATMUL",
     "PORTABLE",
     "KernelLibrary",
     "NodeKernel",
@@ -32,6 +33,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+MATMUL = "BitplaneMatMul"
 PORTABLE = "portable"
 # What the name of the kernel says that takes anything and is fast at nothing.
 _ANY = "any"
@@ -44,14 +46,15 @@ _TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class NodeKernel:
-    """What ran for one `BitplaneMatMul` node, weights ``[N, K]``.
+    """What ran for one node that a compiled kernel may run, such as a `BitplaneMatMul` of weights ``[N, K]``.
 
     Attributes:
         graph: the file of its graph.
         node: its name.
-        bits: bits of its weights; 0 before its first run.
-        n: rows of its weights; 0 before its first run.
-        k: columns of its weights; None for the portable body, of which the manifest does not tell.
+        op: its operator: `MATMUL`, or another that the library has (``GroupQueryAttention``).
+        bits: bits of its weights, or of a number in the KV cache; 0 before its first run.
+        n: rows of its weights, or columns of attention's output; 0 before its first run.
+        k: columns of its weights, or elements of a head; None for the portable body, as the manifest does not tell.
         kernel: the kernel that ran last, None before the first run; `PORTABLE` for the portable body.
         calls: how often it ran; None for the portable body, which nobody counts.
         seconds: wall time of all calls; None for the portable body.
@@ -59,6 +62,7 @@ class NodeKernel:
 
     graph: str
     node: str
+    op: str
     bits: int
     n: int
     k: int | None
@@ -73,8 +77,8 @@ class KernelLibrary:
     Attributes:
         path: its file.
         accuracy: ``exact`` or ``int8``.
-        info: what it says of itself: ``version``, ``target``, ``features`` of this processor, and ``kernels``, the one
-            chosen for each number of bits, accuracy, and ``one`` or ``many`` rows of activations.
+        info: what it says of itself: ``version``, ``target``, ``features`` of this processor, and its choice of
+            ``kernels``.
 
     Raises:
         KernelError: the file cannot be loaded on this machine, or is no operator library.
@@ -115,8 +119,8 @@ class KernelLibrary:
             raise PmpdError(f"ONNX Runtime {onnxruntime().__version__} refuses {self.path}: {reason}") from None
 
     def kernel(self, bits: int, *, rows: str) -> str:
-        """Return the name of the kernel for weights of `bits` and ``one`` or ``many`` rows of activations."""
-        wanted = {"bits": bits, "accuracy": self.accuracy, "rows": rows}
+        """Return the name of the matmul for weights of `bits` and ``one`` or ``many`` rows of activations."""
+        wanted = {"op": MATMUL, "bits": bits, "accuracy": self.accuracy, "rows": rows}
         name: str = next(choice["kernel"] for choice in self.info["kernels"] if wanted.items() <= choice.items())
         return name
 
@@ -131,6 +135,7 @@ class KernelLibrary:
             NodeKernel(
                 graph=graph.file,
                 node=node["name"],
+                op=node["op"],
                 bits=node["bits"],
                 n=node["n"],
                 k=node["k"],
@@ -206,11 +211,12 @@ def require_fast(library: KernelLibrary, manifest: Manifest, graphs: Iterable[Gr
 
 
 def portable_kernels(manifest: Manifest, graph: Graph) -> list[NodeKernel]:
-    """Return the nodes of a graph as they run without a library, from the tensors they read."""
+    """Return the matmul nodes of a graph as they run without a library, from the tensors they read."""
     return [
         NodeKernel(
             graph=graph.file,
             node=planes.name.removesuffix(".planes"),
+            op=MATMUL,
             bits=graph.precision if planes.nested else planes.shape[0],
             n=planes.shape[1],
             k=None,

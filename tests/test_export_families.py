@@ -38,11 +38,14 @@ LARGE = {
 
 
 def assert_same(logits: np.ndarray, reference: np.ndarray) -> None:
-    """Every position ``[T, V]`` points the same way and has the same most likely token."""
+    """Every position ``[T, V]`` points the same way and has the same most likely token, near ties aside."""
     a, b = logits.astype(np.float64), reference.astype(np.float64)
     assert a.shape == b.shape
     assert ((a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() >= 0.99999
-    assert (a.argmax(axis=1) == b.argmax(axis=1)).all()
+    best, second = np.sort(b, axis=1)[:, :-3:-1].T
+    clear = best - second > np.abs(a - b).max()  # the KV cache is float16
+    assert clear.mean() > 0.9
+    assert (a.argmax(axis=1) == b.argmax(axis=1))[clear].all()
 
 
 def network(config: dict[str, Any], *, precision: int = 4) -> Decoder:

@@ -141,14 +141,14 @@ def test_graphs_run_in_stock_onnxruntime(file: str, demo_bundle: Path) -> None:
     bundle = Bundle.open(demo_bundle)
     ids = [1, 300, 5, 77, 9]
     contract = bundle.manifest.kv_cache
-    empty = np.zeros((1, contract.heads, 0, contract.head_dim), dtype=np.float32)
+    empty = np.zeros((1, contract.heads, 0, contract.head_dim), dtype=contract.dtype)
     feeds: dict[str, Any] = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), dtype=np.int64)}
     session = onnxruntime.InferenceSession(demo_bundle / file)
     feeds |= {i.name: empty for i in session.get_inputs() if i.name.startswith("past")}
     logits = session.run(["logits"], feeds)[0][0]
     generator = Generator(bundle)
     want = generator.prefill(ids)[None] if file == "prefill.onnx" else generator.decode(ids, precision=2)
-    np.testing.assert_allclose(logits, want, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(logits, want, atol=5e-3)  # the KV cache is float16
 
 
 def test_other_choices_reach_the_bundle(tiny: Path, tmp_path: Path) -> None:

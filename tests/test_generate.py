@@ -28,6 +28,7 @@ PROMPT = "Once upon a time, there was a little girl named Lily."
 # The output of the embedded model at 4 bits; a retrained model or another quantizer gives another.
 GOLDEN = " She loved to play with her toys and eat snacks. One day, she found a big, red ball"
 CONTEXT = 64
+ROUNDING = 5e-3  # of logits: sums in another order, rounded to the KV cache's float16
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +131,14 @@ def test_decode_of_many_tokens_is_decode_step_by_step(generator: Generator, prom
     generator.prefill(prompt)
     one_by_one = np.stack([generator.decode_step(i, precision=2) for i in prompt[:5]])
     assert together.shape == (5, 4096)
-    np.testing.assert_allclose(together, one_by_one, atol=1e-4)
+    np.testing.assert_allclose(together, one_by_one, atol=ROUNDING)
     assert generator.tokens == prompt + prompt[:5]
 
 
 def test_prefill_is_the_last_row_of_decode(generator: Generator, prompt: list[int]) -> None:
     prefilled = generator.prefill(prompt)
     generator.reset()
-    np.testing.assert_allclose(prefilled, generator.decode(prompt, precision=4)[-1], atol=1e-4)
+    np.testing.assert_allclose(prefilled, generator.decode(prompt, precision=4)[-1], atol=ROUNDING)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7])
@@ -147,7 +148,7 @@ def test_prompt_in_pieces_is_the_prompt_at_once(
     whole = generator.prefill(prompt)
     generator.reset()
     monkeypatch.setattr(generate, "PREFILL_CHUNK", chunk)
-    np.testing.assert_allclose(generator.prefill(prompt), whole, atol=1e-4)
+    np.testing.assert_allclose(generator.prefill(prompt), whole, atol=ROUNDING)
     assert generator.tokens == prompt
     assert generator.cache.length == generator.cache.mask.sum() == len(prompt)
 
@@ -219,7 +220,7 @@ def test_conversation_goes_on_from_the_kept_cache(generator: Generator, prompt: 
     logits = generator.decode_step(7, precision=4)
     assert ids_of(generator.stream(longer, max_new_tokens=4, schedule="uniform:4")) == continued
     assert generator.trace.reused_tokens == 0
-    np.testing.assert_allclose(generator.decode_step(7, precision=4), logits, atol=1e-4)
+    np.testing.assert_allclose(generator.decode_step(7, precision=4), logits, atol=ROUNDING)
 
 
 def test_kept_cache_is_cut_where_the_texts_part(generator: Generator, prompt: list[int]) -> None:

@@ -1,7 +1,7 @@
 """From kernels to objects and the table that the operator library is linked from.
 
 Objects are kept in the user's cache folder by what they are made of: a second export compiles nothing. Compiling is
-done by processes of their own (``python -m pmpd.tvm_kernels.compile``), a few at a time, because TVM uses one thread.
+done by processes of their own (`worker`), a few at a time, because TVM uses one thread.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def compile_kernels(
     attentions = attentions_of(target, head_dims)
     units = {unit.symbol: unit for kernel in chosen for unit in _units(kernel, target)}
     for kernel in attentions:
-        cpu = target.baseline if kernel.isa.name == "portable" else kernel.isa.cpu
-        units[kernel.name] = _Unit(kernel.name, kernel.to_json(), target.triple, cpu, kernel.isa.attributes)
-    units["pmpd_any"] = _Unit("pmpd_any", None, target.triple, target.baseline, ())
+        machine = (target.triple, kernel.isa.cpu, kernel.isa.attributes)
+        units[kernel.name] = _Unit(kernel.name, kernel.to_json(), *machine)
+    units["pmpd_any"] = _Unit("pmpd_any", None, target.triple, "generic", ())
     objects = {symbol: _cached(unit) for symbol, unit in units.items()}
     missing = {path: units[symbol] for symbol, path in objects.items() if not path.exists()}
     if missing:
@@ -127,7 +127,7 @@ def _compile_all(units: dict[Path, _Unit]) -> Iterator[str]:
     lock, done = threading.Lock(), queue.SimpleQueue[str | BaseException]()
 
     def work() -> None:
-        command = [sys.executable, "-m", "pmpd.tvm_kernels.compile"]
+        command = [sys.executable, "-m", "pmpd.tvm_kernels.worker"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
             assert worker.stdin is not None
             assert worker.stdout is not None
@@ -166,35 +166,6 @@ def _cached(unit: _Unit) -> Path:
     return root / "pmpd" / "kernels" / f"{unit.symbol}-{digest.hexdigest()[:16]}.o"
 
 
-def _compile(unit: _Unit, path: Path) -> None:
-    """Compile one function into an object file."""
-    import tvm
-    from tvm import tirx
-
-    from pmpd.tvm_kernels.kernel import AttentionKernel, Kernel
-    from pmpd.tvm_kernels.portable import portable_matmul
-
-    if unit.kernel is None:
-        function = portable_matmul()
-    elif "dim" in unit.kernel:
-        function = AttentionKernel.from_json(unit.kernel).function()
-    else:
-        kernel = Kernel.from_json(unit.kernel)
-        function = kernel.pack_function() if unit.symbol == kernel.pack_name else kernel.function()
-    target = tvm.target.Target(
-        {"kind": "llvm", "mtriple": unit.triple, "mcpu": unit.cpu, "mattr": list(unit.attributes)}
-    )
-    module = tvm.IRModule({unit.symbol: function.with_attr("target", target)})
-    # Only what turns TIR into LLVM: no packed calling convention, so that C calls the kernels directly.
-    for step in (tirx.transform.FlattenBuffer(), tirx.transform.StmtSimplify(), tirx.transform.LowerIntrin()):
-        module = step(module)
-    compiled = tvm.get_global_func("target.build.llvm")(module, target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.o")
-    compiled.write_to_file(str(partial), "o")
-    partial.replace(path)
-
-
 def _table(kernels: Sequence[Any], attentions: Sequence[Any]) -> str:
     """Return the C text that lists the kernels."""
     signatures = {
@@ -216,17 +187,3 @@ def _table(kernels: Sequence[Any], attentions: Sequence[Any]) -> str:
     lines += [f"  {kernel.table_entry()}," for kernel in attentions] or ["  {0},"]
     lines += ["};", f"const size_t pmpd_attention_count = {len(attentions)};", ""]
     return "\n".join(lines)
-
-
-def _serve() -> None:
-    """Compile what standard input names, a unit a line; answer each with a line."""
-    for line in sys.stdin:
-        values = json.loads(line)
-        path = Path(values.pop("path"))
-        _compile(_Unit(**values), path)
-        sys.stdout.write(f"{values['symbol']}\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    _serve()

@@ -91,8 +91,7 @@ class Portable(Isa):
 
     name = "portable"
     feature: ClassVar[tuple[str, ...]] = ()
-    width, registers = 16, 16
-    attributes: ClassVar[tuple[str, ...]] = ()
+    width, registers, cpu = 16, 16, "generic"
 
     def from_half(self, half: Any) -> Any:
         """Shift exponent and mantissa to where float32 has them; one product mends the bias, subnormals included."""
