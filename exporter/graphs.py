@@ -49,7 +49,7 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
 
     rows = 1 if last_only else "sequence_length"
     _output(builder, "logits", logits, ir.DataType.FLOAT, ["batch_size", rows, shape.vocab_size])
-    present_shape = ["batch_size", shape.kv_heads, "total", shape.head.slots]
+    present_shape: list[int | str] = ["batch_size", shape.kv_heads, "total", shape.head.slots]
     for name, present in zip(names, presents, strict=True):
         _output(builder, f"present.{name}", present, ir.DataType.FLOAT16, present_shape)
     for node in graph:

@@ -54,8 +54,9 @@ static void *place(int which, const char *name, size_t size, size_t gap, int fro
   const size_t pages_size = (size + gap + page - 1) / page * page + (size + gap == 0 ? page : 0);
   uint8_t *all = mmap(NULL, pages_size + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (all == MAP_FAILED || mprotect(all + page, pages_size, PROT_READ | PROT_WRITE)) fail("no memory for", name);
-  *area = (struct area){name, all + page, front ? all + page + gap : all + page + pages_size - gap - size, pages_size, size};
-  memset(area->pages, 0xFF, pages_size);
+  uint8_t *pages = all + page;
+  *area = (struct area){name, pages, front ? pages + gap : pages + pages_size - gap - size, pages_size, size};
+  memset(pages, 0xFF, pages_size);
   return area->data;
 }
 

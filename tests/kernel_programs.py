@@ -142,11 +142,6 @@ def other_tunings(target: Target) -> list[Kernel]:
     return [replace(kernel, tuning=tuning) for kernel in kernels for tuning in tunings]
 
 
-def objects(kernels: Sequence[Kernel], target: Target, directory: Path) -> list[Path]:
-    """Compile kernels and `pmpd_any` and return the object files, and first the C file that lists the kernels."""
-    return compile_kernels(target, precisions=(), directory=directory, kernels=kernels)
-
-
 def build_program(kernels: Sequence[Kernel], target: Target, directory: Path) -> Program:
     """Compile kernels and link them, for the least processor of the architecture, with the driver."""
     for kernel in kernels:
@@ -156,6 +151,7 @@ def build_program(kernels: Sequence[Kernel], target: Target, directory: Path) ->
     platform_ = [target.zig] if platform.machine() == target.arch else [f"{target.arch}-linux-musl", "-static"]
     compiler = [sys.executable, "-m", "ziglang", "cc", "-target", *platform_, "-mcpu=baseline"]
     options = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-o", str(path)]
-    sources = [DRIVER, SOURCES / "cpu.c", *objects(kernels, target, directory)]
+    objects = compile_kernels(target, precisions=(), directory=directory, kernels=kernels)
+    sources = [DRIVER, SOURCES / "cpu.c", *objects]
     subprocess.run([*compiler, *options, *map(str, sources)], check=True)
     return Program(target, path)

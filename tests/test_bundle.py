@@ -157,7 +157,7 @@ def test_link_to_a_bundle_is_fine(demo_bundle: Path, tmp_path: Path) -> None:
         lambda d: d["kv_cache"].update(head_dim=32),
         lambda d: d["kv_cache"].update(layers=4),
         lambda d: d["kv_cache"].update(layers=6),
-        lambda d: d["kv_cache"].update(dtype="float16"),
+        lambda d: d["kv_cache"].update(dtype="float32"),
         lambda d: d["kv_cache"].update(past="past.{layer}.{part}"),
         lambda d: d["architecture"].update(vocab_size=100),
         lambda d: d["tensors"].append(d["tensors"][5]),

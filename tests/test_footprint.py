@@ -115,7 +115,7 @@ def hollow_bundle(folder: Path, *, precisions: tuple[int, ...], **sizes: int) ->
         parent_precision=parent,
         prefill_precision=parent,
         schedule=f"uniform:{parent}",
-        kv_cache=KvContract(layers=shape.layers, heads=shape.kv_heads, head_dim=shape.head.slots),
+        kv_cache=KvContract(layers=shape.layers, heads=shape.kv_heads, head_dim=shape.head.slots, dtype="float16"),
         graphs=tuple(graphs),
         tensors=tuple(plan.tensors.values()),
         files={

@@ -132,8 +132,7 @@ class Rig:
         self._functions = ctypes.CDLL(str(self.library))
         self._functions.pmpd_ops_kernel.restype = ctypes.c_void_p
         self._functions.pmpd_ops_info.restype = ctypes.c_char_p
-        self._threads, self._barrier = threads, threading.Barrier(threads)
-        self._pool = ThreadPoolExecutor(threads)
+        self._threads, self._pool = threads, ThreadPoolExecutor(threads)
         self._read_at = 0
 
     def runs(self, isa: Isa) -> bool:
@@ -149,24 +148,31 @@ class Rig:
         features = json.loads(info)["features"]
         return {name.removeprefix("PMPD_").replace("_", "").lower() for name in isa.feature} <= set(features)
 
-    def read(self) -> float:
-        """Read memory that no cache holds; return GB/s."""
+    def read(self, threads: int | None = None) -> float:
+        """Read memory that no cache holds with all threads, or so many; return GB/s."""
+        threads = threads or self._threads
         memory = random_memory(WORKING_SET)
-        share = READ_BYTES // self._threads
+        share = READ_BYTES // threads
         self._read_at = (self._read_at + READ_BYTES) % WORKING_SET
 
         def part(thread: int) -> None:
             self._functions.pmpd_ops_read(_pointer(memory[self._read_at + thread * share :]), ctypes.c_int64(share))
 
-        return READ_BYTES / max(self._together([part])) / 1e9
+        return READ_BYTES / max(self._together([part], threads)) / 1e9
 
-    def sweep(self, kernel: Kernel, weights: Sequence[Weights], *, m: int = 1) -> Sample:
-        """Return what multiplies m rows of activations with all matrices; a sample has the seconds of each shape."""
+    def sweep(self, kernel: Kernel, weights: Sequence[Weights], *, m: int = 1, threads: int | None = None) -> Sample:
+        """Return what multiplies m rows of activations with all matrices, on all threads or so many.
+
+        A sample has the seconds of each shape.
+        """
+        threads = threads or self._threads
         found = ctypes.c_void_p(self._functions.pmpd_ops_kernel(kernel.name.encode()))
-        parts = [self._part(found, kernel, each, m) for each in weights]
-        return lambda: self._together(parts)
+        parts = [self._part(found, kernel, each, m, threads) for each in weights]
+        return lambda: self._together(parts, threads)
 
-    def _part(self, found: ctypes.c_void_p, kernel: Kernel, weights: Weights, m: int) -> Callable[[int], None]:
+    def _part(
+        self, found: ctypes.c_void_p, kernel: Kernel, weights: Weights, m: int, threads: int
+    ) -> Callable[[int], None]:
         n, k = weights.shape.n, weights.shape.k
         lines = row_stride(k) // CACHE_LINE
         x = np.random.default_rng(m).normal(size=(m, k)).astype(np.float32)
@@ -176,7 +182,7 @@ class Rig:
         self._functions.pmpd_ops_pack(found, _pointer(x), *activations, k, lines, m)
         fixed = (found, _pointer(weights.planes), _pointer(weights.codebook), *activations, _pointer(y))
         rows = kernel.tuning.rows
-        bounds = [n * thread // self._threads // rows * rows for thread in range(self._threads)] + [n]
+        bounds = [n * thread // threads // rows * rows for thread in range(threads)] + [n]
         keep = x, packed, scale, total, y, weights  # the pointers outlive this call
 
         def part(thread: int) -> None:
@@ -185,19 +191,20 @@ class Rig:
 
         return part
 
-    def _together(self, parts: Sequence[Callable[[int], None]]) -> list[float]:
-        """Run all parts on every thread; return the seconds of each on the slowest."""
+    def _together(self, parts: Sequence[Callable[[int], None]], threads: int) -> list[float]:
+        """Run all parts on every one of so many threads; return the seconds of each on the slowest."""
+        barrier = threading.Barrier(threads)
 
         def run(thread: int) -> list[float]:
             times = []
-            self._barrier.wait()
+            barrier.wait()
             for part in parts:
                 begin = time.perf_counter()
                 part(thread)
                 times.append(time.perf_counter() - begin)
             return times
 
-        return [max(times) for times in zip(*self._pool.map(run, range(self._threads)), strict=True)]
+        return [max(times) for times in zip(*self._pool.map(run, range(threads)), strict=True)]
 
 
 def _pointer(array: npt.NDArray[Any]) -> ctypes.c_void_p:

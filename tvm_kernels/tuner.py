@@ -6,7 +6,9 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from pmpd.runtime.errors import PmpdError
@@ -52,7 +54,9 @@ class TuneSettings:
 class Arena:
     """Scores kernels on this machine: a GEMV by its share of memory's bandwidth, a GEMM by products a second.
 
-    Both are medians over samples and geometric means over shapes.
+    Both are medians over samples and geometric means over shapes. For a GEMV also over all threads, where memory is
+    the limit, and a single one, where the processor is: memory that others slow down just now, or a machine with more
+    of it, must not decide by chance.
     """
 
     def __init__(
@@ -65,16 +69,26 @@ class Arena:
     def enter(self, entrants: Sequence[Kernel]) -> Scores:
         """Prepare kernels of one phase and precision; return what scores any of them."""
         weights, m = self._work(entrants[0])
+        if len({kernel.name for kernel in entrants}) == 1:  # they differ in how ONNX Runtime shares them out
+            return self._enter_graphs(entrants, weights, m)
+        rig = self._rig(entrants)
+
+        def scores(kernels: Sequence[Kernel], rounds: int) -> list[float]:
+            scored = []
+            for threads in {self._threads, 1} if m == 1 else {self._threads}:
+                samples = [rig.sweep(kernel, weights, m=m, threads=threads) for kernel in kernels]
+                taken = take_turns(samples, partial(rig.read, threads), rounds=rounds)
+                scored.append([_score(each, weights, m) for each in taken])
+            return [geometric_mean(several) for several in zip(*scored, strict=True)]
+
+        return scores
+
+    def _enter_graphs(self, entrants: Sequence[Kernel], weights: Sequence[Weights], m: int) -> Scores:
+        """Prepare kernels as operators in ONNX Runtime."""
         samples: dict[Kernel, Sample] = {}
-        if len({kernel.name for kernel in entrants}) > 1:
-            rig = self._rig(entrants)
-            samples = {kernel: rig.sweep(kernel, weights, m=m) for kernel in entrants}
-        else:  # they differ in how ONNX Runtime shares them out
-            for kernel in entrants:
-                rig = self._rig([kernel])
-                samples[kernel] = bitplane_graph(
-                    rig.library, weights, accuracy=kernel.accuracy, m=m, threads=self._threads
-                )
+        for kernel in entrants:
+            rig = self._rig([kernel])
+            samples[kernel] = bitplane_graph(rig.library, weights, accuracy=kernel.accuracy, m=m, threads=self._threads)
 
         def scores(kernels: Sequence[Kernel], rounds: int) -> list[float]:
             taken = take_turns([samples[kernel] for kernel in kernels], rig.read, rounds=rounds)
