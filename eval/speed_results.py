@@ -39,7 +39,7 @@ class Timing:
     Attributes:
         prefill_seconds: time of the prompt.
         seconds: time of each decode step.
-        gemv_seconds: time of these steps inside the compiled kernels; None where they are not counted.
+        gemv_seconds: time of these steps inside the compiled matmul kernels; None where they are not counted.
         others: share of all processors' time that other processes used meanwhile; None where the system does not tell.
     """
 
@@ -62,7 +62,7 @@ class SpeedRow:
         step_bytes: bytes that a decode step reads, on average (see `traffic`); None for a peer.
         prefill_tps, decode_tps: tokens per second.
         gbs: `step_bytes` by the time of a step, in 10^9 bytes per second.
-        gemv_share: share of the decode steps' time inside compiled kernels.
+        gemv_share: share of the decode steps' time inside the compiled matmul kernels.
         reached: speed as a share of what its bits promise: steps as long as those of the uniform schedules, position by
             position and in the same repetition. None for uniform ones.
         others: share of all processors' time that other processes used meanwhile: the less, the better the figures.

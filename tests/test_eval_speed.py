@@ -21,6 +21,7 @@ from pmpd.eval.speed import switch_cost
 from pmpd.eval.speed_results import Spread
 from pmpd.eval.traffic import step_bytes
 from pmpd.runtime import Bundle, Generator, Manifest, NodeKernel, PmpdError
+from pmpd.runtime.kernels import MATMUL
 
 # Notes its turns in a file, chats on stdout, and takes a fixed time to the penny.
 FAKE = """
@@ -184,20 +185,21 @@ def test_python_that_does_not_exist(fake_peer: Path) -> None:
 
 
 def test_time_inside_the_kernels_of_the_decode_steps(demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def node(graph: str, kernel: str | None, seconds: float) -> NodeKernel:
-        return NodeKernel(graph=graph, node="x", bits=4, n=8, k=8, kernel=kernel, calls=1, seconds=seconds)
+    def node(graph: str, kernel: str | None, seconds: float, op: str = MATMUL) -> NodeKernel:
+        return NodeKernel(graph=graph, node="x", op=op, bits=4, n=8, k=8, kernel=kernel, calls=1, seconds=seconds)
 
     nodes = [
         node("prefill.onnx", "gemm", 8.0),
         node("decode-4.onnx", "gemv4", 1.0),
         node("decode-4.onnx", "gemv6", 0.5),
+        node("decode-4.onnx", "attention", 2.0, op="GroupQueryAttention"),
         node("decode-3.onnx", "stale", 4.0),  # ran in an earlier turn
         node("decode-2.onnx", None, 0.0),
     ]
     monkeypatch.setattr(Generator, "kernels", lambda self, reset=False: nodes)
     answer = BundleContender(str(demo_bundle), positions=8, threads=1).run(prompt=[1, 2, 3], precisions=[4, 4])
     assert answer["gemv_seconds"] == 1.5
-    assert answer["kernels"] == {"prefill": ["gemm"], "decode": ["gemv4", "gemv6"]}
+    assert answer["kernels"] == {"prefill": ["gemm"], "decode": ["attention", "gemv4", "gemv6"]}
     assert len(answer["seconds"]) == 2
 
 
@@ -215,7 +217,8 @@ def test_bytes_of_a_step(manifest: Manifest) -> None:
     unread = sum(tensor.length * (1 - 1 / tensor.shape[0]) for tensor in rows) + codebooks[3] + codebooks[2]
     assert at(4) + unread == pytest.approx(sum(tensor.length for tensor in manifest.tensors))  # the head's too
     kv = manifest.kv_cache
-    assert at(3, 100) - at(3) == 100 * 2 * kv.layers * kv.heads * kv.head_dim * 4
+    numbers = 2 * kv.layers * kv.heads * kv.head_dim
+    assert at(3, 100) - at(3) == 100 * numbers * {"float16": 2, "float32": 4}[kv.dtype]
 
 
 def test_the_cost_of_a_switch() -> None:

@@ -27,7 +27,7 @@ from pmpd.tvm_kernels.tune import main
 from pmpd.tvm_kernels.tuned import RECORDS, default_tuning, key_of, load_records, tuning
 from pmpd.tvm_kernels.tuner import Tuner, TuneSettings
 
-BEST = {"rows": 2, "prefetch": 1024, "chunk": 128, "tokens": 4, "depth": 2}
+BEST = {"rows": 2, "prefetch": 2048, "chunk": 64, "tokens": 4, "depth": 2}
 
 
 def kernel(isa: str = "avx2", **changes: Any) -> Kernel:
@@ -70,7 +70,7 @@ def test_search_finds_the_best_choices(phase: Any) -> None:
 def test_samples_are_spent_on_the_better_half() -> None:
     judge = Judge()
     entrants = candidates(kernel(), {"chunk": (16, 32, 64, 128, 256)})
-    assert halve(entrants, judge.enter(entrants)).tuning.chunk == 128
+    assert halve(entrants, judge.enter(entrants)).tuning.chunk == 64
     assert judge.samples == [(5, 4), (3, 8), (2, 16)]
 
 
@@ -165,15 +165,16 @@ def test_a_broken_file_of_records_is_an_error(tmp_path: Path, text: str) -> None
 
 
 @pytest.mark.parametrize("path", sorted(RECORDS.glob("*.json")), ids=lambda path: path.stem)
-def test_our_records_are_complete_and_from_the_grids(path: Path) -> None:
+def test_our_records_are_of_kernels_and_from_the_grids(path: Path) -> None:
     records = load_records(path.stem)
     assert records["isa"] == path.stem
-    wanted = {f"{phase}-{accuracy}-{bits}" for phase in GRIDS for accuracy in ACCURACIES for bits in range(1, 9)}
-    assert set(records["kernels"]) == wanted
+    assert {f"gemv-int8-{bits}" for bits in (2, 3, 4, 6)} <= set(records["kernels"])
     for key, found in records["kernels"].items():
-        for grid in GRIDS[key.partition("-")[0]]:  # type: ignore[index]
-            for name, values in grid.items():
-                assert found["tuning"][name] in values, f"{key}: {name}"
+        phase, accuracy, bits = key.split("-")
+        assert accuracy in ACCURACIES
+        assert int(bits) in range(1, 9)
+        choices = {name: {value for grid in GRIDS[phase] for value in grid.get(name, ())} for name in found["tuning"]}  # type: ignore[index]
+        assert all(found["tuning"][name] in values for name, values in choices.items()), key
 
 
 def test_shapes_of_models() -> None:

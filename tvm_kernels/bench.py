@@ -23,6 +23,8 @@ from pmpd.tvm_kernels.shapes import SUPPORTED, Shape, model_shapes, parse_shape
 if TYPE_CHECKING:
     from pmpd.tvm_kernels.benchmark import Row
 
+__all__ = ["main"]
+
 SHAPE = Shape(8192, 2048)
 
 

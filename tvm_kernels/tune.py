@@ -17,6 +17,8 @@ from pmpd.runtime.sessions import available_threads
 from pmpd.tvm_kernels.command import local_target, read_list, user_errors
 from pmpd.tvm_kernels.shapes import SUPPORTED, model_shapes, parse_shape
 
+__all__ = ["main"]
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-m", "--model", "models", multiple=True, help="Tune on the shapes of this model, a name or a folder.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmpd.runtime import Bundle, Generator
+from pmpd.runtime.kernels import MATMUL
 
 __all__ = ["BundleContender", "load"]
 
@@ -49,7 +50,7 @@ class BundleContender:
                 continue
             phase = "prefill" if node.graph == self._prefill else "decode"
             kernels[phase].add(node.kernel)
-            if phase == "decode" and node.seconds is not None:
+            if phase == "decode" and node.op == MATMUL and node.seconds is not None:
                 gemv_seconds = (gemv_seconds or 0.0) + node.seconds
         return {
             "prefill_seconds": generator.trace.prefill_seconds,
