@@ -17,12 +17,23 @@ from pmpd.tvm_kernels.isa import Isa
 from pmpd.tvm_kernels.planes import split_planes
 from pmpd.tvm_kernels.tables import Int8Tables, exact_tables
 
-__all__ = ["MATMUL_PARAMETERS", "gemv_exact", "gemv_int8"]
+__all__ = [
+    "LINE",
+    "float_values",
+    "fma",
+    "gemv_exact",
+    "gemv_int8",
+    "load_planes",
+    "parameters",
+    "store_rows",
+    "sum_lanes",
+    "tile_rows",
+]
 
 LINE = 64  # bytes of a plane's row come in whole cache lines
 
 # The C signature of kernels.h, pmpd_matmul_fn.
-MATMUL_PARAMETERS = (
+_PARAMETERS = (
     ("planes", "uint8*"),
     ("plane_bytes", "int64"),
     ("codebook", "uint16*"),
@@ -42,7 +53,7 @@ MATMUL_PARAMETERS = (
 def parameters(packed: str, scratch: str = "uint8") -> list[tuple[str, str]]:
     """Return the C signature, with the types of packed activations and of scratch memory."""
     types = {"PACKED*": f"{packed}*", "SCRATCH*": f"{scratch}*"}
-    return [(name, types.get(dtype, dtype)) for name, dtype in MATMUL_PARAMETERS]
+    return [(name, types.get(dtype, dtype)) for name, dtype in _PARAMETERS]
 
 
 def tile_rows(e: Emitter, first: Any, rows: int) -> list[Any]:
