@@ -41,7 +41,7 @@ class EvexVnni(AvxVnni):
 EVEX_VNNI = EvexVnni()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Case:
     """One call: x float32 [M, K] times planes uint8 [p, N, S] under codebook float16 [N, G, 2^p], rows [begin, end).
 
