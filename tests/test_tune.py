@@ -27,7 +27,7 @@ from pmpd.tvm_kernels.tune import main
 from pmpd.tvm_kernels.tuned import RECORDS, default_tuning, key_of, load_records, tuning
 from pmpd.tvm_kernels.tuner import Tuner, TuneSettings
 
-BEST = {"rows": 2, "prefetch": 2048, "chunk": 64, "tokens": 4, "depth": 2}
+BEST = {"rows": 2, "batch": 4, "sums": 2, "prefetch": 2048, "chunk": 64, "tokens": 4, "depth": 2}
 
 
 def kernel(isa: str = "avx2", **changes: Any) -> Kernel:

@@ -93,9 +93,10 @@ class Emitter:
         self._emit(tirx.BufferStore(buffer, value, [_index(offset, lanes_of(value))]))
 
     def prefetch(self, buffer: Any, offset: Any) -> None:
-        """Ask for the cache line of an element, for reading."""
+        """Ask for the cache line of an element, for reading, into the second-level cache."""
         address = tirx.address_of(tirx.BufferLoad(buffer, [offset]))
-        flags = [tirx.const(flag, "int32") for flag in (0, 3, 1)]  # read, keep in every cache, data
+        # Read; not into the first level, which has too few lines on their way to wait for memory; data.
+        flags = [tirx.const(flag, "int32") for flag in (0, 2, 1)]
         self._emit(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, *flags)))
 
     @contextmanager

@@ -1,13 +1,15 @@
 """One row of activations times the weights: the kernel of decoding. It reads every plane once and nothing else twice.
 
-Rows are worked on `rows` at a time, so that activations are loaded once for all of them and there are enough
-independent sums to keep the pipelines full. For each vector of plane bytes: planes to codes, codes to values, values
-times activations. With 8-bit activations the sum over 32 columns is scaled in float, so every 32 columns have a scale
-of their own, at the price of one conversion and one multiplication per eight products.
+Rows are worked on one after another, which processors fetch best, or a few together, which load activations once for
+all of them; a batch of rows shares the work that comes once a row, tables before it and the last sums behind it. For
+each vector of plane bytes: planes to codes, codes to values, values times activations. With 8-bit activations the sum
+over 32 columns is scaled in float, so every 32 columns have a scale of their own, at the price of one conversion and
+one multiplication per eight products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
@@ -107,7 +109,7 @@ def store_rows(e: Emitter, first: Any, rows: int, value: Any) -> None:
                 e.store(e["y"], (first + row).astype("int64"), shuffle([value], [row]))
 
 
-def gemv_int8(isa: Isa, *, name: str, bits: int, rows: int, prefetch: int) -> Any:
+def gemv_int8(isa: Isa, *, name: str, bits: int, rows: int, batch: int, sums: int, prefetch: int) -> Any:
     """Return the kernel with 8-bit codebooks and activations.
 
     Args:
@@ -115,69 +117,162 @@ def gemv_int8(isa: Isa, *, name: str, bits: int, rows: int, prefetch: int) -> An
         name: the C symbol.
         bits: p, how many planes are read.
         rows: rows computed together.
+        batch: how many times so many rows have their tables made and their sums folded together.
+        sums: independent sums of the products of a vector of plane bytes.
         prefetch: bytes ahead in every stream of planes that are asked for; 0 leaves it to the processor.
     """
-    e = Emitter(name, parameters("int8"))
-    words, ints = vector("float32", isa.words), vector("int32", isa.words)
-    stride = e.bind(e["lines"].astype("int64") * LINE, "stride")
-    made = Int8Tables.allocate(e, rows=rows, bits=bits, slots=2)
-    made.fill(e, isa, e["codebook"], tile_rows(e, e["begin"], rows), slot=tirx.const(0, "int32"))
-    with e.loop("tile", e["begin"], e["end"], rows) as first:
-        numbers = tile_rows(e, first, rows)
-        slot = e.bind(tirx.floormod(tirx.floordiv(first - e["begin"], rows), 2))
-        tables = [made.tables.load(e, isa, row, slot=slot) for row in range(rows)]
-        low, step = made.scale(e, slot=slot)
-        made.fill(e, isa, e["codebook"], tile_rows(e, first + rows, rows), slot=e.bind(1 - slot))
-        starts = [e.bind(number.astype("int64") * stride, f"start{row}") for row, number in enumerate(numbers)]
-        totals = e.local("float32", rows * isa.words, "totals")
-        for row in range(rows):
-            e.store(totals, row * isa.words, tirx.const(0.0, words))
-        with e.loop("block", tirx.const(0, "int32"), e["lines"] * (LINE // isa.width)) as block:
-            offset = e.bind(block.astype("int64") * isa.width)
-            x = [e.load(e["packed"], offset * 8 + j * isa.width, isa.width, f"x{j}") for j in range(8)]
-            scale = e.load(e["scale"], offset // 4, isa.words, "scale")
-            for row in range(rows):
-                planes = load_planes(e, isa, bits, starts[row], offset, prefetch)
-                total: Any = tirx.const(0, ints)
-                for code in split_planes(e, isa, planes):
-                    values = isa.lookup(e, tables[row][code.variant], code.index, bits)
-                    total = e.bind(isa.dot(total, values, x[code.column]))
-                sofar = e.load(totals, row * isa.words, isa.words)
-                e.store(totals, row * isa.words, fma(tirx.Cast(words, total), scale, sofar))
-        sums = sum_lanes(e, [e.load(totals, row * isa.words, isa.words) for row in range(rows)])
-        everything = e.load(e["sum"], tirx.const(0, "int32"))
-        spread = tirx.Broadcast(everything, rows) if rows > 1 else everything
-        store_rows(e, first, rows, e.bind(sums * step + low * spread))
-    return e.function()
+    return _Int8(isa, name=name, bits=bits, rows=rows, batch=batch, sums=sums, prefetch=prefetch).function()
 
 
-def gemv_exact(isa: Isa, *, name: str, bits: int, rows: int, prefetch: int) -> Any:
+def gemv_exact(isa: Isa, *, name: str, bits: int, rows: int, batch: int, sums: int, prefetch: int) -> Any:
     """Return the kernel with float16 codebooks and float32 activations and sums; arguments as `gemv_int8`."""
-    e = Emitter(name, parameters("float32"))
-    halves = isa.width // 2
-    sums = vector("float32", halves)
-    stride = e.bind(e["lines"].astype("int64") * LINE, "stride")
-    with e.loop("tile", e["begin"], e["end"], rows) as first:
-        numbers = tile_rows(e, first, rows)
-        made = exact_tables(e, e["codebook"], numbers, bits)
-        tables = [(made.load(e, isa, row, half=0), made.load(e, isa, row, half=1)) for row in range(rows)]
-        starts = [e.bind(number.astype("int64") * stride, f"start{row}") for row, number in enumerate(numbers)]
-        totals = e.local("float32", rows * halves, "totals")
-        for row in range(rows):
-            e.store(totals, row * halves, tirx.const(0.0, sums))
-        with e.loop("block", tirx.const(0, "int32"), e["lines"] * (LINE // isa.width)) as block:
-            offset = e.bind(block.astype("int64") * isa.width)
-            for row in range(rows):
-                planes = load_planes(e, isa, bits, starts[row], offset, prefetch)
-                total = e.load(totals, row * halves, halves)
-                for code in split_planes(e, isa, planes):
-                    for parity, values in enumerate(float_values(e, isa, tables[row], code, bits)):
-                        where = offset * 8 + (2 * code.column + parity) * halves
-                        total = e.bind(fma(values, e.load(e["packed"], where, halves, "x"), total))
-                e.store(totals, row * halves, total)
-        result = sum_lanes(e, [e.load(totals, row * halves, halves) for row in range(rows)])
-        store_rows(e, first, rows, result)
-    return e.function()
+    return _Exact(isa, name=name, bits=bits, rows=rows, batch=batch, sums=sums, prefetch=prefetch).function()
+
+
+class _Gemv:
+    """The loops of the kernel; what depends on the accuracy is in the subclasses."""
+
+    packed: str  # type of packed activations
+    lanes: int  # float32 sums of a row
+
+    def __init__(self, isa: Isa, *, name: str, bits: int, rows: int, batch: int, sums: int, prefetch: int) -> None:
+        self.isa, self.bits, self.rows, self.tile = isa, bits, rows, rows * batch
+        self.sums, self.prefetch = sums, prefetch
+        self.e = Emitter(name, parameters(self.packed))
+
+    def prepare(self) -> None:
+        """Do what comes before the first tile."""
+
+    def make_tables(self, first: Any) -> None:
+        """Make the look-up tables of the rows of a tile."""
+        raise NotImplementedError
+
+    def load_tables(self, row: Any) -> Any:
+        """Return the tables of a row of the tile, for `multiply`."""
+        raise NotImplementedError
+
+    def load_activations(self, offset: Any) -> Any:
+        """Return what all rows multiply with the vector of plane bytes at `offset`."""
+        raise NotImplementedError
+
+    def multiply(self, total: Any, planes: Sequence[Any], tables: Any, activations: Any) -> Any:
+        """Return the sums of a row with the products of a vector of plane bytes added."""
+        raise NotImplementedError
+
+    def scaled(self, sums: Any) -> Any:
+        """Return the tile's results from its sums, a lane a row."""
+        raise NotImplementedError
+
+    def function(self) -> Any:
+        """Return the finished `tirx.PrimFunc`."""
+        e, isa, lanes = self.e, self.isa, self.lanes
+        stride = e.bind(e["lines"].astype("int64") * LINE, "stride")
+        last = e.bind(e["end"] - 1)
+        self.prepare()
+        with e.loop("tile", e["begin"], e["end"], self.tile) as first:
+            self.make_tables(first)
+            totals = e.local("float32", self.tile * lanes, "totals")
+            with e.loop("row", tirx.const(0, "int32"), tirx.const(self.tile, "int32"), self.rows) as row:
+                own = [e.bind(row + number) for number in range(self.rows)]
+                starts = [e.bind(tirx.min(first + each, last).astype("int64") * stride, "start") for each in own]
+                tables = [self.load_tables(each) for each in own]
+                sums = e.local("float32", self.rows * lanes, "sums")
+                for number in range(self.rows):
+                    e.store(sums, number * lanes, tirx.const(0.0, vector("float32", lanes)))
+                with e.loop("block", tirx.const(0, "int32"), e["lines"] * (LINE // isa.width)) as block:
+                    offset = e.bind(block.astype("int64") * isa.width)
+                    activations = self.load_activations(offset)
+                    for number, start in enumerate(starts):
+                        planes = load_planes(e, isa, self.bits, start, offset, self.prefetch)
+                        total = e.load(sums, number * lanes, lanes)
+                        total = self.multiply(total, planes, tables[number], activations)
+                        e.store(sums, number * lanes, total)
+                for number, each in enumerate(own):
+                    e.store(totals, each * lanes, e.load(sums, number * lanes, lanes))
+            result = sum_lanes(e, [e.load(totals, number * lanes, lanes) for number in range(self.tile)])
+            store_rows(e, first, self.tile, e.bind(self.scaled(result)))
+        return e.function()
+
+
+class _Int8(_Gemv):
+    packed = "int8"
+
+    def __init__(self, isa: Isa, **choices: Any) -> None:
+        super().__init__(isa, **choices)
+        self.lanes = isa.words
+
+    def prepare(self) -> None:
+        e = self.e
+        self.made = Int8Tables.allocate(e, rows=self.tile, bits=self.bits, slots=2)
+        self.made.fill(e, self.isa, e["codebook"], tile_rows(e, e["begin"], self.tile), slot=tirx.const(0, "int32"))
+
+    def make_tables(self, first: Any) -> None:
+        e = self.e
+        self.slot = e.bind(tirx.floormod(tirx.floordiv(first - e["begin"], self.tile), 2))
+        self.low, self.step = self.made.scale(e, slot=self.slot)
+        self.made.fill(
+            e, self.isa, e["codebook"], tile_rows(e, first + self.tile, self.tile), slot=e.bind(1 - self.slot)
+        )
+
+    def load_tables(self, row: Any) -> Any:
+        return self.made.tables.load(self.e, self.isa, row, slot=self.slot)
+
+    def load_activations(self, offset: Any) -> Any:
+        e, width, words = self.e, self.isa.width, self.isa.words
+        x = [e.load(e["packed"], offset * 8 + column * width, width, f"x{column}") for column in range(8)]
+        return x, e.load(e["scale"], offset // 4, words, "scale")
+
+    def multiply(self, total: Any, planes: Sequence[Any], tables: Any, activations: Any) -> Any:
+        e, isa = self.e, self.isa
+        x, scale = activations
+        sums: list[Any] = [tirx.const(0, vector("int32", isa.words))] * self.sums
+        for number, code in enumerate(split_planes(e, isa, planes)):
+            values = isa.lookup(e, tables[code.variant], code.index, self.bits)
+            own = number % self.sums
+            sums[own] = e.bind(isa.dot(sums[own], values, x[code.column]))
+        return fma(tirx.Cast(vector("float32", isa.words), _add(e, sums)), scale, total)
+
+    def scaled(self, sums: Any) -> Any:
+        everything = self.e.load(self.e["sum"], tirx.const(0, "int32"))
+        return sums * self.step + self.low * (tirx.Broadcast(everything, self.tile) if self.tile > 1 else everything)
+
+
+class _Exact(_Gemv):
+    packed = "float32"
+
+    def __init__(self, isa: Isa, **choices: Any) -> None:
+        super().__init__(isa, **choices)
+        self.lanes = isa.width // 2
+
+    def make_tables(self, first: Any) -> None:
+        self.made = exact_tables(self.e, self.e["codebook"], tile_rows(self.e, first, self.tile), self.bits)
+
+    def load_tables(self, row: Any) -> Any:
+        return self.made.load(self.e, self.isa, row, half=0), self.made.load(self.e, self.isa, row, half=1)
+
+    def load_activations(self, offset: Any) -> Any:
+        return offset * 8
+
+    def multiply(self, total: Any, planes: Sequence[Any], tables: Any, activations: Any) -> Any:
+        e, isa, halves = self.e, self.isa, self.isa.width // 2
+        sums: list[Any] = [total] + [tirx.const(0.0, vector("float32", halves))] * (self.sums - 1)
+        for number, code in enumerate(split_planes(e, isa, planes)):
+            for parity, values in enumerate(float_values(e, isa, tables, code, self.bits)):
+                x = e.load(e["packed"], activations + (2 * code.column + parity) * halves, halves, "x")
+                own = (2 * number + parity) % self.sums
+                sums[own] = e.bind(fma(values, x, sums[own]))
+        return _add(e, sums)
+
+    def scaled(self, sums: Any) -> Any:
+        return sums
+
+
+def _add(e: Emitter, values: list[Any]) -> Any:
+    """Return the sum of vectors."""
+    total = values[0]
+    for value in values[1:]:
+        total = e.bind(total + value)
+    return total
 
 
 def float_values(e: Emitter, isa: Isa, tables: tuple[Any, Any], code: Any, bits: int) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """A kernel as a value: what it computes, for which machine, with which choices; its name says all of it.
 
-``pmpd_gemv_qs8w4_2x64_p2048__avx512vbmi``: one row of activations (`gemv`; `gemm` for many) of 8-bit steps (`qs8`;
-`f32` for floats) times 4-bit weights, 2 rows at a time by vectors of 64 bytes, asking for memory 2048 bytes ahead.
+``pmpd_gemv_qs8w4_2x64_b4s2_p2048__avx512vbmi``: one row of activations (`gemv`; `gemm` for many) of 8-bit steps (`qs8`;
+`f32` for floats) times 4-bit weights, 2 rows at a time by vectors of 64 bytes, batches of 4 such tiles, 2 sums a row,
+asking for memory 2048 bytes ahead.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Tuning:
 
     Attributes:
         rows: weight rows computed together, a power of two.
+        batch: gemv: tiles of so many rows that have their tables made and their sums folded together, a power of two.
+        sums: gemv: independent sums of the products of a vector of plane bytes.
         prefetch: gemv: bytes ahead that are asked for in every plane; 0 leaves it to the processor.
         tokens: gemm: rows of activations multiplied together.
         depth: gemm: cache lines (512 columns) of a weight row decoded at a time.
@@ -38,6 +41,8 @@ class Tuning:
     """
 
     rows: int = 2
+    batch: int = 1
+    sums: int = 1
     prefetch: int = 0
     tokens: int = 1
     depth: int = 1
@@ -68,7 +73,8 @@ class Kernel:
     def name(self) -> str:
         """The C symbol, which is also what reports show."""
         t = self.tuning
-        tile = f"{t.rows}x{self.isa.width}_p{t.prefetch}" if self.phase == "gemv" else f"{t.rows}x{t.tokens}x{t.depth}"
+        gemv = f"{t.rows}x{self.isa.width}_b{t.batch}s{t.sums}_p{t.prefetch}"
+        tile = gemv if self.phase == "gemv" else f"{t.rows}x{t.tokens}x{t.depth}"
         return f"pmpd_{self.phase}_{_TYPES[self.accuracy]}w{self.bits}_{tile}__{self.isa.name}"
 
     @property
@@ -94,7 +100,8 @@ class Kernel:
         t = self.tuning
         if self.phase == "gemv":
             gemv = gemv_int8 if self.accuracy == "int8" else gemv_exact
-            return gemv(self.isa, name=self.name, bits=self.bits, rows=t.rows, prefetch=t.prefetch)
+            choices = {"rows": t.rows, "batch": t.batch, "sums": t.sums, "prefetch": t.prefetch}
+            return gemv(self.isa, name=self.name, bits=self.bits, **choices)
         gemm = gemm_int8 if self.accuracy == "int8" else gemm_exact
         return gemm(self.isa, name=self.name, bits=self.bits, rows=t.rows, tokens=t.tokens, depth=t.depth)
 
@@ -113,7 +120,7 @@ class Kernel:
             "accuracy": f"PMPD_{self.accuracy.upper()}",
             "many": int(self.phase == "gemm"),
             "element_bytes": self.element_bytes,
-            "rows": self.tuning.rows,
+            "rows": self.tuning.rows * self.tuning.batch,
             "chunk": self.tuning.chunk,
             "scratch_bytes": self.scratch_bytes,
             "pack": self.pack_name,

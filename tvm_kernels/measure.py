@@ -181,7 +181,7 @@ class Rig:
         activations = _pointer(packed), _pointer(scale), _pointer(total)
         self._functions.pmpd_ops_pack(found, _pointer(x), *activations, k, lines, m)
         fixed = (found, _pointer(weights.planes), _pointer(weights.codebook), *activations, _pointer(y))
-        rows = kernel.tuning.rows
+        rows = kernel.tuning.rows * kernel.tuning.batch
         bounds = [n * thread // threads // rows * rows for thread in range(threads)] + [n]
         keep = x, packed, scale, total, y, weights  # the pointers outlive this call
 

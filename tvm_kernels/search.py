@@ -20,10 +20,15 @@ Scores = Callable[[Sequence[Kernel], int], Sequence[float]]
 
 _FIRST_SAMPLES = 4
 
-# Rows handed to a thread at a time come last: all candidates are then the same function.
-_CHUNKS = {"chunk": (16, 32, 64, 128, 256)}
+# Rows handed to a thread at a time come last: all candidates are then the same function. More rows gain nothing and
+# leave little to share where there are many threads.
+_CHUNKS = {"chunk": (32, 64, 128)}
 GRIDS: Mapping[Phase, Sequence[Mapping[str, Sequence[int]]]] = {
-    "gemv": ({"rows": (1, 2), "prefetch": (0, 512, 1024, 2048)}, _CHUNKS),
+    "gemv": (
+        {"rows": (1, 2), "batch": (1, 4, 8), "prefetch": (0, 4096)},
+        {"sums": (1, 2), "prefetch": (0, 2048, 4096, 8192)},
+        _CHUNKS,
+    ),
     "gemm": ({"rows": (1, 2, 4, 8), "tokens": (1, 2, 3, 4, 6, 8)}, {"depth": (1, 2, 4, 8)}, _CHUNKS),
 }
 
