@@ -145,6 +145,8 @@ class _Attention:
             last = e.bind(longest - 1)
             rows = [e.bind(cache + tirx.min(first + i, last).astype("int64") * self.dim) for i in range(positions)]
             totals: list[Any] = [tirx.const(0.0, vector("float32", lanes))] * 16
+            for row in rows:
+                self._prefetch(e["values"], row)  # for _sum_values
             for part in range(self.parts):
                 queries = [
                     e.load(e["scratch"], tirx.const(query * self.dim + part * lanes, "int32"), lanes)
@@ -160,6 +162,11 @@ class _Attention:
             e.store(e["scratch"], block * 16 + self._score_base, scores)
             e.store(greatest, 0, tirx.max(e.load(greatest, 0, 16), scores))
         return e.load(greatest, 0, 16)
+
+    def _prefetch(self, cache: Any, row: Any) -> None:
+        """Ask for a position's vector: memory would idle while scores or sums are computed."""
+        for byte in range(0, self.dim * 2, 64):
+            self.e.prefetch(cache, row + byte // 2)
 
     def _softmax(self, blocks: Any, greatest: Any) -> list[Any]:
         """Replace scores by their powers of two, less the greatest; return one over the sum of each query."""
@@ -206,6 +213,7 @@ class _Attention:
             e.store(sums, index * lanes, tirx.const(0.0, vector("float32", lanes)))
         with e.loop("position", ZERO, longest) as position:
             row = e.bind(cache + position.astype("int64") * self.dim)
+            self._prefetch(e["keys"], row + e["capacity"].astype("int64") * self.dim)  # of the next head
             block, lane = tirx.truncdiv(position, self.positions), tirx.truncmod(position, self.positions)
             place = e.bind(block * 16 + lane + self._score_base)
             weights = [e.load(e["scratch"], place + query * self.positions) for query in range(self.queries)]
