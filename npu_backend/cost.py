@@ -1,0 +1,118 @@
+"""Cycles, seconds, energy of instructions: the analytical model.
+
+Every formula is linear algebra over numbers or arrays, so one call costs all lengths of a generation or all points of
+an exploration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pmpd.npu_backend.hardware import Hardware, Number
+from pmpd.npu_backend.instructions import Data, Load, Matrix, Operator, Special, Store
+
+STREAMS: tuple[Data, ...] = ("planes", "codebooks", "dense", "kv_cache", "activations")  # through the stream buffer
+
+__all__ = ["OperatorCost", "Piece", "energy", "matrix_cycles", "operator_cost", "transfer_seconds"]
+
+
+def transfer_seconds(nbytes: Number, hardware: Hardware) -> Number:
+    """Return how long off-chip memory is busy with a transfer: whole bursts at the bandwidth it reaches."""
+    burst = hardware.memory.burst_bytes
+    return np.ceil(nbytes / burst) * burst / hardware.bytes_per_second
+
+
+def matrix_cycles(step: Matrix, hardware: Hardware) -> Number:
+    """Return the cycles of a product: the slower of the multipliers and the decompression that feeds them.
+
+    ``MM`` takes rows together, all with the same weights; ``MV`` row after row.
+    """
+    unit = hardware.matrix_unit
+    if step.opcode == "MM":
+        passes: Number = np.ceil(step.rows / unit.rows)
+        outputs = unit.mm_outputs
+    else:
+        passes, outputs = step.rows, unit.mv_outputs
+    passes = passes * np.ceil(step.outputs / outputs) * np.ceil(step.inputs / unit.inputs) / unit.utilization
+    if step.weight_bits == 16:
+        passes = passes * unit.fp16_cycles
+    if step.codebook:
+        passes = np.maximum(passes, step.outputs * step.inputs / hardware.decompression.weights_per_cycle)
+    return passes * step.count
+
+
+def _special_cycles(step: Special, hardware: Hardware) -> Number:
+    return step.elements / getattr(hardware.special_unit, f"{step.function}_per_cycle")  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Work with what it streams in: `memory` seconds of loads, cut in `tiles`, and `compute` seconds.
+
+    Without tiles, memory is busy and nothing waits: stores, and vectors that were fetched long before.
+    """
+
+    memory: Number
+    compute: Number
+    tiles: Number = 0
+
+
+@dataclass(frozen=True)
+class OperatorCost:
+    """An operator's pieces in order, and its seconds by unit if nothing overlapped."""
+
+    pieces: tuple[Piece, ...]
+    memory: Number
+    matrix: Number
+    special: Number
+    overhead: Number
+
+
+def operator_cost(operator: Operator, hardware: Hardware) -> OperatorCost:
+    """Cost the instructions of an operator: what is loaded before a computation streams into it."""
+    pieces: list[Piece] = []
+    seconds: dict[str, Number] = {"memory": 0.0, "matrix": 0.0, "special": 0.0, "overhead": 0.0}
+    waiting: Number = 0.0
+    streamed: Number = 0.0
+    for step in operator.instructions:
+        if isinstance(step, Load | Store):
+            spent = transfer_seconds(step.nbytes, hardware)
+            seconds["memory"] = seconds["memory"] + spent
+            if isinstance(step, Load) and step.data in STREAMS:
+                waiting, streamed = waiting + spent, streamed + step.nbytes
+            else:
+                pieces.append(Piece(spent, 0.0))
+            continue
+        if isinstance(step, Matrix):
+            unit, cycles = "matrix", matrix_cycles(step, hardware)
+        elif isinstance(step, Special):
+            unit, cycles = "special", _special_cycles(step, hardware)
+        else:
+            unit, cycles = "overhead", hardware.controller.sync_cycles
+        spent = cycles / hardware.hertz
+        seconds[unit] = seconds[unit] + spent
+        pieces.append(Piece(waiting, spent, np.ceil(streamed / (hardware.buffers.stream_kib * 512))))
+        waiting = streamed = 0.0
+    return OperatorCost(tuple(pieces), **seconds)
+
+
+def energy(operator: Operator, hardware: Hardware) -> Number:
+    """Return the joules of an operator, without what is drawn all the time.
+
+    Off-chip bytes pass a buffer twice, in and out. A product reads its activations from the buffer once per pass over
+    the chains, which share them, and writes its outputs.
+    """
+    figures, unit = hardware.energy, hardware.matrix_unit
+    moved = operator.nbytes()
+    picojoules: Number = moved * (figures.memory_pj_per_byte + 2 * figures.buffer_pj_per_byte)
+    for step in operator.instructions:
+        if isinstance(step, Matrix):
+            cycles = matrix_cycles(step, hardware)
+            picojoules = picojoules + step.macs * figures.mac_pj
+            reads = cycles * unit.inputs + step.rows * step.outputs * step.count
+            picojoules = picojoules + reads * hardware.formats.activation_bits / 8 * figures.buffer_pj_per_byte
+        elif isinstance(step, Special):
+            picojoules = picojoules + step.elements * figures.special_pj_per_element
+    return picojoules * 1e-12

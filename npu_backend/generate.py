@@ -1,0 +1,160 @@
+"""Whole generations: a prompt, then every decode step at the precision the schedule gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pmpd.npu_backend.graph import Graph, read_graph
+from pmpd.npu_backend.hardware import Hardware, Number
+from pmpd.npu_backend.lower import FP16_BITS, lower
+from pmpd.npu_backend.simulate import Run, simulate
+from pmpd.runtime.bundle import Bundle
+from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.schedule import Schedule
+
+__all__ = ["Generation", "Model", "generate"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The graphs of a bundle: prefill, and decode by precision."""
+
+    name: str
+    context_length: int
+    prefill: Graph
+    decode: dict[int, Graph]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Model:
+        """Read the graphs of the bundle or skeleton in folder `path`.
+
+        Raises:
+            BundleError: the folder is no bundle, or a graph cannot be read.
+        """
+        bundle = Bundle.open(path, skeleton=True)
+        manifest = bundle.manifest
+        graphs = {(graph.phase, graph.precision): read_graph(bundle.path / graph.file) for graph in manifest.graphs}
+        return cls(
+            name=bundle.path.resolve().name,
+            context_length=manifest.context_length,
+            prefill=graphs["prefill", manifest.prefill_precision],
+            decode={precision: graphs["decode", precision] for precision in manifest.precisions},
+        )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A simulated generation.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        tokens: new tokens; the first comes from prefill, each other from a decode step.
+        precisions: bits of every decode step, ``[tokens - 1]``.
+        prefill: the run of the prompt.
+        decode: a run per precision, for the steps at it, in order.
+    """
+
+    prompt: int
+    tokens: int
+    precisions: npt.NDArray[np.int64]
+    prefill: Run
+    decode: dict[int, Run]
+
+    @cached_property
+    def steps(self) -> npt.NDArray[np.float64]:
+        """Seconds of every decode step, ``[tokens - 1]``."""
+        return self._by_step({precision: run.seconds for precision, run in self.decode.items()})
+
+    @cached_property
+    def joules(self) -> float:
+        """Energy of prompt and decode steps."""
+        steps = self._by_step({precision: run.joules for precision, run in self.decode.items()})
+        return float(np.max(self.prefill.joules) + steps.sum())
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Seconds until the first token."""
+        return float(np.max(self.prefill.seconds))
+
+    @property
+    def decode_seconds(self) -> float:
+        """Seconds of all decode steps."""
+        return float(self.steps.sum())
+
+    @property
+    def average_bits(self) -> float:
+        """The mean precision of the decode steps, as Table 1 of the PMPD paper counts it."""
+        return float(self.precisions.mean())
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Decode steps a second."""
+        return len(self.steps) / self.decode_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens a second, prefill included."""
+        return self.tokens / (self.prefill_seconds + self.decode_seconds)
+
+    def _by_step(self, values: dict[int, Number]) -> npt.NDArray[np.float64]:
+        result = np.zeros(len(self.precisions))
+        for precision, value in values.items():
+            result[self.precisions == precision] = value
+        return result
+
+
+def generate(
+    model: Model,
+    hardware: Hardware,
+    *,
+    prompt: int,
+    tokens: int,
+    schedule: Schedule | None,
+    layers_only: bool = False,
+) -> Generation:
+    """Simulate a generation of batch size 1.
+
+    Args:
+        model: the graphs.
+        hardware: the accelerator.
+        prompt: tokens of the prompt, 1 or more.
+        tokens: new tokens, 2 or more.
+        schedule: the precision of each decode step; None is the float16 model, in prefill too.
+        layers_only: leave the output layer to the host.
+
+    Raises:
+        PmpdError: too few tokens, more than the model's context holds, or a precision the model does not have.
+        BundleError: a node of a graph cannot be lowered.
+    """
+    if prompt < 1 or tokens < 2:
+        raise PmpdError(
+            f"a generation has 1 or more tokens of prompt and 2 or more new ones, got {prompt} and {tokens}"
+        )
+    if prompt + tokens - 1 > model.context_length:
+        raise PmpdError(
+            f"{prompt} tokens of prompt and {tokens} new ones are more than the context of {model.name}, "
+            f"{model.context_length}: give fewer"
+        )
+    fp16 = schedule is None
+    steps = np.arange(tokens - 1)
+    if schedule is None:
+        precisions = np.full(len(steps), FP16_BITS)
+    else:
+        precisions = np.array([schedule.precision(int(step)) for step in steps])
+
+    def run(graph: Graph, new: int, past: npt.NDArray[np.float64]) -> Run:
+        program = lower(graph, hardware, tokens=new, past=past, fp16=fp16, layers_only=layers_only)
+        return simulate(program, hardware)
+
+    decode = {}
+    for precision in sorted({int(bits) for bits in precisions}, reverse=True):
+        graph = model.decode.get(max(model.decode) if fp16 else precision)
+        if graph is None:
+            raise PmpdError(f"{model.name} has no graph at {precision} bits: it has {sorted(model.decode)}")
+        decode[precision] = run(graph, 1, (prompt + steps[precisions == precision]).astype(float))
+    return Generation(prompt, tokens, precisions, run(model.prefill, prompt, np.zeros(1)), decode)

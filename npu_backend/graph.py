@@ -1,0 +1,80 @@
+"""An exported graph as the lowering reads it: nodes in order, and what each initializer takes of the weight file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from pmpd.runtime.errors import BundleError
+
+__all__ = ["Graph", "Initializer", "Node", "read_graph"]
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """A constant of the graph: `nbytes` are what it references in ``weights.bin``; a small one has its `values`."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    values: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator: ``domain::op_type`` outside of the standard domain. Absent optional inputs are empty names."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The nodes of one ONNX file, in the order they run, its initializers by name, and its inputs."""
+
+    path: Path
+    nodes: tuple[Node, ...]
+    initializers: Mapping[str, Initializer]
+    inputs: tuple[str, ...]
+
+
+def read_graph(path: Path) -> Graph:
+    """Read an ONNX file without its weights, which need not exist.
+
+    Raises:
+        BundleError: the file is no ONNX model.
+    """
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's own errors have no common base
+        raise BundleError(f"{path} is not an ONNX model ({error}): export again") from None
+    return Graph(
+        path=path,
+        nodes=tuple(_node(node, number) for number, node in enumerate(graph.node)),
+        initializers={tensor.name: _initializer(tensor) for tensor in graph.initializer},
+        inputs=tuple(value.name for value in graph.input),
+    )
+
+
+def _node(node: onnx.NodeProto, number: int) -> Node:
+    op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return Node(node.name or f"node {number} ({op})", op, tuple(node.input), tuple(node.output), attributes)
+
+
+def _initializer(tensor: onnx.TensorProto) -> Initializer:
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    shape = tuple(tensor.dims)
+    if external:
+        return Initializer(tensor.name, shape, int(external["length"]))
+    array = onnx.numpy_helper.to_array(tensor)
+    values = tuple(int(value) for value in np.ravel(array)) if array.dtype.kind in "iu" else None
+    return Initializer(tensor.name, shape, array.nbytes, values)
