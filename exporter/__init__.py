@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pmpd.exporter.config import ExportConfig
     from pmpd.exporter.pipeline import Export, export_bundle
+    from pmpd.exporter.skeleton import Skeleton, export_skeleton
 
-__all__ = ["Export", "ExportConfig", "export_bundle"]
+__all__ = ["Export", "ExportConfig", "Skeleton", "export_bundle", "export_skeleton"]
+
+_MODULES = {"ExportConfig": "config", "Skeleton": "skeleton", "export_skeleton": "skeleton"}
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for, so that the command line can say which extra is missing, and its --help needs no torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{'config' if name == 'ExportConfig' else 'pipeline'}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'pipeline')}"), name)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from pmpd.exporter.verify import Agreement
+from typing import TYPE_CHECKING
+
 from pmpd.runtime.manifest import Manifest
 
-__all__ = ["model_card"]
+if TYPE_CHECKING:
+    from pmpd.exporter.verify import Agreement
+
+__all__ = ["model_card", "skeleton_card"]
 
 
 def model_card(manifest: Manifest, results: dict[str, Agreement], *, name: str) -> str:
@@ -71,4 +75,18 @@ without.
 | file | bytes |
 |---|---|
 {files}
+"""
+
+
+def skeleton_card(manifest: Manifest, *, name: str) -> str:
+    """Return the text of the README.md of a bundle without weights."""
+    architecture = manifest.architecture
+    shape = f"{architecture.layers} layers, {architecture.parameters / 1e6:,.1f} M parameters"
+    bits = ", ".join(map(str, manifest.precisions))
+    size = max(tensor.offset + tensor.length for tensor in manifest.tensors)
+    return f"""# {name}
+
+The skeleton of a PMPD bundle of `{manifest.source.model}` ({architecture.family}, {shape}) that decodes at {bits} bits,
+made by {manifest.producer}: the graphs and the tensor table of an export, for tools that study shapes. Its weights
+({size:,} bytes) are not here, so it does not run. For a bundle that does, export the model without `--skeleton`.
 """

@@ -6,24 +6,28 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import safetensors
-import torch
 
 from pmpd.exporter.demo import demo_model_path
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.manifest import Source
 
-__all__ = ["ALIASES", "Checkpoint", "read_json", "resolve_model"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ALIASES", "DEMO", "Checkpoint", "read_json", "resolve_model"]
 
 ALIASES = {
     "phi-1": "microsoft/phi-1",
     "phi-1.5": "microsoft/phi-1_5",
     "phi-2": "microsoft/phi-2",
     "vicuna-7b": "lmsys/vicuna-7b-v1.5",
+    "vicuna-13b": "lmsys/vicuna-13b-v1.5",
     "mobilellama-1.4b": "mtgv/MobileLLaMA-1.4B-Chat",
     "stablelm-zephyr-3b": "stabilityai/stablelm-zephyr-3b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
     "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
     "longchat-13b": "lmsys/longchat-13b-16k",
 }

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import click
@@ -15,6 +15,11 @@ except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[export]'`")
 
 from pmpd.runtime.errors import MissingExtraError, PmpdError
+
+if TYPE_CHECKING:
+    from pmpd.exporter.config import ExportConfig
+    from pmpd.exporter.pipeline import Export
+    from pmpd.exporter.skeleton import Skeleton
 
 log = logging.getLogger("pmpd.exporter")
 
@@ -34,7 +39,9 @@ def _targets(_context: click.Context, _parameter: click.Parameter, value: str | 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-m", "--model", required=True, help="Hub id, alias (demo, phi-1.5, vicuna-7b, …) or checkpoint folder.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder.  [default: NAME-pmpd]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Bundle folder.  [default: NAME-pmpd or NAME-skeleton]"
+)
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option(
     "--precisions", default="4,3,2", show_default=True, callback=_bits, help="Bits to decode at, high to low."
@@ -62,6 +69,7 @@ def _targets(_context: click.Context, _parameter: click.Parameter, value: str | 
     help="Machines to build kernels for: x86-64-v4,x86-64-v3,aarch64-linux or none.  [default: this one]",
 )
 @click.option("--accuracy", help="int8 or exact: how kernels compute.  [default: int8]")
+@click.option("--skeleton", is_flag=True, help="Graphs and tensor table without weights, from config.json alone.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -73,6 +81,7 @@ def main(
     output: Path | None,
     head_precision: int | None,
     accuracy: str | None,
+    skeleton: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -92,16 +101,15 @@ def main(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
     try:
         from pmpd.exporter.config import DEFAULT_ACCURACY, DEFAULT_HEAD_PRECISION, ExportConfig
-        from pmpd.exporter.pipeline import Export
 
         config = ExportConfig(
             model=model,
-            output=output or Path(f"{Path(model).resolve().name}-pmpd"),
+            output=output or Path(f"{Path(model).resolve().name}-{'skeleton' if skeleton else 'pmpd'}"),
             head_precision=DEFAULT_HEAD_PRECISION if head_precision is None else head_precision,
             accuracy=DEFAULT_ACCURACY if accuracy is None else accuracy,
             **options,
         )
-        export = Export.prepare(config)
+        export = _prepare(config, skeleton=skeleton)
         if dry_run:
             click.echo("\n".join(export.describe()))
             return
@@ -122,6 +130,16 @@ def main(
         click.echo(json.dumps({"bundle": str(config.output), "verification": manifest.verification}, indent=1))
     else:
         click.echo(config.output)
+
+
+def _prepare(config: ExportConfig, *, skeleton: bool) -> Export | Skeleton:
+    if skeleton:
+        from pmpd.exporter.skeleton import Skeleton
+
+        return Skeleton.prepare(config)
+    from pmpd.exporter.pipeline import Export  # takes torch, which a skeleton does without
+
+    return Export.prepare(config)
 
 
 def _fail(message: str, *, code: int = 1) -> None:

@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 from onnxscript import nn
 
 from pmpd.exporter.arch import Decoder
-from pmpd.exporter.checkpoint import Checkpoint
 from pmpd.exporter.nn import BitplaneLinear, Index, Linear, Stored
 from pmpd.runtime.bitplanes import CACHE_LINE, pack
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.manifest import DTYPE_SIZES, Tensor
 
 if TYPE_CHECKING:
+    from pmpd.exporter.checkpoint import Checkpoint
     from pmpd.exporter.quantize import NestedCodes
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "weights.bin"
-_TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -178,8 +176,7 @@ def plain_tensors(
                 continue
             if isinstance(parameter, Stored):
                 sources = parameter.sources or (name.removeprefix(f"{scope}."),)
-                dtype = _TORCH_TYPES[parameter.dtype]
-                arrays = [_to_numpy(checkpoint.tensor(f"{scope}.{source}"), dtype) for source in sources]
+                arrays = [_to_numpy(checkpoint.tensor(f"{scope}.{source}"), parameter.dtype) for source in sources]
                 array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
                 array = _select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
                 if not np.isfinite(array).all():
@@ -212,8 +209,12 @@ def parent_scope(name: str) -> str:
     return f"{parent}." if parent else ""
 
 
-def _to_numpy(tensor: Any, dtype: torch.dtype = torch.float32) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = tensor.to(dtype).numpy() if isinstance(tensor, torch.Tensor) else tensor
+def _to_numpy(tensor: Any, dtype: ir.DataType = ir.DataType.FLOAT) -> npt.NDArray[Any]:
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    import torch  # not at the top: a plan, which is all that a skeleton needs, is made without it
+
+    array: npt.NDArray[Any] = tensor.to(getattr(torch, dtype.numpy().name)).numpy()
     return array
 
 

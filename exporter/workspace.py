@@ -24,7 +24,7 @@ from pmpd.exporter.weights import WEIGHTS_FILE, WeightPlan
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.manifest import MANIFEST_NAME
 
-__all__ = ["Workspace", "fingerprint"]
+__all__ = ["Workspace", "check_output", "fingerprint", "put_in_place"]
 
 _JOURNAL = "export.journal"
 _LOCK = "export.lock"
@@ -34,6 +34,31 @@ _SCRATCH = "scratch"
 def fingerprint(*parts: Any) -> str:
     """Return a short hash of JSON-ready data."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that exists, but a bundle that may be replaced.
+
+    Raises:
+        PmpdError: the folder exists, and `overwrite` is not set or it is no bundle.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise PmpdError(f"{output} exists: choose another --output, or replace it with --overwrite")
+    if not (output / MANIFEST_NAME).is_file():
+        raise PmpdError(f"{output} is no bundle, and --overwrite replaces nothing else: choose another --output")
+
+
+def put_in_place(folder: Path, output: Path) -> None:
+    """Rename a finished bundle to `output`; an older one there is deleted only after that."""
+    if output.exists():
+        old = output.with_name(f"{output.name}.replaced-{os.getpid()}")
+        output.rename(old)
+        folder.rename(output)
+        shutil.rmtree(old)
+    else:
+        folder.rename(output)
 
 
 class Workspace:
@@ -126,13 +151,7 @@ class Workspace:
     def publish(self) -> None:
         """Put the finished bundle in its place; an older one there is deleted only after that."""
         shutil.rmtree(self.path / _SCRATCH, ignore_errors=True)
-        if self.output.exists():
-            old = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
-            self.output.rename(old)
-            self.path.rename(self.output)
-            shutil.rmtree(old)
-        else:
-            self.path.rename(self.output)
+        put_in_place(self.path, self.output)
         # Not before: without them the work would count for nothing, or another export start in the folder.
         (self.output / _JOURNAL).unlink()
         (self.output / _LOCK).unlink()

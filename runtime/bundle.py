@@ -35,6 +35,12 @@ def _check_file(root: Path, name: str, entry: FileEntry, *, hashed: bool) -> Non
         raise BundleError(f"{file} does not have the SHA-256 that bundle.json lists: copy the bundle again")
 
 
+def _no_weights(root: Path) -> BundleError:
+    return BundleError(
+        f"{root} is a skeleton without weights: it can be studied, not run; export the model again without --skeleton"
+    )
+
+
 class Bundle:
     """An exported model on disk: its manifest, and one read-only mapping of its weights.
 
@@ -49,15 +55,16 @@ class Bundle:
         self._mappings: dict[str, npt.NDArray[np.uint8]] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False) -> Self:
+    def open(cls, path: str | Path, *, verify: bool = False, skeleton: bool = False) -> Self:
         """Open the bundle in folder `path`.
 
         The manifest and the size of every file are always checked, and the SHA-256 of every file but the weights; with
-        `verify` that of the weights too (about a second per gigabyte).
+        `verify` that of the weights too (about a second per gigabyte). With `skeleton` a bundle without weights will
+        do: its manifest and graphs can be read, and what asks for a tensor is refused.
 
         Raises:
-            BundleError: the folder is no bundle, a file is missing, truncated or altered, a name leads outside the
-                folder, or the version is one this runtime does not read.
+            BundleError: the folder is no bundle, or a skeleton where a bundle that runs is wanted, a file is missing,
+                truncated or altered, a name leads outside the folder, or the version is one this runtime does not read.
         """
         root = Path(path)
         manifest_path = root / MANIFEST_NAME
@@ -72,6 +79,8 @@ class Bundle:
             raise BundleError(f"{manifest_path} is not UTF-8 text: the bundle is damaged, export again") from None
         except OSError as error:
             raise BundleError(f"{manifest_path} cannot be read ({error.strerror})") from None
+        if manifest.skeleton and not skeleton:
+            raise _no_weights(root)
         others = {graph.file for graph in manifest.graphs} | set(manifest.kernels.values())
         weight_files = {tensor.file for tensor in manifest.tensors} - others
         for name, entry in manifest.files.items():
@@ -83,6 +92,8 @@ class Bundle:
 
     def tensor(self, tensor: Tensor, *, planes: int | None = None) -> npt.NDArray[Any]:
         """Return a read-only view of a tensor in the mapped file; of a nested one, the first `planes` planes."""
+        if self.manifest.skeleton:
+            raise _no_weights(self.path)
         mapping = self._mappings.get(tensor.file)
         if mapping is None:
             mapping = self._mappings[tensor.file] = np.memmap(self.path / tensor.file, dtype=np.uint8, mode="r")

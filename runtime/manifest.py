@@ -149,6 +149,8 @@ class Manifest:
     """The whole of `bundle.json`.
 
     `kernels` names the operator library of each target that the bundle has one for; they compute at `accuracy`.
+    A `skeleton` has graphs and tensor table as any bundle, and none of the files that the tensors lie in: it can be
+    studied and not run.
     """
 
     producer: str
@@ -167,6 +169,7 @@ class Manifest:
     verification: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     accuracy: str = "exact"
+    skeleton: bool = False
 
     def __post_init__(self) -> None:
         if not self.precisions or list(self.precisions) != sorted(set(self.precisions), reverse=True):
@@ -175,11 +178,14 @@ class Manifest:
             raise BundleError(f"context length must be 1 or more, got {self.context_length}: export the model again")
         for name in self.files:
             contained_name(name)
-        named = (*(graph.file for graph in self.graphs), *(tensor.file for tensor in self.tensors))
-        for file in (*named, *self.kernels.values()):
+        weights = {contained_name(tensor.file) for tensor in self.tensors}
+        if self.skeleton and (listed := sorted(weights & self.files.keys())):
+            raise BundleError(f"bundle.json is of a skeleton but lists {listed[0]!r}: export the model again")
+        named = (*(graph.file for graph in self.graphs), *self.kernels.values(), *(() if self.skeleton else weights))
+        for file in named:
             if contained_name(file) not in self.files:
                 raise BundleError(f"bundle.json refers to {file!r} but does not list it: export the model again")
-        for tensor in self.tensors:
+        for tensor in () if self.skeleton else self.tensors:
             if tensor.offset + tensor.length > self.files[tensor.file].size:
                 raise BundleError(
                     f"tensor {tensor.name!r} ends at byte {tensor.offset + tensor.length} of {tensor.file}, "
@@ -201,6 +207,8 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of `bundle.json`."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if not self.skeleton:
+            del document["skeleton"]  # runtimes that do not know the field read every bundle that they can run
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod

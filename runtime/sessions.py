@@ -68,6 +68,8 @@ def _refusals(path: Path) -> Iterator[None]:
     """Say in one line what ONNX Runtime, or numpy of a tensor, finds wrong: their errors share no base class."""
     try:
         yield
+    except BundleError:
+        raise
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise BundleError(

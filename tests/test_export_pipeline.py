@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_models import TINY_MODELS
 
-from pmpd.exporter import Export, ExportConfig, export_bundle, pipeline, verify
+from pmpd.exporter import Export, ExportConfig, export_bundle, outline, verify
 from pmpd.exporter.cli import main
 from pmpd.exporter.demo import demo_model_path
 from pmpd.exporter.workspace import Workspace
@@ -191,7 +191,7 @@ def doubled_attention(build: Callable[..., ir.Model]) -> Callable[..., ir.Model]
 
 @pytest.mark.parametrize(
     ("module", "check"),
-    [(pipeline, "decode at 2 bits against dequantized weights"), (verify, "float32 graph against transformers")],
+    [(outline, "decode at 2 bits against dequantized weights"), (verify, "float32 graph against transformers")],
     ids=["bundle", "float graph"],
 )
 def test_a_wrong_graph_fails_the_export(

@@ -161,20 +161,31 @@ def read_shape(
     """Read the numbers every family has; the rotated share of a head has a default of the family's own."""
     rope = config.get("rope_parameters") or {}  # transformers 5 keeps the share there
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or default_rotary_share
+
+    def size(name: str, default: int | None = None) -> int:
+        number = config[name] if default is None else config.get(name) or default
+        if type(number) is not int or number < 1:
+            raise PmpdError(f"config.json: {name} must be a whole number of 1 or more, got {number!r}: correct it")
+        return number
+
     try:
-        heads, hidden_size = config["num_attention_heads"], config["hidden_size"]
-        head_dim = config.get("head_dim") or hidden_size // heads
-        longest = config["max_position_embeddings"]
+        heads, hidden_size = size("num_attention_heads"), size("hidden_size")
+        kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", hidden_size // heads or 1)
+        if heads % kv_heads:
+            raise PmpdError(f"config.json: {heads} attention heads cannot share {kv_heads} key and value heads")
+        if not 0 < share <= 1:
+            raise PmpdError(f"config.json: partial_rotary_factor must be above 0 and at most 1, got {share}")
+        longest = size("max_position_embeddings")
         if context_length is not None and not 1 <= context_length <= longest:
             raise PmpdError(f"context length {context_length}: the model allows 1 to {longest}")
         return DecoderShape(
-            layers=config["num_hidden_layers"],
+            layers=size("num_hidden_layers"),
             hidden_size=hidden_size,
-            intermediate_size=config["intermediate_size"],
+            intermediate_size=size("intermediate_size"),
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
+            kv_heads=kv_heads,
             head=HeadLayout(head_dim, read_rotary(config, int(head_dim * share))),
-            vocab_size=config["vocab_size"],
+            vocab_size=size("vocab_size"),
             context_length=context_length or longest,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         )

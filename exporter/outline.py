@@ -1,0 +1,144 @@
+"""What a model's configuration decides of its bundle before any weight is read: graphs and tensor table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from pmpd.exporter.arch import Decoder, Family, read_family
+from pmpd.exporter.config import ExportConfig
+from pmpd.exporter.functions import BITPLANE_MATMUL
+from pmpd.exporter.graphs import Phase, build_graph
+from pmpd.exporter.nn import BitplaneLinear
+from pmpd.exporter.weights import WeightPlan, external_tensor, plan_weights
+from pmpd.runtime.bundle import sha256_of
+from pmpd.runtime.manifest import Architecture, FileEntry, Graph, KvContract, Manifest, Source
+
+__all__ = ["Outline", "plan_bundle"]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A bundle as far as its model's configuration decides it.
+
+    Attributes:
+        config: the resolved configuration of the export.
+        source: where the model comes from.
+        family: its architecture.
+        plan: the layout of the weight file.
+    """
+
+    config: ExportConfig
+    source: Source
+    family: Family
+    plan: WeightPlan
+
+    def network(self, precision: int) -> Decoder:
+        """Return the network whose nested layers run at `precision` bits; it holds no weights."""
+        return _network(self.config, self.family, precision)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        linear = sum(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
+        shape = self.family.shape
+        return linear + (0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size)
+
+    def describe(self) -> list[str]:
+        """Return the plan in lines for a person."""
+        config, shape, plan = self.config, self.family.shape, self.plan
+        graph = self.model(self.graphs[1]).graph
+        last = f"model/layers.{shape.layers - 1}/"
+        a_layer = sum((node.name or "").startswith(last) for node in graph)
+        products = sum(node.op_type == BITPLANE_MATMUL for node in graph)
+        rest = plan.size - plan.plane_bytes - plan.codebook_bytes
+        return [
+            f"model     {config.model}: {self.family.model_type}, {self.parameters / 1e6:,.1f} M parameters, "
+            f"{shape.layers} layers, context {shape.context_length}",
+            f"bundle    {config.output}: {'/'.join(map(str, config.precisions))} bits from {config.parent} planes, "
+            f"prefill at {config.prefill}, head at {config.head_precision}, schedule {config.schedule}",
+            f"weights   {plan.size / 1e6:,.1f} MB: planes {plan.plane_bytes / 1e6:,.1f}, "
+            f"codebooks {plan.codebook_bytes / 1e6:,.1f}, embedding and the rest {rest / 1e6:,.1f}",
+            f"graphs    {len(self.graphs)} of {len(graph)} nodes, {a_layer} a layer, {products} {BITPLANE_MATMUL}",
+        ]
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The bundle's graphs: prefill, then decode from high to low."""
+        return (
+            Graph(file="prefill.onnx", phase="prefill", precision=self.config.prefill or 0),
+            *(Graph(file=f"decode-{p}.onnx", phase="decode", precision=p) for p in self.config.precisions),
+        )
+
+    def model(self, graph: Graph) -> ir.Model:
+        """Build one of `graphs`; its weights are references into the weight file, which need not exist."""
+        phase: Phase = "prefill" if graph.phase == "prefill" else "decode"
+        model = build_graph(self.network(graph.precision), phase=phase, producer=_producer())
+        for name, value in model.graph.initializers.items():
+            if name in self.plan.tensors:
+                value.const_value = external_tensor(self.plan.tensors[name], planes=graph.precision)
+        return model
+
+    def write_graphs(self, folder: Path) -> None:
+        """Write `graphs` into a folder."""
+        for graph in self.graphs:
+            (folder / graph.file).write_bytes(ir.to_proto(self.model(graph)).SerializeToString())
+
+    def manifest(self, folder: Path, files: Iterable[Path], **rest: Any) -> Manifest:
+        """Return the manifest of a bundle with some files in `folder`, which are hashed; `rest` are further fields."""
+        config, shape = self.config, self.family.shape
+        return Manifest(
+            producer=_producer(),
+            source=self.source,
+            architecture=Architecture(
+                family=self.family.model_type,
+                layers=shape.layers,
+                hidden_size=shape.hidden_size,
+                attention_heads=shape.heads,
+                kv_heads=shape.kv_heads,
+                head_dim=shape.head.size,
+                vocab_size=shape.vocab_size,
+                parameters=self.parameters,
+            ),
+            context_length=shape.context_length,
+            precisions=config.precisions,
+            parent_precision=config.parent or 0,
+            prefill_precision=config.prefill or 0,
+            schedule=config.schedule or "",
+            kv_cache=KvContract(layers=shape.layers, heads=shape.kv_heads, head_dim=shape.head.slots, dtype="float16"),
+            graphs=self.graphs,
+            tensors=tuple(self.plan.tensors.values()),
+            files={
+                file.relative_to(folder).as_posix(): FileEntry(size=file.stat().st_size, sha256=sha256_of(file))
+                for file in files
+            },
+            configuration=config.to_json(),
+            accuracy=config.accuracy,
+            **rest,
+        )
+
+
+def plan_bundle(config: ExportConfig, document: Mapping[str, Any]) -> tuple[Family, WeightPlan]:
+    """Return the architecture that a `config.json` describes, and the layout of its weight file.
+
+    Raises:
+        PmpdError: an architecture or an option of one that cannot be exported.
+    """
+    family = read_family(document, context_length=config.context_length)
+    return family, plan_weights(_network(config, family, config.precisions[0]), config.precisions, config.parent or 0)
+
+
+def _network(config: ExportConfig, family: Family, precision: int) -> Decoder:
+    linear = partial(BitplaneLinear, precision=precision, groups=config.groups)
+    head = partial(BitplaneLinear, precision=config.head_precision, groups=config.groups, nested=False)
+    return family.decoder(linear, head, embedding_type=ir.DataType.FLOAT16)
+
+
+def _producer() -> str:
+    return f"pmpd {version('pmpd')}"
