@@ -38,7 +38,7 @@ TILE_WEIGHTS = 1 << 19
 SMALL_TABLE = 32
 
 _BODY = """
-<domain: "pmpd", opset_import: ["": 21]>
+<domain: "pmpd", opset_import: ["": 23]>
 BitplaneMatMul <K> (X, planes, codebook, bias) => (Y)
 {
   zero = Constant <value = int64[1] {0}> ()
@@ -182,7 +182,7 @@ def bitplane_matmul() -> onnx.FunctionProto:
 
 
 _ATTENTION_BODY = """
-<domain: "pmpd", opset_import: ["": 21, "com.microsoft": 1]>
+<domain: "pmpd", opset_import: ["": 23, "com.microsoft": 1]>
 GroupQueryAttention <num_heads, kv_num_heads, scale>
 (qkv, past_key, past_value, last_position, total, cos, sin) => (Y, present_key, present_value)
 {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pmpd.npu_backend.hardware import Hardware, Number
-from pmpd.npu_backend.instructions import Data, Load, Matrix, Operator, Special, Store
+from pmpd.npu_backend.instructions import Data, Instruction, Load, Matrix, Operator, Special, Store
 
 STREAMS: tuple[Data, ...] = ("planes", "codebooks", "dense", "kv_cache", "activations")  # through the stream buffer
 
@@ -51,12 +51,14 @@ def _special_cycles(step: Special, hardware: Hardware) -> Number:
 class Piece:
     """Work with what it streams in: `memory` seconds of loads, cut in `tiles`, and `compute` seconds.
 
-    Without tiles, memory is busy and nothing waits: stores, and vectors that were fetched long before.
+    Without tiles, memory is busy and nothing waits: stores, and vectors that were fetched long before. `steps` are the
+    instructions it stands for, each as often as there are tiles.
     """
 
     memory: Number
     compute: Number
     tiles: Number = 0
+    steps: tuple[Instruction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,16 @@ def operator_cost(operator: Operator, hardware: Hardware) -> OperatorCost:
     seconds: dict[str, Number] = {"memory": 0.0, "matrix": 0.0, "special": 0.0, "overhead": 0.0}
     waiting: Number = 0.0
     streamed: Number = 0.0
+    loads: list[Instruction] = []
     for step in operator.instructions:
         if isinstance(step, Load | Store):
             spent = transfer_seconds(step.nbytes, hardware)
             seconds["memory"] = seconds["memory"] + spent
             if isinstance(step, Load) and step.data in STREAMS:
                 waiting, streamed = waiting + spent, streamed + step.nbytes
+                loads.append(step)
             else:
-                pieces.append(Piece(spent, 0.0))
+                pieces.append(Piece(spent, 0.0, steps=(step,)))
             continue
         if isinstance(step, Matrix):
             unit, cycles = "matrix", matrix_cycles(step, hardware)
@@ -93,8 +97,9 @@ def operator_cost(operator: Operator, hardware: Hardware) -> OperatorCost:
             unit, cycles = "overhead", hardware.controller.sync_cycles
         spent = cycles / hardware.hertz
         seconds[unit] = seconds[unit] + spent
-        pieces.append(Piece(waiting, spent, np.ceil(streamed / (hardware.buffers.stream_kib * 512))))
-        waiting = streamed = 0.0
+        tiles = np.ceil(streamed / (hardware.buffers.stream_kib * 512))
+        pieces.append(Piece(waiting, spent, tiles, (*loads, step)))
+        waiting, streamed, loads = 0.0, 0.0, []
     return OperatorCost(tuple(pieces), **seconds)
 
 

@@ -4,47 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pmpd.npu_backend.graph import Graph, read_graph
+from pmpd.npu_backend.graph import Graph
 from pmpd.npu_backend.hardware import Hardware, Number
 from pmpd.npu_backend.lower import FP16_BITS, lower
+from pmpd.npu_backend.model import Model
 from pmpd.npu_backend.simulate import Run, simulate
-from pmpd.runtime.bundle import Bundle
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.schedule import Schedule
 
-__all__ = ["Generation", "Model", "generate"]
-
-
-@dataclass(frozen=True)
-class Model:
-    """The graphs of a bundle: prefill, and decode by precision."""
-
-    name: str
-    context_length: int
-    prefill: Graph
-    decode: dict[int, Graph]
-
-    @classmethod
-    def open(cls, path: str | Path) -> Model:
-        """Read the graphs of the bundle or skeleton in folder `path`.
-
-        Raises:
-            BundleError: the folder is no bundle, or a graph cannot be read.
-        """
-        bundle = Bundle.open(path, skeleton=True)
-        manifest = bundle.manifest
-        graphs = {(graph.phase, graph.precision): read_graph(bundle.path / graph.file) for graph in manifest.graphs}
-        return cls(
-            name=bundle.path.resolve().name,
-            context_length=manifest.context_length,
-            prefill=graphs["prefill", manifest.prefill_precision],
-            decode={precision: graphs["decode", precision] for precision in manifest.precisions},
-        )
+__all__ = ["Generation", "generate"]
 
 
 @dataclass(frozen=True)

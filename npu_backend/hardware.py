@@ -30,6 +30,7 @@ __all__ = [
     "Number",
     "Range",
     "SpecialUnit",
+    "number_ranges",
     "read_hardware",
     "shipped_hardware",
 ]
@@ -236,6 +237,11 @@ _SECTIONS: dict[str, type[_Section]] = {
     "energy": Energy,
     "area": Area,
 }
+
+
+def number_ranges() -> dict[str, Range]:
+    """Return the range of every number of a description, by ``section.field``."""
+    return {f"{name}.{field}": limit for name, kind in _SECTIONS.items() for field, limit in _ranges(kind).items()}
 
 
 def shipped_hardware() -> dict[str, Path]:

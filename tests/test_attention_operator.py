@@ -69,11 +69,11 @@ def model(*, heads: int = H, kv_heads: int = G, name: str = "node") -> bytes:
         helper.make_graph([node], "graph", *values),
         functions=[group_query_attention()],
         opset_imports=[
-            helper.make_opsetid("", 21),
+            helper.make_opsetid("", 23),
             helper.make_opsetid(PMPD_DOMAIN, PMPD_VERSION),
             helper.make_opsetid("com.microsoft", 1),
         ],
-        ir_version=10,
+        ir_version=11,
     )
     onnx.checker.check_model(made)
     return bytes(made.SerializeToString())

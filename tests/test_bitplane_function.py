@@ -45,8 +45,8 @@ def one_node(N: int, K: int, p: int, G: int, *, bias: bool, leading: int) -> onn
     model = helper.make_model(
         helper.make_graph([node], "one_node", inputs, [output]),
         functions=[functions.bitplane_matmul()],
-        opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("pmpd", 1)],
-        ir_version=10,
+        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("pmpd", 1)],
+        ir_version=11,
     )
     onnx.checker.check_model(model)
     return model

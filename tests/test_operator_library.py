@@ -93,8 +93,8 @@ def model(K: int, *, bias: bool = False, leading: int = 1, name: str = "node", x
     made: onnx.ModelProto = helper.make_model(
         helper.make_graph([node], "graph", inputs, [output]),
         functions=[function_body()],
-        opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("pmpd", 1)],
-        ir_version=10,
+        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("pmpd", 1)],
+        ir_version=11,
     )
     return bytes(made.SerializeToString())
 

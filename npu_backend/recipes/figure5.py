@@ -1,0 +1,201 @@
+"""Figure 5 of the PMPD paper: speed on the two NPUs over the float16 model, from our graphs and Table 1's bits.
+
+One set of assumptions for all bars, each with its reason; none was fitted to a bar:
+
+* throughput is decode steps a second. The paper calls it end-to-end; with the prompt's time in it, the speed-ups of
+  33-token summaries could not come as close to 16/p as they do;
+* the output layer is left to the host: at a precision of its own it would keep 4-bit MobileLLaMA from 4.0x;
+* the quantized models keep activations and KV cache in 8 bits, as FlightLLM does; the float16 model in 16 bits;
+* weights stream as planes and float16 codebooks, as our bundles store them;
+* a schedule has one switch, at the step that gives the average bits of Table 1. A learned schedule varies by prompt;
+  only its average is known;
+* prompts have the mean length of the data sets' texts (characters by 4.0 for English, 3.3 for French, and 40 tokens of
+  instructions): CNN/DM 3,825 characters (1,000 articles of the validation set), DialogSum 757 (test set), IWSLT 250
+  (sentences of more than 60 tokens); answers have the length of the paper's evaluation.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+from pmpd.npu_backend.generate import Generation, generate
+from pmpd.npu_backend.hardware import Hardware, read_hardware
+from pmpd.npu_backend.model import Model
+from pmpd.runtime.errors import MissingExtraError
+from pmpd.runtime.schedule import StaticSchedule
+
+__all__ = ["Bar", "bars", "prefill_overheads", "run", "schedule_of"]
+
+SCHEDULES = ("uniform-high", "static", "learned")
+# Tokens of prompt and of answer, by data set.
+LENGTHS = {"CNN/DM": (996, 256), "DialogSum": (229, 33), "IWSLT": (116, 256)}
+# The NPU of each model (A.6), and its high precision; the low one is a bit less. StableLM Zephyr has no bars.
+MODELS = {"vicuna-7b": ("npu-16k", 3), "mobilellama-1.4b": ("npu-4k", 4), "phi-1.5": ("npu-4k", 4)}
+# Average bits of the schedules above, Table 1.
+BITS = {
+    ("vicuna-7b", "CNN/DM"): (3.0, 2.39, 2.43),
+    ("vicuna-7b", "DialogSum"): (3.0, 2.0, 2.74),
+    ("vicuna-7b", "IWSLT"): (3.0, 2.68, 2.37),
+    ("mobilellama-1.4b", "CNN/DM"): (4.0, 3.37, 3.19),
+    ("mobilellama-1.4b", "DialogSum"): (4.0, 3.0, 3.21),
+    ("mobilellama-1.4b", "IWSLT"): (4.0, 3.65, 3.48),
+    ("phi-1.5", "CNN/DM"): (4.0, 3.71, 3.09),
+    ("phi-1.5", "DialogSum"): (4.0, 3.30, 3.52),
+}
+# Speed-ups read off Figure 5; it has no bars of Phi-1.5.
+PAPER = {
+    ("vicuna-7b", "CNN/DM"): (4.9, 6.1, 5.9),
+    ("vicuna-7b", "DialogSum"): (5.2, 8.0, 5.9),
+    ("vicuna-7b", "IWSLT"): (5.3, 6.0, 6.9),
+    ("mobilellama-1.4b", "CNN/DM"): (3.5, 4.1, 4.3),
+    ("mobilellama-1.4b", "DialogSum"): (3.9, 5.2, 5.0),
+    ("mobilellama-1.4b", "IWSLT"): (4.0, 4.4, 4.6),
+}
+# Tokens a second of the float16 models on the same axis, in the middle of what can be read.
+PAPER_FP16 = {"vicuna-7b": 2.4, "mobilellama-1.4b": 13.0}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: ``speedup`` and ``paper_speedup`` over the float16 model; None where the paper has no value."""
+
+    model: str
+    data: str
+    schedule: str
+    average_bits: float
+    speedup: float
+    paper_speedup: float | None
+    tokens_per_second: float
+
+    @property
+    def error(self) -> float | None:
+        """How far off the paper's bar it is, as a share."""
+        return None if self.paper_speedup is None else self.speedup / self.paper_speedup - 1
+
+
+def schedule_of(average_bits: float, high: int, steps: int) -> StaticSchedule:
+    """Return the schedule of one switch from `high` bits to one less that comes nearest to an average over `steps`."""
+    switch = round((average_bits - (high - 1)) * steps)
+    if switch == steps:
+        return StaticSchedule(((high, 0),))
+    return StaticSchedule(((high, 0), (high - 1, switch)) if switch else ((high - 1, 0),))
+
+
+def bars() -> Iterator[Bar]:
+    """Yield the bars, each float16 model before its schedules.
+
+    Raises:
+        MissingExtraError: the exporter's packages, which make the graphs, are not installed.
+    """
+    for model, (npu, high) in MODELS.items():
+        graphs, hardware = Model.shipped(model, precisions=(high, high - 1)), read_hardware(npu)
+        for data in (data for name, data in BITS if name == model):
+            base = _generation(graphs, hardware, data, None)
+            yield Bar(model, data, "fp16", 16.0, 1.0, None, base.decode_tokens_per_second)
+            papers = PAPER.get((model, data), (None,) * len(SCHEDULES))
+            for name, bits, paper in zip(SCHEDULES, BITS[model, data], papers, strict=True):
+                result = _generation(graphs, hardware, data, schedule_of(bits, high, LENGTHS[data][1] - 1))
+                speed = result.decode_tokens_per_second
+                yield Bar(model, data, name, result.average_bits, speed / base.decode_tokens_per_second, paper, speed)
+
+
+def prefill_overheads() -> dict[tuple[str, str], float]:
+    """Return how much longer generations take for prefill at the high precision instead of the low one, as shares.
+
+    The generations decode at the low precision throughout (Section 5.3 of the paper gives 0.07 % to 1.05 %).
+    """
+    shares = {}
+    for model, (npu, high) in MODELS.items():
+        hardware, low = read_hardware(npu), StaticSchedule(((high - 1, 0),))
+        graphs = [Model.shipped(model, precisions=(high, high - 1), prefill=bits) for bits in (high, high - 1)]
+        for data in (data for name, data in BITS if name == model):
+            long, short = (_generation(each, hardware, data, low) for each in graphs)
+            seconds = [each.prefill_seconds + each.decode_seconds for each in (long, short)]
+            shares[model, data] = seconds[0] / seconds[1] - 1
+    return shares
+
+
+def _generation(model: Model, hardware: Hardware, data: str, schedule: StaticSchedule | None) -> Generation:
+    prompt, tokens = LENGTHS[data]
+    return generate(model, hardware, prompt=prompt, tokens=tokens, schedule=schedule, layers_only=True)
+
+
+def run(*, json: Path | None = None, plot: Path | None = None, quiet: bool = False) -> str:
+    """Regenerate the figure; return its table, and write it as JSON and as a picture where asked.
+
+    Raises:
+        MissingExtraError: the exporter's packages, or matplotlib for a picture, are not installed.
+    """
+    rows = list(bars())
+    overheads = prefill_overheads()
+    errors = [abs(row.error) for row in rows if row.error is not None]
+    summary = {
+        "mean_absolute_error": fmean(errors),
+        "largest_error": max(errors),
+        "prefill_overheads": [
+            {"model": model, "data": data, "share": share} for (model, data), share in overheads.items()
+        ],
+    }
+    if json is not None:
+        json.write_text(json_module.dumps({"rows": [asdict(row) for row in rows], **summary}, indent=1) + "\n")
+    if plot is not None:
+        _plot(rows, plot)
+    lines = [
+        f"{'model':<17} {'data':<10} {'schedule':<13} {'bits':>5} {'tokens/s':>9} {'speed-up':>9} {'paper':>6} "
+        f"{'off':>7}",
+    ]
+    for row in rows:
+        paper = "" if row.paper_speedup is None else f"{row.paper_speedup:.1f}x"
+        off = "" if row.error is None else f"{100 * row.error:+.1f} %"
+        lines.append(
+            f"{row.model:<17} {row.data:<10} {row.schedule:<13} {row.average_bits:>5.2f} {row.tokens_per_second:>9.2f} "
+            f"{row.speedup:>8.2f}x {paper:>6} {off:>7}"
+        )
+    if not quiet:
+        shares = overheads.values()
+        lines += [
+            "",
+            f"mean absolute error {100 * fmean(errors):.1f} %, largest {100 * max(errors):.1f} % of {len(errors)} bars",
+            f"prefill at the high precision adds {100 * min(shares):.2f} % to {100 * max(shares):.2f} % "
+            "to a generation (paper: 0.07 % to 1.05 %)",
+        ]
+    return "\n".join(lines)
+
+
+def _plot(rows: list[Bar], path: Path) -> None:
+    """Draw the paper's bars and ours side by side, a panel per model."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "npu") from None
+    names = list(dict.fromkeys(row.model for row in rows))
+    colors = dict(zip(SCHEDULES, ("#8c96a8", "#2f6fb3", "#d9822b"), strict=True))
+    groups = {name: list(dict.fromkeys(row.data for row in rows if row.model == name)) for name in names}
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    panels = figure.subplots(
+        1, len(names), sharey=True, gridspec_kw={"width_ratios": [len(groups[name]) for name in names]}
+    )
+    for axes, name in zip(panels, names, strict=True):
+        for place, data in enumerate(groups[name]):
+            for i, schedule in enumerate(SCHEDULES):
+                (row,) = (r for r in rows if (r.model, r.data, r.schedule) == (name, data, schedule))
+                x = place + (i - 1) * 0.29
+                if row.paper_speedup is not None:
+                    axes.bar(x - 0.065, row.paper_speedup, 0.12, fill=False, edgecolor=colors[schedule], linewidth=1.2)
+                axes.bar(x + 0.065, row.speedup, 0.12, color=colors[schedule])
+                axes.text(x + 0.065, row.speedup + 0.1, f"{row.speedup:.1f}", ha="center", fontsize=7.5)
+        axes.set_title(name, loc="left", fontsize=11)
+        axes.set_xticks(range(len(groups[name])), groups[name])
+        axes.tick_params(length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.6, alpha=0.5)
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("times as fast as float16")
+    handles = [panels[0].bar(0, 0, color=colors[schedule]) for schedule in SCHEDULES]
+    paper = panels[0].bar(0, 0, fill=False, edgecolor="#555555")
+    figure.legend([*handles, paper], [*SCHEDULES, "paper"], loc="outside upper right", ncols=4, frameon=False)
+    figure.savefig(path)
