@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -33,7 +33,6 @@ __all__ = [
     "verification_ids",
     "verify_bundle",
     "verify_float_graph",
-    "verify_kernels",
 ]
 
 # Long enough to exercise attention, short enough for the portable function body on a large model.
@@ -131,19 +130,35 @@ def verify_float_graph(checkpoint: Checkpoint, family: Family, ids: Sequence[int
     return Agreement.of(float_graph_logits(checkpoint, family, ids), want)
 
 
+def kernel_checks(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return target and accuracy of every kernel library as this machine can run it.
+
+    Exact kernels are always checked: their tolerance is the tighter one.
+    """
+    here = [target for target in manifest.kernels if target in machine_targets()]
+    return list(product(here, dict.fromkeys(("exact", manifest.accuracy))))
+
+
 def verify_bundle(
     bundle: Bundle, checkpoint: Checkpoint, family: Family, plan: WeightPlan, ids: Sequence[int]
 ) -> Iterator[tuple[str, Agreement]]:
     """Compare each decode graph with transformers over the dequantized weights, and prefill with decoding in steps.
 
-    That is of the graphs' portable body; `verify_kernels` compares kernels with it.
+    That is of the graphs' portable body; each of `kernel_checks` is compared with it.
+
+    Raises:
+        KernelError: a library does not load.
     """
     generator = Generator(bundle, context_length=len(ids), kernels=False)
     for precision in bundle.manifest.precisions:
         generator.reset()
-        got = generator.decode(ids, precision=precision)
+        portable = generator.decode(ids, precision=precision)
         want = reference_logits(checkpoint.path, _dequantized(bundle, checkpoint, family, plan, precision), ids)
-        yield f"decode at {precision} bits against dequantized weights", Agreement.of(got, want)
+        yield f"decode at {precision} bits against dequantized weights", Agreement.of(portable, want)
+        for target, accuracy in kernel_checks(bundle.manifest):
+            got = _kernel_logits(bundle, ids, precision=precision, target=target, accuracy=accuracy)
+            agreement = Agreement.of(got, portable, accuracy=accuracy)
+            yield f"{accuracy} {target} kernels at {precision} bits against portable graphs", agreement
     precision = bundle.manifest.prefill_precision
     steps = min(STEPS, len(ids))
     generator.reset()
@@ -155,40 +170,15 @@ def verify_bundle(
     yield "prefill against decoding in steps", Agreement.of(np.stack(prefilled), by_steps)
 
 
-def kernel_checks(manifest: Manifest) -> list[tuple[int, str, str]]:
-    """Return precision, target and accuracy of every kernel library as this machine can run it.
-
-    Exact kernels are always checked: their tolerance is the tighter one.
-    """
-    here = [target for target in manifest.kernels if target in machine_targets()]
-    return list(product(manifest.precisions, here, dict.fromkeys(("exact", manifest.accuracy))))
-
-
-def verify_kernels(
-    bundle: Bundle, ids: Sequence[int], checks: Iterable[tuple[int, str, str]]
-) -> Iterator[tuple[str, Agreement]]:
-    """Compare kernels with the portable graphs.
-
-    The last tokens go in one by one, those before them together: there are kernels for both.
-
-    Raises:
-        KernelError: a library does not load.
-    """
-    portable = Generator(bundle, context_length=len(ids), kernels=False)
+def _kernel_logits(
+    bundle: Bundle, ids: Sequence[int], *, precision: int, target: str, accuracy: str
+) -> npt.NDArray[np.float32]:
+    """Return logits ``[len(ids), V]``: of the last tokens one by one, those before together. Kernels differ in both."""
+    library = bundle.path / bundle.manifest.kernels[target]
+    fast = Generator(bundle, context_length=len(ids), precisions=[precision], kernels=library, accuracy=accuracy)
     together = max(len(ids) - STEPS, 1)
-
-    @lru_cache(maxsize=1)
-    def wanted(precision: int) -> npt.NDArray[np.float32]:
-        portable.reset()
-        return portable.decode(ids, precision=precision)
-
-    for precision, target, accuracy in checks:
-        library = bundle.path / bundle.manifest.kernels[target]
-        fast = Generator(bundle, context_length=len(ids), precisions=[precision], kernels=library, accuracy=accuracy)
-        got = [fast.decode(ids[:together], precision=precision)]
-        got += [fast.decode([i], precision=precision) for i in ids[together:]]
-        agreement = Agreement.of(np.concatenate(got), wanted(precision), accuracy=accuracy)
-        yield f"{accuracy} {target} kernels at {precision} bits against portable graphs", agreement
+    parts = [ids[:together], *([i] for i in ids[together:])]
+    return np.concatenate([fast.decode(part, precision=precision) for part in parts])
 
 
 def float_graph_logits(checkpoint: Checkpoint, family: Family, ids: Sequence[int]) -> npt.NDArray[np.float32]:

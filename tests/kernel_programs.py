@@ -133,9 +133,9 @@ def other_tunings(target: Target) -> list[Kernel]:
     """
     tunings = [
         Tuning(rows=1, prefetch=0, tokens=1, depth=1),
-        Tuning(rows=1, prefetch=4096, tokens=5, depth=3),
-        Tuning(rows=4, prefetch=512, tokens=1, depth=16),
-        Tuning(rows=8, prefetch=64, tokens=7, depth=2),
+        Tuning(rows=1, batch=8, sums=2, prefetch=4096, tokens=5, depth=3),
+        Tuning(rows=4, batch=4, sums=3, prefetch=512, tokens=1, depth=16),
+        Tuning(rows=8, sums=8, prefetch=64, tokens=7, depth=2),
     ]
     isas = ("avx512vbmi", "avx2", "neon")
     kernels = [kernel for kernel in shipped_kernels(target) if kernel.bits in (2, 3) and kernel.isa.name in isas]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -15,7 +16,6 @@ from tiny_models import TINY_MODELS
 
 from pmpd.exporter import ExportConfig, export_bundle, kernels, pipeline
 from pmpd.exporter.cli import main
-from pmpd.exporter.quantize import AnyPrecisionQuantizer
 from pmpd.exporter.workspace import Workspace
 from pmpd.runtime import Bundle, Generator, Manifest, MissingExtraError, PmpdError
 from pmpd.tvm_kernels.compile import Progress
@@ -74,6 +74,7 @@ def builder(libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Buil
     builder = Builder()
     builder.library = libraries["right"]
     monkeypatch.setattr(kernels, "build_library", builder)
+    monkeypatch.setattr(pipeline, "require_toolchain", lambda _target: None)
     return builder
 
 
@@ -148,16 +149,20 @@ def test_without_a_compiler_the_default_is_to_go_without(
     assert opened().kernels == {}
 
 
-def test_a_wanted_target_that_cannot_be_built_fails_before_the_work(
-    tiny: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "package", "target"), [("tvm", "apache-tvm", HOST), ("ziglang", "ziglang", FOREIGN)]
+)
+def test_a_wanted_target_that_cannot_be_built_fails_before_anything_is_written(
+    tiny: Path, place: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str, target: str
 ) -> None:
-    builder.library = None
-    with monkeypatch.context() as patch:
-        patch.setattr(AnyPrecisionQuantizer, "quantize", None)
-        result = export(tiny, "-q", "--target", HOST)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == module else find_spec(name, *more)
+    )
+    result = export(tiny, "-q", "--target", target)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: apache-tvm is not installed: run `pip install 'pmpd[tune]'`\n"
-    assert not Path("out").exists()
+    assert result.stderr == f"error: {package} is not installed: run `pip install 'pmpd[tune]'`\n"
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize(

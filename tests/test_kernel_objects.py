@@ -1,4 +1,4 @@
-"""What compiled kernels are made of: only instructions that the processors they are chosen for have."""
+"""What compiled kernels are made of: only instructions that their processors have; and how compiling them fails."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import platform
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pmpd.tvm_kernels.compile import compile_kernels, kernels_of
+from pmpd.runtime.errors import PmpdError
+from pmpd.tvm_kernels import compile as compile_module
+from pmpd.tvm_kernels.compile import _compile_all, _Unit, compile_kernels, kernels_of
 from pmpd.tvm_kernels.library import build_library
 from pmpd.tvm_kernels.targets import TARGETS
 
@@ -87,6 +91,24 @@ def test_the_check_finds_what_a_processor_lacks() -> None:
     for text, processor in wanted.items():
         assert refusals([text], processor) == []
         assert len(refusals([text], ladder[ladder.index(processor) - 1])) == 1
+
+
+def test_the_first_failure_ends_all_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    script = "import sys, time; 'pmpd_broken' in sys.stdin.readline() or time.sleep(600)"
+
+    class Worker(subprocess.Popen[bytes]):
+        def __init__(self, _: list[str], **options: Any) -> None:
+            super().__init__([sys.executable, "-c", script], **options)
+            started.append(self)
+
+    monkeypatch.setattr(compile_module.subprocess, "Popen", Worker)
+    monkeypatch.setattr(compile_module.os, "cpu_count", lambda: 3)
+    units = {tmp_path / name: _Unit(name, None, "", "", ()) for name in ("pmpd_slow", "pmpd_broken", "pmpd_other")}
+    with pytest.raises(PmpdError, match="TVM fails to compile the kernel pmpd_broken"):
+        list(_compile_all(units))
+    assert len(started) == 3
+    assert None not in [worker.returncode for worker in started]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from pmpd.npu_backend import Model, lower, read_hardware, simulate
 from pmpd.npu_backend.recipes.figure5 import MODELS, PAPER, Bar, bars, prefill_overheads, run, schedule_of
 

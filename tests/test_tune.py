@@ -17,6 +17,7 @@ pytest.importorskip("tvm")
 from click.testing import CliRunner
 
 from pmpd.tvm_kernels import measure, search, tuned
+from pmpd.tvm_kernels.compile import kernels_of
 from pmpd.tvm_kernels.isa import ISAS
 from pmpd.tvm_kernels.kernel import ACCURACIES, Kernel, Tuning, isa_named
 from pmpd.tvm_kernels.measure import machine_isas
@@ -133,28 +134,47 @@ def write_records(folder: Path, isa: str, rows: int) -> None:
 
 
 def test_records_of_a_user_come_first_then_ours_then_the_nearest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, own = tmp_path / "ours", tmp_path / "own"
     ours.mkdir()
     own.mkdir()
     monkeypatch.setattr(tuned, "RECORDS", ours)
-    tuned._say.cache_clear()
-    caplog.set_level(logging.INFO, "pmpd")
     asked = isa_named("avxvnni"), 4, "int8", "gemv"
-
-    assert tuning(*asked, folder=own) == default_tuning(*asked)
-    assert "avxvnni: no tuning records for gemv int8, nor of its like: taking safe defaults" in caplog.text
+    assert tuning(*asked, folder=own) == (default_tuning(*asked), "defaults")
     write_records(own, "avx2", 8)
-    assert tuning(*asked, folder=own) == Tuning(rows=8, prefetch=7, chunk=9)
-    assert "avxvnni: no tuning records of its own, taking those of avx2" in caplog.text
+    assert tuning(*asked, folder=own) == (Tuning(rows=8, prefetch=7, chunk=9), "avx2")
     write_records(ours, "avxvnni", 4)
-    assert tuning(*asked, folder=own).rows == tuning(*asked).rows == 4
+    assert tuning(*asked, folder=own)[0].rows == tuning(*asked)[0].rows == 4
     write_records(own, "avxvnni", 2)
-    assert tuning(*asked, folder=own).rows == 2
-    assert tuning(isa_named("avx512"), 4, "int8", "gemv", folder=own) == default_tuning(isa_named("avx512"), *asked[1:])
-    tuning(*asked)
-    assert len(caplog.records) == len(set(caplog.messages)), "the same line again and again"
+    assert tuning(*asked, folder=own) == (Tuning(rows=2, prefetch=7, chunk=9), "avxvnni")
+    assert tuning(isa_named("avx512"), 4, "int8", "gemv", folder=own)[1] == "defaults"
+
+
+def test_kernels_without_records_are_one_line_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tuned, "RECORDS", tmp_path)
+    write_records(tmp_path, "avx2", 1)
+    caplog.set_level(logging.DEBUG, "pmpd")
+    made = kernels_of(find_target("x86-64-v3"), [4])
+    assert [(each.isa.name, each.tuning.rows) for each in made if key_of(each) == "gemv-int8-4"] == [
+        ("avxvnni", 1),
+        ("avx2", 1),
+    ]
+    *details, line = caplog.records
+    assert [record.levelno for record in details] == [logging.DEBUG] * 7
+    assert (line.levelno, line.getMessage()) == (
+        logging.INFO,
+        "x86-64-v3: 7 of 8 kernels lack tuning records and go by others (1 avxvnni by avx2, 3 avxvnni by defaults, "
+        "3 avx2 by defaults): `pmpd-tune` makes them on such a machine",
+    )
+    for isa in ("avxvnni", "avx2"):
+        records = {"isa": isa, "kernels": {key_of(each): {"tuning": {}} for each in made}}
+        (tmp_path / f"{isa}.json").write_text(json.dumps(records))
+    caplog.clear()
+    kernels_of(find_target("x86-64-v3"), [4])
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kernels": {"gemv-int8-4": {"tuning": {"row": 1}}}}'])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +24,12 @@ from typing import Any
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.targets import Target
 
-__all__ = ["Progress", "attentions_of", "compile_kernels", "kernels_of"]
+__all__ = ["Progress", "attentions_of", "compile_kernels", "kernels_of", "require_tvm"]
 
 # The modules that decide what is in an object.
 _GENERATORS = ("activations", "attention", "emit", "gemm", "gemv", "isa", "planes", "portable", "tables")
+
+_WORKER = [sys.executable, "-m", "pmpd.tvm_kernels.worker"]
 
 # Given what is done, one item after another, and how many there will be, it hands the items on.
 Progress = Callable[[Iterable[str], int], Iterable[str]]
@@ -45,16 +48,9 @@ class _Unit:
 
 def kernels_of(target: Target, precisions: Sequence[int]) -> list[Any]:
     """Return the kernels of a target's library, best first: every instruction set, precision, accuracy and phase."""
-    from pmpd.tvm_kernels.kernel import ACCURACIES, Kernel, isa_named
-    from pmpd.tvm_kernels.tuned import tuning
+    from pmpd.tvm_kernels.tuned import tuned_kernels
 
-    return [
-        Kernel(isa=isa, bits=bits, accuracy=accuracy, phase=phase, tuning=tuning(isa, bits, accuracy, phase))
-        for isa in map(isa_named, target.isa)
-        for bits in sorted(set(precisions))
-        for accuracy in ACCURACIES
-        for phase in ("gemv", "gemm")
-    ]
+    return tuned_kernels(target, target.isa, precisions=sorted(set(precisions)))
 
 
 def attentions_of(target: Target, head_dims: Sequence[int]) -> list[Any]:
@@ -71,6 +67,12 @@ def attentions_of(target: Target, head_dims: Sequence[int]) -> list[Any]:
         for dim in sorted(set(head_dims))
         for queries in sorted({queries_together(isa, dim), 1}, reverse=True)
     ]
+
+
+def require_tvm() -> None:
+    """Raise MissingExtraError if TVM is not installed."""
+    if importlib.util.find_spec("tvm") is None:
+        raise MissingExtraError("apache-tvm", "tune")
 
 
 def compile_kernels(
@@ -96,8 +98,7 @@ def compile_kernels(
         MissingExtraError: apache-tvm is not installed.
         PmpdError: TVM fails on a kernel.
     """
-    if importlib.util.find_spec("tvm") is None:
-        raise MissingExtraError("apache-tvm", "tune")
+    require_tvm()
     chosen = kernels_of(target, precisions) if kernels is None else list(kernels)
     attentions = attentions_of(target, head_dims)
     units = {unit.symbol: unit for kernel in chosen for unit in _units(kernel, target)}
@@ -122,38 +123,45 @@ def _units(kernel: Any, target: Target) -> list[_Unit]:
 
 
 def _compile_all(units: dict[Path, _Unit]) -> Iterator[str]:
-    """Compile functions into objects; yield the symbols as they are done."""
+    """Compile functions into objects; yield the symbols as they are done. No worker outlives this, whatever happens.
+
+    Raises:
+        PmpdError: TVM fails on a function; what other workers are at is given up.
+    """
     todo = iter(units.items())
-    lock, done = threading.Lock(), queue.SimpleQueue[str | BaseException]()
+    lock, done = threading.Lock(), queue.SimpleQueue[str | PmpdError]()
 
-    def work() -> None:
-        command = [sys.executable, "-m", "pmpd.tvm_kernels.worker"]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            while True:
-                with lock:
-                    path, unit = next(todo, (None, None))
-                if unit is None:
-                    break
-                worker.stdin.write(json.dumps({"path": str(path), **asdict(unit)}) + "\n")
-                worker.stdin.flush()
-                if not worker.stdout.readline():
-                    done.put(PmpdError(f"TVM fails to compile the kernel {unit.symbol}: its messages are above"))
-                    break
-                done.put(unit.symbol)
-            worker.stdin.close()
+    def work(worker: subprocess.Popen[bytes]) -> None:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        while True:
+            with lock:
+                path, unit = next(todo, (None, None))
+            if unit is None:
+                return
+            answer = b""
+            with suppress(OSError):  # a worker that is gone answers nothing
+                worker.stdin.write(json.dumps({"path": str(path), **asdict(unit)}).encode() + b"\n")
+                answer = worker.stdout.readline()
+            if not answer:
+                done.put(PmpdError(f"TVM fails to compile the kernel {unit.symbol}: its messages are above"))
+                return
+            done.put(unit.symbol)
 
-    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(len(units), os.cpu_count() or 1))]
-    for worker in workers:
-        worker.start()
-    for _ in units:
-        symbol = done.get()
-        if isinstance(symbol, BaseException):
-            raise symbol
-        yield symbol
-    for worker in workers:
-        worker.join()
+    with ExitStack() as stack:
+        for _ in range(min(len(units), os.cpu_count() or 1)):
+            worker = stack.enter_context(
+                subprocess.Popen(_WORKER, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
+            thread = threading.Thread(target=work, args=[worker], daemon=True)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(worker.terminate)  # first of all, and what ends the thread
+        for _ in units:
+            symbol = done.get()
+            if isinstance(symbol, PmpdError):
+                raise symbol
+            yield symbol
 
 
 def _cached(unit: _Unit) -> Path:

@@ -20,10 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pmpd.runtime.errors import MissingExtraError, PmpdError
-from pmpd.tvm_kernels.compile import Progress, compile_kernels
+from pmpd.tvm_kernels.compile import Progress, compile_kernels, require_tvm
 from pmpd.tvm_kernels.targets import Target, find_target
 
-__all__ = ["build_library", "link_library"]
+__all__ = ["build_library", "link_library", "require_toolchain"]
 
 SOURCES = Path(__file__).parent / "ort_ops"
 # ONNX Runtime fixes what functions take, whether they use it or not.
@@ -55,6 +55,17 @@ def build_library(
         link_library(chosen, files, output=output)
 
 
+def require_toolchain(target: str) -> None:
+    """Check that `build_library` finds all that it needs for a target.
+
+    Raises:
+        MissingExtraError: TVM, or a C compiler that can link for the target, is not installed.
+        PmpdError: there is no such target.
+    """
+    _compiler(find_target(target))
+    require_tvm()
+
+
 def link_library(target: Target, kernels: Sequence[Path], *, output: Path) -> None:
     """Link objects and C files that define what ``kernels.h`` declares into the operator library `output`.
 
@@ -73,7 +84,8 @@ def link_library(target: Target, kernels: Sequence[Path], *, output: Path) -> No
             output.parent.mkdir(parents=True, exist_ok=True)
             process = subprocess.run(command, capture_output=True, text=True, check=False)
             if process.returncode:
-                raise PmpdError(f"`{shlex.join(compiler)}` cannot link {output}: {_reason(process)}")
+                name = "zig" if "ziglang" in compiler else Path(compiler[0]).name
+                raise PmpdError(f"{name} cannot link {output}: {_reason(process)}")
             draft.replace(output)
         finally:
             draft.unlink(missing_ok=True)

@@ -30,11 +30,11 @@ from pmpd.runtime.bitplanes import CACHE_LINE, row_stride
 from pmpd.runtime.errors import PmpdError
 from pmpd.tvm_kernels.compile import Progress, compile_kernels
 from pmpd.tvm_kernels.isa import ISAS, Isa
-from pmpd.tvm_kernels.kernel import Accuracy, Kernel, Phase, isa_named
+from pmpd.tvm_kernels.kernel import Accuracy, Kernel, isa_named
 from pmpd.tvm_kernels.library import link_library
 from pmpd.tvm_kernels.shapes import Shape
 from pmpd.tvm_kernels.targets import Target
-from pmpd.tvm_kernels.tuned import tuning
+from pmpd.tvm_kernels.tuned import tuned_kernels
 
 __all__ = [
     "Rig",
@@ -228,20 +228,7 @@ def best_kernels(
     isas = machine_isas(target)
     if not isas:
         raise PmpdError(f"this machine has none of the instruction sets of {target.name}: {', '.join(target.isa)}")
-    isa = isa_named(isas[0])
-    phases: tuple[Phase, ...] = ("gemv", "gemm")
-    return [
-        Kernel(
-            isa=isa,
-            bits=bits,
-            accuracy=accuracy,
-            phase=phase,
-            tuning=tuning(isa, bits, accuracy, phase, folder=records),
-        )
-        for bits in precisions
-        for accuracy in accuracies
-        for phase in phases
-    ]
+    return tuned_kernels(target, isas[:1], precisions=precisions, accuracies=accuracies, folder=records)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ __all__ = ["main"]
 @click.option("-q", "--quiet", is_flag=True, help="Nothing but errors and the result.")
 @click.version_option(package_name="pmpd")
 def main(output: Path, quiet: bool, **options: Any) -> None:
-    """Find the best choices of the kernels for this machine, and keep them as records for `pmpd-export --records`.
+    """Find the best choices of the kernels for this machine, and keep them as records.
+
+    Exports go by the records in `tvm_kernels/records` of the installed package: give that folder as --output, or copy
+    yours into it. `python -m pmpd.tvm_kernels.bench --records` measures those of any folder.
 
     Without --model and --shape, on the shapes of the models that PMPD supports; both may be given several times. Leave
     the machine alone meanwhile. An interrupted search goes on when the same command is run again.

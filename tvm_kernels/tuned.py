@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from pmpd.runtime.errors import PmpdError
 from pmpd.tvm_kernels.isa import ISAS, Isa
-from pmpd.tvm_kernels.kernel import Accuracy, Kernel, Phase, Tuning
+from pmpd.tvm_kernels.kernel import ACCURACIES, Accuracy, Kernel, Phase, Tuning, isa_named
+from pmpd.tvm_kernels.targets import Target
 
-__all__ = ["RECORDS", "default_tuning", "key_of", "load_records", "save_records", "tuning"]
+__all__ = ["RECORDS", "default_tuning", "key_of", "load_records", "save_records", "tuned_kernels", "tuning"]
 
 log = logging.getLogger(__name__)
 
@@ -73,28 +75,52 @@ def save_records(records: Mapping[str, Any], folder: Path) -> None:
     draft.replace(path)
 
 
-def tuning(isa: Isa, bits: int, accuracy: Accuracy, phase: Phase, *, folder: Path | None = None) -> Tuning:
-    """Return the tuned choices of a kernel; without a record those of the nearest one, and the log says so.
+def tuning(isa: Isa, bits: int, accuracy: Accuracy, phase: Phase, *, folder: Path | None = None) -> tuple[Tuning, str]:
+    """Return the tuned choices of a kernel, and whose they are: the name of an instruction set, or `defaults`.
 
-    The nearest is the same kernel of another instruction set with vectors of the same width and as many registers. A
-    user's `folder` of records comes before the repository's.
+    Without a record they are those of the nearest one, the same kernel of another instruction set with vectors of the
+    same width and as many registers. A user's `folder` of records comes before the repository's.
 
     Raises:
         PmpdError: a file is not one of records.
     """
-    key = _key(bits, accuracy, phase)
     folders = [RECORDS] if folder is None else [folder, RECORDS]
     for near in (isa, *(other for other in ISAS if (other.width, other.registers) == (isa.width, isa.registers))):
         for place in folders:
-            if (found := load_records(near.name, place).get("kernels", {}).get(key)) is not None:
-                if near is not isa:
-                    _say(f"{isa.name}: no tuning records of its own, taking those of {near.name}")
-                return Tuning(**found["tuning"])
-    _say(f"{isa.name}: no tuning records for {phase} {accuracy}, nor of its like: taking safe defaults")
-    return default_tuning(isa, bits, accuracy, phase)
+            found = load_records(near.name, place).get("kernels", {}).get(_key(bits, accuracy, phase))
+            if found is not None:
+                return Tuning(**found["tuning"]), near.name
+    return default_tuning(isa, bits, accuracy, phase), "defaults"
 
 
-@lru_cache
-def _say(message: str) -> None:
-    """Log a message the first time."""
-    log.info(message)
+def tuned_kernels(
+    target: Target,
+    isas: Iterable[str],
+    *,
+    precisions: Iterable[int],
+    accuracies: Iterable[Accuracy] = ACCURACIES,
+    folder: Path | None = None,
+) -> list[Kernel]:
+    """Return kernels of both phases, each with its `tuning`; one line of the log says how many are without a record.
+
+    Raises:
+        PmpdError: a file is not one of records.
+    """
+    kernels: list[Kernel] = []
+    borrowed: Counter[str] = Counter()
+    phases: tuple[Phase, ...] = ("gemv", "gemm")
+    for name, bits, accuracy, phase in product(isas, precisions, accuracies, phases):
+        choices, source = tuning(isa_named(name), bits, accuracy, phase, folder=folder)
+        kernels.append(Kernel(isa=isa_named(name), bits=bits, accuracy=accuracy, phase=phase, tuning=choices))
+        if source != name:
+            borrowed[f"{name} by {source}"] += 1
+            log.debug("%s: no tuning record of %s, going by %s", name, _key(bits, accuracy, phase), source)
+    if borrowed:
+        log.info(
+            "%s: %d of %d kernels lack tuning records and go by others (%s): `pmpd-tune` makes them on such a machine",
+            target.name,
+            borrowed.total(),
+            len(kernels),
+            ", ".join(f"{count} {whose}" for whose, count in borrowed.items()),
+        )
+    return kernels

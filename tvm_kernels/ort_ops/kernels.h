@@ -11,9 +11,9 @@
 
 /* What a kernel asks of the processor, as bits of `pmpd_kernel.features`. */
 enum {
-  PMPD_AVX2 = 1 << 0,        /* AVX2, FMA, F16C */
+  PMPD_AVX2 = 1 << 0,        /* all of x86-64-v3: a compiler may use any of it */
   PMPD_AVX_VNNI = 1 << 1,    /* 256-bit VNNI in the VEX encoding */
-  PMPD_AVX512 = 1 << 2,      /* AVX-512 F, BW, DQ, VL */
+  PMPD_AVX512 = 1 << 2,      /* all of x86-64-v4: AVX-512 F, BW, CD, DQ, VL on top of it */
   PMPD_AVX512_VNNI = 1 << 3,
   PMPD_AVX512_VBMI = 1 << 4,
   PMPD_NEON = 1 << 5,
@@ -27,9 +27,9 @@ enum { PMPD_EXACT = 0, PMPD_INT8 = 1 };
 typedef void (*pmpd_pack_fn)(const float *x, void *packed, float *scale, float *sum, int32_t k, int32_t lines,
                              int32_t begin, int32_t end);
 
-/* y[i * ldy + n] = sum over k of x[i, k] * W[n, k], for i in [0, m) and rows n in [begin, end); G must be 1.
- * plane_bytes = N * S. scratch: private to the call, `scratch_bytes + lines * scratch_bytes_per_line` bytes, aligned to
- * 64. */
+/* y[i * ldy + n] = sum over k of x[i, k] * W[n, k], for i in [0, m) and rows n in [begin, end), one at least: a kernel
+ * reads row `begin` unasked. G must be 1. plane_bytes = N * S. scratch: private to the call, `scratch_bytes + lines *
+ * scratch_bytes_per_line` bytes, aligned to 64. */
 typedef void (*pmpd_matmul_fn)(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebook, const void *packed,
                                const float *scale, const float *sum, float *y, int64_t ldy, uint8_t *scratch,
                                int32_t lines, int32_t m, int32_t begin, int32_t end);
