@@ -181,18 +181,20 @@ def bitplane_matmul() -> onnx.FunctionProto:
     return onnx.parser.parse_function(body)
 
 
+# Cast and not CastLike, which is itself a function: ONNX Runtime would run what it expands to after all other nodes that
+# are ready, in the verification the casts of all weights.
 _ATTENTION_BODY = """
 <domain: "pmpd", opset_import: ["": 23, "com.microsoft": 1]>
 GroupQueryAttention <num_heads, kv_num_heads, scale>
 (qkv, past_key, past_value, last_position, total, cos, sin) => (Y, present_key, present_value)
 {
-  qkv_16 = CastLike (qkv, past_key)
-  cos_16 = CastLike (cos, past_key)
-  sin_16 = CastLike (sin, past_key)
+  qkv_16 = Cast <to = 10> (qkv)
+  cos_16 = Cast <to = 10> (cos)
+  sin_16 = Cast <to = 10> (sin)
   y_16, present_key, present_value = com.microsoft.GroupQueryAttention <
     do_rotary = 1, num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale
   > (qkv_16, "", "", past_key, past_value, last_position, total, cos_16, sin_16)
-  Y = CastLike (y_16, qkv)
+  Y = Cast <to = 1> (y_16)
 }
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx.inliner
 import onnx_ir as ir
 import onnxruntime
 import torch
@@ -209,12 +210,13 @@ def float_graph_logits(checkpoint: Checkpoint, family: Family, ids: Sequence[int
         model.graph.initializers[name].const_value = ir.tensor(array)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # In the order of the graph: by default every weight would be cast to float32 before the first is used.
+    # In the order of the graph: by default every weight would be cast to float32 before the first is used. ONNX Runtime
+    # counts the nodes of functions that it inlines behind all others, so they are inlined before.
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.enable_cpu_mem_arena = False  # an arena would keep what the largest layer needed
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    proto = ir.to_proto(model).SerializeToString()
-    session = onnxruntime.InferenceSession(proto, options)
+    proto = onnx.inliner.inline_local_functions(ir.to_proto(model))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
     logits: npt.NDArray[np.float32] = session.run_with_ort_values(["logits"], feeds)[0].numpy()[0]
     return logits
 
