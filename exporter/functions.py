@@ -181,8 +181,8 @@ def bitplane_matmul() -> onnx.FunctionProto:
     return onnx.parser.parse_function(body)
 
 
-# Cast and not CastLike, which is itself a function: ONNX Runtime would run what it expands to after all other nodes that
-# are ready, in the verification the casts of all weights.
+# Cast and not CastLike, which is itself a function: ONNX Runtime would run what it expands to after all other nodes
+# that are ready, in the verification the casts of all weights.
 _ATTENTION_BODY = """
 <domain: "pmpd", opset_import: ["": 23, "com.microsoft": 1]>
 GroupQueryAttention <num_heads, kv_num_heads, scale>
