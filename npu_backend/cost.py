@@ -6,7 +6,7 @@ an exploration.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,23 +24,29 @@ def transfer_seconds(nbytes: Number, hardware: Hardware) -> Number:
     return np.ceil(nbytes / burst) * burst / hardware.bytes_per_second
 
 
-def matrix_cycles(step: Matrix, hardware: Hardware) -> Number:
-    """Return the cycles of a product: the slower of the multipliers and the decompression that feeds them.
+def _mapping(step: Matrix, hardware: Hardware) -> tuple[Number, Number]:
+    """Return how often the weights pass the multipliers, and the outputs that are worked on at a time.
 
     ``MM`` takes rows together, all with the same weights; ``MV`` row after row.
     """
     unit = hardware.matrix_unit
     if step.opcode == "MM":
-        passes: Number = np.ceil(step.rows / unit.rows)
-        outputs = unit.mm_outputs
-    else:
-        passes, outputs = step.rows, unit.mv_outputs
-    passes = passes * np.ceil(step.outputs / outputs) * np.ceil(step.inputs / unit.inputs) / unit.utilization
-    if step.weight_bits == 16:
-        passes = passes * unit.fp16_cycles
+        return np.ceil(step.rows / unit.rows), unit.mm_outputs
+    return step.rows, unit.mv_outputs
+
+
+def matrix_cycles(step: Matrix, hardware: Hardware) -> Number:
+    """Return the cycles of a product: the slower of the multipliers and the decompression that feeds them.
+
+    Decompressed weights are kept nowhere: each pass over them decompresses them anew.
+    """
+    unit = hardware.matrix_unit
+    passes, outputs = _mapping(step, hardware)
+    cycles: Number = np.ceil(step.outputs / outputs) * np.ceil(step.inputs / unit.inputs) / unit.utilization
+    cycles = cycles * np.where(np.equal(step.weight_bits, 16), unit.fp16_cycles, 1)
     if step.codebook:
-        passes = np.maximum(passes, step.outputs * step.inputs / hardware.decompression.weights_per_cycle)
-    return passes * step.count
+        cycles = np.maximum(cycles, step.outputs * step.inputs / hardware.decompression.weights_per_cycle)
+    return passes * cycles * step.count
 
 
 def _special_cycles(step: Special, hardware: Hardware) -> Number:
@@ -98,7 +104,11 @@ def operator_cost(operator: Operator, hardware: Hardware) -> OperatorCost:
         spent = cycles / hardware.hertz
         seconds[unit] = seconds[unit] + spent
         tiles = np.ceil(streamed / (hardware.buffers.stream_kib * 512))
-        pieces.append(Piece(waiting, spent, tiles, (*loads, step)))
+        if isinstance(step, Matrix) and not loads and pieces and isinstance(pieces[-1].steps[-1], Matrix):
+            last = pieces[-1]  # the rows left over: they take each tile while it is there
+            pieces[-1] = replace(last, compute=last.compute + spent, steps=(*last.steps, step))
+        else:
+            pieces.append(Piece(waiting, spent, tiles, (*loads, step)))
         waiting, streamed, loads = 0.0, 0.0, []
     return OperatorCost(tuple(pieces), **seconds)
 
@@ -106,18 +116,21 @@ def operator_cost(operator: Operator, hardware: Hardware) -> OperatorCost:
 def energy(operator: Operator, hardware: Hardware) -> Number:
     """Return the joules of an operator, without what is drawn all the time.
 
-    Off-chip bytes pass a buffer twice, in and out. A product reads its activations from the buffer once per pass over
-    the chains, which share them, and writes its outputs.
+    Off-chip bytes pass a buffer twice, in and out; weights once more for each further pass. A product reads an
+    activation once for all outputs that are worked on at a time, and writes its outputs.
     """
-    figures, unit = hardware.energy, hardware.matrix_unit
+    figures = hardware.energy
     moved = operator.nbytes()
     picojoules: Number = moved * (figures.memory_pj_per_byte + 2 * figures.buffer_pj_per_byte)
     for step in operator.instructions:
         if isinstance(step, Matrix):
-            cycles = matrix_cycles(step, hardware)
-            picojoules = picojoules + step.macs * figures.mac_pj
-            reads = cycles * unit.inputs + step.rows * step.outputs * step.count
-            picojoules = picojoules + reads * hardware.formats.activation_bits / 8 * figures.buffer_pj_per_byte
+            passes, outputs = _mapping(step, hardware)
+            wide = np.equal(step.weight_bits, 16)  # float16 products have float16 activations
+            activations = step.rows * (step.inputs * np.ceil(step.outputs / outputs) + step.outputs)
+            weights = np.maximum(passes - 1, 0) * step.outputs * step.inputs
+            bits = activations * np.where(wide, 16, hardware.formats.activation_bits) + weights * step.weight_bits
+            picojoules = picojoules + step.macs * np.where(wide, figures.fp16_mac_pj, figures.mac_pj)
+            picojoules = picojoules + bits / 8 * step.count * figures.buffer_pj_per_byte
         elif isinstance(step, Special):
             picojoules = picojoules + step.elements * figures.special_pj_per_element
     return picojoules * 1e-12

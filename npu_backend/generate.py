@@ -14,9 +14,11 @@ from pmpd.npu_backend.lower import FP16_BITS, lower
 from pmpd.npu_backend.model import Model
 from pmpd.npu_backend.simulate import Run, simulate
 from pmpd.runtime.errors import PmpdError
-from pmpd.runtime.schedule import Schedule
+from pmpd.runtime.schedule import Schedule, parse_schedule
 
-__all__ = ["Generation", "generate"]
+__all__ = ["FP16", "Generation", "decode_graph", "generate", "plan", "read_schedule"]
+
+FP16 = "fp16"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,22 @@ class Generation:
         """New tokens a second, prefill included."""
         return self.tokens / (self.prefill_seconds + self.decode_seconds)
 
+    @property
+    def first_steps(self) -> tuple[int, ...]:
+        """The first decode step at each precision."""
+        return tuple(int(np.argmax(self.precisions == precision)) for precision in self.decode)
+
+    def find(self, step: int) -> tuple[int, int]:
+        """Return the precision of decode step `step`, from 0, and its place in the run at that precision.
+
+        Raises:
+            PmpdError: there is no such step.
+        """
+        if not 0 <= step < len(self.precisions):
+            raise PmpdError(f"there is no decode step {step}: they are 0 to {len(self.precisions) - 1}")
+        precision = int(self.precisions[step])
+        return precision, int((self.precisions[:step] == precision).sum())
+
     def _by_step(self, values: dict[int, Number]) -> npt.NDArray[np.float64]:
         result = np.zeros(len(self.precisions))
         for precision, value in values.items():
@@ -103,6 +121,27 @@ def generate(
         PmpdError: too few tokens, more than the model's context holds, or a precision the model does not have.
         BundleError: a node of a graph cannot be lowered.
     """
+    precisions = plan(model, prompt=prompt, tokens=tokens, schedule=schedule)
+
+    def run(graph: Graph, new: int, past: npt.NDArray[np.float64]) -> Run:
+        program = lower(graph, hardware, tokens=new, past=past, fp16=schedule is None, layers_only=layers_only)
+        return simulate(program, hardware)
+
+    decode = {
+        precision: run(
+            decode_graph(model, precision), 1, prompt + np.flatnonzero(precisions == precision).astype(float)
+        )
+        for precision in sorted(set(precisions.tolist()), reverse=True)
+    }
+    return Generation(prompt, tokens, precisions, run(model.prefill, prompt, np.zeros(1)), decode)
+
+
+def plan(model: Model, *, prompt: int, tokens: int, schedule: Schedule | None) -> npt.NDArray[np.int64]:
+    """Return the bits of every decode step of a generation, 16 for the float16 model.
+
+    Raises:
+        PmpdError: too few tokens, more than the model's context holds, or a precision the model does not have.
+    """
     if prompt < 1 or tokens < 2:
         raise PmpdError(
             f"a generation has 1 or more tokens of prompt and 2 or more new ones, got {prompt} and {tokens}"
@@ -112,21 +151,24 @@ def generate(
             f"{prompt} tokens of prompt and {tokens} new ones are more than the context of {model.name}, "
             f"{model.context_length}: give fewer"
         )
-    fp16 = schedule is None
-    steps = np.arange(tokens - 1)
     if schedule is None:
-        precisions = np.full(len(steps), FP16_BITS)
-    else:
-        precisions = np.array([schedule.precision(int(step)) for step in steps])
-
-    def run(graph: Graph, new: int, past: npt.NDArray[np.float64]) -> Run:
-        program = lower(graph, hardware, tokens=new, past=past, fp16=fp16, layers_only=layers_only)
-        return simulate(program, hardware)
-
-    decode = {}
-    for precision in sorted({int(bits) for bits in precisions}, reverse=True):
-        graph = model.decode.get(max(model.decode) if fp16 else precision)
-        if graph is None:
+        return np.full(tokens - 1, FP16_BITS)
+    precisions = np.array([schedule.precision(step) for step in range(tokens - 1)])
+    for precision in precisions.tolist():
+        if precision not in model.decode:
             raise PmpdError(f"{model.name} has no graph at {precision} bits: it has {sorted(model.decode)}")
-        decode[precision] = run(graph, 1, (prompt + steps[precisions == precision]).astype(float))
-    return Generation(prompt, tokens, precisions, run(model.prefill, prompt, np.zeros(1)), decode)
+    return precisions
+
+
+def decode_graph(model: Model, precision: int) -> Graph:
+    """Return the graph of decode steps at `precision`: for the float16 model the one at the highest."""
+    return model.decode[max(model.decode) if precision == FP16_BITS else precision]
+
+
+def read_schedule(text: str, model: Model) -> Schedule | None:
+    """Read a schedule as users write it: ``fp16`` for the float16 model, which is None, or what `parse_schedule` reads.
+
+    Raises:
+        PmpdError: as `parse_schedule` does.
+    """
+    return None if text == FP16 else parse_schedule(text, tuple(model.decode))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 
-from pmpd.runtime.errors import BundleError
+from pmpd.runtime.errors import BundleError, MissingExtraError
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["Graph", "Initializer", "Node", "read_graph"]
 
@@ -51,7 +53,12 @@ def read_graph(path: Path) -> Graph:
 
     Raises:
         BundleError: the file is no ONNX model.
+        MissingExtraError: onnx is not installed.
     """
+    try:
+        import onnx
+    except ImportError:
+        raise MissingExtraError("onnx", "npu") from None
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # protobuf's own errors have no common base
@@ -65,16 +72,20 @@ def read_graph(path: Path) -> Graph:
 
 
 def _node(node: onnx.NodeProto, number: int) -> Node:
+    from onnx.helper import get_attribute_value
+
     op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    attributes = {attribute.name: get_attribute_value(attribute) for attribute in node.attribute}
     return Node(node.name or f"node {number} ({op})", op, tuple(node.input), tuple(node.output), attributes)
 
 
 def _initializer(tensor: onnx.TensorProto) -> Initializer:
+    from onnx.numpy_helper import to_array
+
     external = {entry.key: entry.value for entry in tensor.external_data}
     shape = tuple(tensor.dims)
     if external:
         return Initializer(tensor.name, shape, int(external["length"]))
-    array = onnx.numpy_helper.to_array(tensor)
+    array = to_array(tensor)
     values = tuple(int(value) for value in np.ravel(array)) if array.dtype.kind in "iu" else None
     return Initializer(tensor.name, shape, array.nbytes, values)

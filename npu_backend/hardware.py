@@ -61,13 +61,15 @@ class _Section:
     def __post_init__(self) -> None:
         for name, limit in _ranges(type(self)).items():
             given = getattr(self, name)
-            values = np.asarray(given)
-            if values.dtype.kind not in "if" or not np.all((values >= limit.low) & (values <= limit.high)):
+            values = np.ravel(given)
+            numbers = values.dtype.kind in "if"
+            wrong = values[~((values >= limit.low) & (values <= limit.high))].tolist() if numbers else [given]
+            if wrong:
                 raise PmpdError(
-                    f"{name} must be a number of {limit.unit} from {limit.low:g} to {limit.high:g}, got {given!r}"
+                    f"{name} must be a number of {limit.unit} from {limit.low:g} to {limit.high:g}, got {wrong[0]!r}"
                 )
-            if limit.whole and np.any(values % 1):
-                raise PmpdError(f"{name} must be a whole number of {limit.unit}, got {given!r}")
+            if limit.whole and (parts := values[values % 1 != 0].tolist()):
+                raise PmpdError(f"{name} must be a whole number of {limit.unit}, got {parts[0]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,11 @@ class MatrixUnit(_Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if np.any(self.mv_outputs > self.rows * self.mm_outputs):
+        units, needed = np.broadcast_arrays(self.rows * self.mm_outputs, self.mv_outputs)
+        if np.any(needed > units):
             raise PmpdError(
-                f"mv_outputs must be at most rows * mm_outputs = {self.rows * self.mm_outputs}, the units there are, "
-                f"got {self.mv_outputs}"
+                f"mv_outputs must be at most rows * mm_outputs = {units[needed > units][0]:g}, the units there are, "
+                f"got {needed[needed > units][0]:g}"
             )
 
     @property
@@ -148,8 +151,8 @@ class Formats(_Section):
 class Controller(_Section):
     """Instructions: their size, the cycles that a synchronisation costs, and for how many lengths a program is reused.
 
-    FlightLLM's length-adaptive compilation: token counts and context lengths up to the same multiple of
-    `length_granularity` run the same instructions.
+    FlightLLM's length-adaptive compilation: context lengths up to the same multiple of `length_granularity` run one
+    program.
     """
 
     instruction_bytes: Annotated[Number, Range("bytes", 1, 1024, whole=True)]
@@ -163,7 +166,8 @@ class Energy(_Section):
 
     memory_pj_per_byte: Annotated[Number, Range("pJ per byte", 0, 1e5)]
     buffer_pj_per_byte: Annotated[Number, Range("pJ per byte", 0, 1e5)]
-    mac_pj: Annotated[Number, Range("pJ per multiply-accumulate", 0, 1e4)]
+    mac_pj: Annotated[Number, Range("pJ per multiply-accumulate of 8 bits", 0, 1e4)]
+    fp16_mac_pj: Annotated[Number, Range("pJ per multiply-accumulate of float16", 0, 1e4)]
     special_pj_per_element: Annotated[Number, Range("pJ per element", 0, 1e5)]
     static_w: Annotated[Number, Range("W", 0, 1e4)]
 
@@ -261,6 +265,8 @@ def read_hardware(name: str | Path) -> Hardware:
         raise PmpdError(f"{unknown_choice('hardware', name, shipped)}, or give a TOML file")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PmpdError(f"cannot read {path} ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PmpdError(f"{path} is not valid TOML ({error})") from None
     sources = document.pop("sources", None)
@@ -276,6 +282,8 @@ def read_hardware(name: str | Path) -> Hardware:
         parts[section] = _read_section(path, section, kind, document.pop(section), sources)
     if document:
         raise PmpdError(f"{path}: {unknown_choice('table', next(iter(document)), _SECTIONS)}")
+    if unknown := sorted(sources.keys() - _SECTIONS):
+        raise PmpdError(f"{path}: [sources] has an {unknown_choice('table', unknown[0], _SECTIONS)}")
     named = {f"{section}.{name}": text for section, texts in sources.items() for name, text in texts.items()}
     return Hardware(name=path.stem, title=title, sources=named, **parts)  # type: ignore[arg-type]
 
@@ -287,6 +295,8 @@ def _read_section(path: Path, section: str, kind: type[_Section], values: Any, s
     for name in values:
         if name not in known:
             raise PmpdError(f"{path}: [{section}] has an {unknown_choice('field', name, known)}")
+        if isinstance(values[name], list):
+            raise PmpdError(f"{path}: [{section}] {name} must be one number of {known[name]}, got {values[name]}")
     texts = sources.get(section)
     for name, unit in known.items():
         if name not in values:

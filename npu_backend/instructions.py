@@ -46,7 +46,7 @@ class Matrix:
     outputs: Number
     inputs: Number
     count: int
-    weight_bits: int
+    weight_bits: Number
     codebook: bool
 
     @property

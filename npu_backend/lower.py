@@ -3,9 +3,9 @@
 What the mapping assumes:
 
 * weights stream from outside once per pass over them, as p planes and a codebook per row; float16 ones as they are;
-* activations stay on chip while decoding (FlightLLM's always-on-chip decode). A prompt's do not fit: products load and
-  store them, and run over as much of the prompt at a time as the activation buffer holds, or over as many weights as
-  the stream buffer holds, whichever moves fewer bytes;
+* activations stay on chip while decoding (FlightLLM's always-on-chip decode). A prompt's do not fit: products and
+  attention load and store them, what is between is fused with them. A product runs over as much of the prompt at a time
+  as the activation buffer holds, or over as many weights as the stream buffer holds, whichever moves fewer bytes;
 * keys and values are read as far as the text goes, rounded up to the granularity of programs; new ones are written;
 * heads that share a key/value head are rows of one product; of a prompt's causal attention, only what is seen is
   computed.
@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 
+from pmpd.npu_backend.cost import matrix_cycles
 from pmpd.npu_backend.graph import Graph, Node
 from pmpd.npu_backend.hardware import Hardware, Number
 from pmpd.npu_backend.instructions import (
@@ -38,7 +39,6 @@ from pmpd.runtime.errors import BundleError, PmpdError
 __all__ = ["lower"]
 
 FP16_BITS = 16
-_EMBEDDING_BYTES = 2  # float16
 _COUNTING = {"ReduceSum", "Sub", "Shape", "Squeeze", "Cast"}  # how long the text is: the host knows
 _VIEWS = {"Cast", "Reshape"}  # the same elements, in the order they are in
 _FUNCTIONS: dict[str, SpecialKind] = {
@@ -95,7 +95,13 @@ class _Lowering:
     def program(self) -> Program:
         operators = []
         for node in self.graph.nodes:
-            lowered = self._node(node)
+            try:
+                lowered = self._node(node)
+            except (LookupError, ValueError, TypeError) as error:
+                raise BundleError(
+                    f"{self.graph.path}: node {node.name!r} ({node.op}) is not as exported graphs have it "
+                    f"({type(error).__name__} {error}): export again"
+                ) from None
             if lowered:
                 operators.append(Operator(node.name, node.op.split("::")[-1], tuple(lowered), self._on_chip(node)))
         for operator in operators:
@@ -114,6 +120,8 @@ class _Lowering:
 
     def _node(self, node: Node) -> list[Instruction]:
         inputs = [name for name in node.inputs if name and name not in self.graph.initializers]
+        if node.op == "CastLike" and node.inputs[0] in self.graph.initializers:
+            return []  # a constant that is stored in one type and used in another
         if node.op in _COUNTING and self.counts.issuperset(inputs):
             self.counts.update(node.outputs)
             return []
@@ -201,36 +209,37 @@ class _Lowering:
             steps.append(Store("logits", x.rows * outputs * self.byte))
         return [*steps, Sync()]
 
+    def _off_chip(self, x: _Value) -> Number:
+        """Return the rows of activations that are loaded and stored: a prompt's; one token's stay on chip."""
+        return np.where(np.greater(x.rows, 1), x.rows, 0)
+
     def _passes(self, x: _Value, inputs: int, outputs: int, weights: Number) -> tuple[Number, Number, Number]:
         """Return how often weights are read, and the bytes of activations that are loaded and stored."""
-        if np.all(np.asarray(x.rows) == 1):
-            return 1, 0, 0
         buffers = self.hardware.buffers
-        moved = x.rows * inputs * self.byte
+        rows = self._off_chip(x)
+        moved = rows * inputs * self.byte
         # Either the prompt in parts that stay on chip, all weights for each, or the other way round.
-        by_rows = np.ceil(moved / (buffers.activation_kib * 1024))
+        by_rows = np.maximum(np.ceil(moved / (buffers.activation_kib * 1024)), 1)
         by_weights = np.ceil(weights / (buffers.stream_kib * 512))
         rows_first = by_rows * weights + moved <= weights + by_weights * moved
         return (
             np.where(rows_first, by_rows, 1.0),
             np.where(rows_first, 1.0, by_weights) * moved,
-            x.rows * outputs * self.byte,
+            rows * outputs * self.byte,
         )
 
     def _products(
-        self, rows: Number, outputs: Number, inputs: Number, count: int, bits: int, *, codebook: bool
+        self, rows: Number, outputs: Number, inputs: Number, count: int, bits: Number, *, codebook: bool
     ) -> list[Instruction]:
         """Whole sets of rows are a matrix-matrix product; rows left over come one by one, if that is quicker."""
-        unit = self.hardware.matrix_unit
-        sets, left = np.floor_divide(rows, unit.rows), np.mod(rows, unit.rows)
-        one_by_one = left * np.ceil(outputs / unit.mv_outputs) <= np.ceil(outputs / unit.mm_outputs)
-        whole = sets * unit.rows + np.where(one_by_one, 0, left)
-        opcodes: dict[Literal["MM", "MV"], Number] = {"MM": whole, "MV": rows - whole}
-        return [
-            Matrix(opcode, each, outputs, inputs, count, bits, codebook)
-            for opcode, each in opcodes.items()
-            if np.any(each)
-        ]
+
+        def product(opcode: Literal["MM", "MV"], rows: Number) -> Matrix:
+            return Matrix(opcode, rows, outputs, inputs, count, bits, codebook)
+
+        left = np.mod(rows, self.hardware.matrix_unit.rows)
+        together, one_by_one = (matrix_cycles(product(opcode, left), self.hardware) for opcode in ("MM", "MV"))
+        single = np.where(one_by_one <= together, left, 0)
+        return [step for step in (product("MM", rows - single), product("MV", single)) if np.any(step.rows)]
 
     def _attention(self, node: Node) -> list[Instruction]:
         heads, kv_heads = int(node.attributes["num_heads"]), int(node.attributes["kv_num_heads"])
@@ -247,16 +256,18 @@ class _Lowering:
         # A token sees itself and what is before it: the mean over a prompt's tokens.
         seen = cached + (x.rows + 1) / 2
         rows = x.rows * (heads // kv_heads)
-        bits = int(np.max(self.kv_bits))
+        off_chip = self._off_chip(x) * self.byte
         return [
+            *([Load("activations", off_chip * x.width)] if np.any(off_chip) else []),
             Load("vectors", x.rows * pairs * 2 * 4),  # cosines and sines, float32
             Special("rotary", x.rows * (heads + kv_heads) * 2 * pairs),
             Store("kv_cache", x.rows * position * 2),
             Load("kv_cache", cached * position),
-            *self._products(rows, seen, dim, kv_heads, bits, codebook=False),
+            *self._products(rows, seen, dim, kv_heads, self.kv_bits, codebook=False),
             Sync(),
             Special("softmax", x.rows * heads * seen),
             Load("kv_cache", cached * position),
-            *self._products(rows, dim, seen, kv_heads, bits, codebook=False),
+            *self._products(rows, dim, seen, kv_heads, self.kv_bits, codebook=False),
+            *([Store("activations", off_chip * heads * dim)] if np.any(off_chip) else []),
             Sync(),
         ]

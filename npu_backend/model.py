@@ -21,6 +21,7 @@ class Model:
 
     name: str
     context_length: int
+    prefill_precision: int
     prefill: Graph
     decode: dict[int, Graph]
 
@@ -37,6 +38,7 @@ class Model:
         return cls(
             name=bundle.path.resolve().name,
             context_length=manifest.context_length,
+            prefill_precision=manifest.prefill_precision,
             prefill=graphs["prefill", manifest.prefill_precision],
             decode={precision: graphs["decode", precision] for precision in manifest.precisions},
         )

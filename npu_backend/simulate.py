@@ -60,8 +60,10 @@ class Pipeline:
         Load i waits for load i - 1 and for product i - 2, product i for load i and product i - 1. The longest path
         through equal tiles runs along the loads or along the products, and changes between them only at an end.
         """
-        if not np.any(piece.tiles):
-            return replace(self, memory=self.memory + piece.memory, unit=self.unit + piece.compute)
+        streams = np.greater(piece.tiles, 0)
+        alone = replace(self, memory=self.memory + piece.memory, unit=self.unit + piece.compute)
+        if not np.any(streams):
+            return alone
         tiles = np.maximum(piece.tiles, 1)
         load, compute = piece.memory / tiles, piece.compute / tiles
         start = np.maximum(self.memory, self.first)
@@ -74,15 +76,23 @@ class Pipeline:
             """When the products of so many tiles are done."""
             products_last = np.maximum(self.unit, start + load) + count * compute
             second = np.where(count > 1, self.second + load + (count - 1) * compute, 0.0)
-            waiting = np.where(count > 2, self.unit + compute + (count - 2) * load, 0.0)
-            return np.maximum(np.maximum(products_last, second), np.maximum(loaded(count), waiting) + compute)
+            return np.maximum(np.maximum(products_last, second), np.maximum(loaded(count), waiting(count)) + compute)
 
-        return Pipeline(
-            memory=np.maximum(loaded(tiles), np.where(tiles > 2, computed(tiles - 2) + load, 0.0)),
+        def waiting(count: Number) -> Number:
+            """When so many tiles are loaded, had the unit been the last to be free."""
+            return np.where(count > 2, self.unit + compute + (count - 2) * load, 0.0)
+
+        last = np.where(tiles > 2, computed(tiles - 2) + load, 0.0)
+        done = computed(tiles)
+        after = Pipeline(
+            memory=np.maximum(np.maximum(loaded(tiles), waiting(tiles)), last),
             first=np.where(tiles > 1, computed(tiles - 1), self.second),
-            second=computed(tiles),
-            unit=computed(tiles),
+            second=done,
+            unit=done,
         )
+        if np.all(streams):
+            return after
+        return Pipeline(*(np.where(streams, getattr(after, each), getattr(alone, each)) for each in vars(self)))
 
 
 def simulate(program: Program, hardware: Hardware) -> Run:

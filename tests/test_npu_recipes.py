@@ -46,7 +46,8 @@ def test_rates_that_the_paper_claims(figure: list[Bar]) -> None:
 
 def test_prefill_at_the_high_precision_costs_little() -> None:
     shares = prefill_overheads()
-    assert all(0 <= share <= 0.0105 for share in shares.values())
+    # Compute-bound prefill costs the same at both, but for how its streams fall into tiles.
+    assert all(-0.0002 <= share <= 0.0105 for share in shares.values())
     assert max(shares.values()) > 0.0007
 
 

@@ -1,0 +1,71 @@
+"""Tables and numbers as text, and files written in one step."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from math import floor, log10
+from pathlib import Path
+
+from pmpd.runtime.errors import PmpdError
+
+__all__ = ["amount", "csv_text", "json_text", "markdown_table", "write_atomically"]
+
+
+def amount(value: float, *, digits: int = 3) -> str:
+    """Return a number with so many digits that count, and at most three decimals; a dash for none."""
+    if value == 0:
+        return "–"
+    decimals = min(max(0, digits - 1 - floor(log10(abs(value)))), 3)
+    return f"{value:,.{decimals}f}"
+
+
+def markdown_table(table: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Return rows of cells as a markdown table: the first row is the header, `left` columns are aligned to the left."""
+    widths = [max(3, *(len(line[i]) for line in table)) for i in range(len(table[0]))]
+    rule = [":" + "-" * (width - 1) if i < left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    cells = [
+        [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in (table[0], rule, *table[1:])
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows as comma-separated values, the keys of all of them first; what a row lacks is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def json_text(document: object) -> str:
+    """Return JSON as text for people too."""
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file in one step: whoever looks sees the old file or the whole new one.
+
+    Raises:
+        PmpdError: the file cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            with draft.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise PmpdError(f"cannot write {path} ({error.strerror}): choose another place") from None
