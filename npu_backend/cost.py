@@ -13,7 +13,14 @@ import numpy as np
 from pmpd.npu_backend.hardware import Hardware, Number
 from pmpd.npu_backend.instructions import Data, Instruction, Load, Matrix, Operator, Special, Store
 
-STREAMS: tuple[Data, ...] = ("planes", "codebooks", "dense", "kv_cache", "activations")  # through the stream buffer
+STREAMS: tuple[Data, ...] = (
+    "planes",
+    "codebooks",
+    "dense",
+    "kv_cache",
+    "activations",
+    "embedding",
+)  # pass the stream buffer
 
 __all__ = ["OperatorCost", "Piece", "energy", "matrix_cycles", "operator_cost", "transfer_seconds"]
 

@@ -27,11 +27,11 @@ try:
 except ImportError:
     raise MissingExtraError("matplotlib", "npu") from None
 
-__all__ = ["FORMATS", "check_format", "pareto", "render", "time_bars"]
+__all__ = ["FORMATS", "STYLE", "check_format", "pareto", "render", "time_bars"]
 
 FORMATS = (".svg", ".png")
 _INK, _MUTED, _LINE = "#1f2933", "#66727f", "#e3e7eb"
-_STYLE = {
+STYLE = {  # of all pictures, for `matplotlib.rc_context`
     "axes.edgecolor": _LINE,
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -73,7 +73,7 @@ def check_format(path: Path) -> None:
 def render(figure: Any, path: Path) -> bytes:
     """Return a figure as SVG or PNG, as the name of a file says; `check_format` refuses others."""
     kind, buffer = path.suffix.lower()[1:], io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
 
@@ -86,7 +86,7 @@ def time_bars(phases: Sequence[Phase], title: str) -> Any:
         title: a line about all of it.
     """
     colors, parts = _parts(phases)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         bars: dict[str, list[tuple[Phase, Mapping[str, float]]]] = {"prefill": [], "decode": []}
         for phase, seconds in zip(phases, parts, strict=True):
             bars[phase.phase].append((phase, seconds))
@@ -175,7 +175,7 @@ def pareto(exploration: Exploration) -> Any:
         "beyond a limit": (np.flatnonzero(~exploration.kept), _LINE),
         "beaten": (np.setdiff1d(np.flatnonzero(exploration.kept), front), _REST_COLOR),
     }
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.8), layout=ConstrainedLayoutEngine(wspace=0.05, h_pad=0.09))
         panels = figure.subplots(1, 2, sharey=True)
         size = 36 if len(front) < _MANY else 16

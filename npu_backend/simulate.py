@@ -20,19 +20,13 @@ __all__ = ["OperatorTime", "Pipeline", "Run", "simulate"]
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """One operator of a run: when it ends and what it adds to the run's time, in seconds; joules; what bounds it."""
+    """One operator of a run: when it ends and what it adds to the run's time, in seconds; joules."""
 
     operator: Operator
     cost: OperatorCost
     end: Number
     added: Number
     joules: Number
-
-    @property
-    def bound(self) -> str:
-        """The unit that needs most of the time: memory, matrix, special or overhead."""
-        needs = {unit: float(np.mean(getattr(self.cost, unit))) for unit in ("memory", "matrix", "special", "overhead")}
-        return max(needs, key=lambda unit: needs[unit])
 
 
 @dataclass(frozen=True)

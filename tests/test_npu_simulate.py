@@ -187,7 +187,8 @@ def oracle(program: Program, hardware: Hardware) -> float:
                 pieces.append(Piece(loading, float(step.elements) / rate / hertz, ceil(nbytes / half)))
                 loading = nbytes = 0.0
             else:
-                pieces.append(Piece(0.0, hardware.controller.sync_cycles / hertz))
+                pieces.append(Piece(loading, hardware.controller.sync_cycles / hertz, ceil(nbytes / half)))
+                loading = nbytes = 0.0
     latency = float(hardware.memory.latency_ns) * 1e-9
     memory, *_, done = one_by_one([Piece(latency, 0.0), *pieces])
     return max(memory, done)

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Which of our packages each may import, beside itself..
+# Which of our packages each may import, beside itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "runtime": set(),
     "tvm_kernels": {"runtime"},
     "exporter": {"runtime", "tvm_kernels"},
     "eval": {"runtime", "exporter"},
+    "npu_backend": {"runtime", "exporter"},
 }
 # Modules that are run, not imported: their surface is the command line.
-COMMANDS = {"pmpd.runtime.cli", "pmpd.exporter.cli", "pmpd.eval.cli", "pmpd.exporter.demo.train"}
+COMMANDS = {
+    f"pmpd.{name}" for name in ("runtime.cli", "exporter.cli", "exporter.demo.train", "eval.cli", "npu_backend.cli")
+}
 SOURCES = {
     ".".join(["pmpd", *path.relative_to(REPOSITORY).with_suffix("").parts]).removesuffix(".__init__"): path
     for package in MAY_IMPORT

@@ -16,16 +16,16 @@ One set of assumptions for all bars, each with its reason; none was fitted to a 
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 from pmpd.npu_backend.generate import Generation, generate
 from pmpd.npu_backend.hardware import Hardware, read_hardware
 from pmpd.npu_backend.model import Model
-from pmpd.runtime.errors import MissingExtraError
+from pmpd.npu_backend.tables import json_text, markdown_table, write_atomically
 from pmpd.runtime.schedule import StaticSchedule
 
 __all__ = ["Bar", "bars", "prefill_overheads", "run", "schedule_of"]
@@ -129,73 +129,69 @@ def run(*, json: Path | None = None, plot: Path | None = None, quiet: bool = Fal
 
     Raises:
         MissingExtraError: the exporter's packages, or matplotlib for a picture, are not installed.
+        PmpdError: a file cannot be written.
     """
-    rows = list(bars())
-    overheads = prefill_overheads()
+    rows, overheads = list(bars()), prefill_overheads()
     errors = [abs(row.error) for row in rows if row.error is not None]
-    summary = {
-        "mean_absolute_error": fmean(errors),
-        "largest_error": max(errors),
-        "prefill_overheads": [
-            {"model": model, "data": data, "share": share} for (model, data), share in overheads.items()
-        ],
-    }
+    mean, largest, shares = fmean(errors), max(errors), overheads.values()
     if json is not None:
-        json.write_text(json_module.dumps({"rows": [asdict(row) for row in rows], **summary}, indent=1) + "\n")
+        document = {
+            "rows": [asdict(row) for row in rows],
+            "mean_absolute_error": mean,
+            "largest_error": largest,
+            "prefill_overheads": [
+                {"model": model, "data": data, "share": share} for (model, data), share in overheads.items()
+            ],
+        }
+        write_atomically(json, json_text(document))
     if plot is not None:
+        from pmpd.npu_backend.plots import check_format  # says so if matplotlib is missing
+
+        check_format(plot)
         _plot(rows, plot)
-    lines = [
-        f"{'model':<17} {'data':<10} {'schedule':<13} {'bits':>5} {'tokens/s':>9} {'speed-up':>9} {'paper':>6} "
-        f"{'off':>7}",
-    ]
+    table = [["model", "data", "schedule", "bits", "tokens/s", "speed-up", "paper", "off %"]]
     for row in rows:
-        paper = "" if row.paper_speedup is None else f"{row.paper_speedup:.1f}x"
-        off = "" if row.error is None else f"{100 * row.error:+.1f} %"
-        lines.append(
-            f"{row.model:<17} {row.data:<10} {row.schedule:<13} {row.average_bits:>5.2f} {row.tokens_per_second:>9.2f} "
-            f"{row.speedup:>8.2f}x {paper:>6} {off:>7}"
-        )
-    if not quiet:
-        shares = overheads.values()
-        lines += [
-            "",
-            f"mean absolute error {100 * fmean(errors):.1f} %, largest {100 * max(errors):.1f} % of {len(errors)} bars",
-            f"prefill at the high precision adds {100 * min(shares):.2f} % to {100 * max(shares):.2f} % "
-            "to a generation (paper: 0.07 % to 1.05 %)",
-        ]
-    return "\n".join(lines)
+        paper = "–" if row.paper_speedup is None else f"{row.paper_speedup:.1f}"
+        off = "–" if row.error is None else f"{100 * row.error:+.1f}"
+        speed = [f"{row.average_bits:.2f}", f"{row.tokens_per_second:.2f}", f"{row.speedup:.2f}"]
+        table.append([row.model, row.data, row.schedule, *speed, paper, off])
+    text = markdown_table(table, left=3)
+    if quiet:
+        return text
+    return (
+        f"{text}\n\nmean absolute error {100 * mean:.1f} %, largest {100 * largest:.1f} % of {len(errors)} bars\n"
+        f"prefill at the high precision adds {100 * min(shares):.2f} % to {100 * max(shares):.2f} % to a generation "
+        "(paper: 0.07 % to 1.05 %)"
+    )
 
 
 def _plot(rows: list[Bar], path: Path) -> None:
     """Draw the paper's bars and ours side by side, a panel per model."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "npu") from None
-    names = list(dict.fromkeys(row.model for row in rows))
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from pmpd.npu_backend.plots import STYLE, render
+
     colors = dict(zip(SCHEDULES, ("#8c96a8", "#2f6fb3", "#d9822b"), strict=True))
-    groups = {name: list(dict.fromkeys(row.data for row in rows if row.model == name)) for name in names}
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    panels = figure.subplots(
-        1, len(names), sharey=True, gridspec_kw={"width_ratios": [len(groups[name]) for name in names]}
-    )
-    for axes, name in zip(panels, names, strict=True):
-        for place, data in enumerate(groups[name]):
-            for i, schedule in enumerate(SCHEDULES):
-                (row,) = (r for r in rows if (r.model, r.data, r.schedule) == (name, data, schedule))
-                x = place + (i - 1) * 0.29
+    groups = {name: list(dict.fromkeys(row.data for row in rows if row.model == name)) for name in MODELS}
+    found = {(row.model, row.data, row.schedule): row for row in rows}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.8), layout="constrained")
+        widths = [len(data) for data in groups.values()]
+        panels = figure.subplots(1, len(groups), sharey=True, gridspec_kw={"width_ratios": widths})
+        for axes, (name, sets) in zip(panels, groups.items(), strict=True):
+            for (place, data), (i, schedule) in product(enumerate(sets), enumerate(SCHEDULES)):
+                row, x = found[name, data, schedule], place + (i - 1) * 0.29
                 if row.paper_speedup is not None:
                     axes.bar(x - 0.065, row.paper_speedup, 0.12, fill=False, edgecolor=colors[schedule], linewidth=1.2)
                 axes.bar(x + 0.065, row.speedup, 0.12, color=colors[schedule])
                 axes.text(x + 0.065, row.speedup + 0.1, f"{row.speedup:.1f}", ha="center", fontsize=7.5)
-        axes.set_title(name, loc="left", fontsize=11)
-        axes.set_xticks(range(len(groups[name])), groups[name])
-        axes.tick_params(length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.6, alpha=0.5)
-        axes.set_axisbelow(True)
-    panels[0].set_ylabel("times as fast as float16")
-    handles = [panels[0].bar(0, 0, color=colors[schedule]) for schedule in SCHEDULES]
-    paper = panels[0].bar(0, 0, fill=False, edgecolor="#555555")
-    figure.legend([*handles, paper], [*SCHEDULES, "paper"], loc="outside upper right", ncols=4, frameon=False)
-    figure.savefig(path)
+            axes.set_title(name)
+            axes.set_xticks(range(len(sets)), sets)
+            axes.grid(axis="x", visible=False)
+        panels[0].set_ylabel("times as fast as float16")
+        handles = [Patch(color=colors[schedule]) for schedule in SCHEDULES]
+        paper = Patch(fill=False, edgecolor="#66727f")
+        figure.legend([*handles, paper], [*SCHEDULES, "paper"], loc="outside upper right", ncols=4, frameon=False)
+        write_atomically(path, render(figure, path))
