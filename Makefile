@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := runtime exporter tvm_kernels eval
+PACKAGES := runtime exporter tvm_kernels eval npu_backend
 
 .PHONY: demo test test-slow lint typecheck format clean
 
