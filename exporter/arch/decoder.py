@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
     "Embedding",
     "Family",
     "read_activation",
+    "read_number",
     "read_rotary",
     "read_shape",
 ]
@@ -159,8 +161,8 @@ def read_shape(
     config: Mapping[str, Any], *, context_length: int | None, default_rotary_share: float = 1.0
 ) -> DecoderShape:
     """Read the numbers every family has; the rotated share of a head has a default of the family's own."""
-    rope = config.get("rope_parameters") or {}  # transformers 5 keeps the share there
-    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or default_rotary_share
+    rope = _table(config, "rope_parameters")  # transformers 5 keeps the share there
+    share = read_number({**config, **rope}, "partial_rotary_factor", default_rotary_share)
 
     def size(name: str, default: int | None = None) -> int:
         number = config[name] if default is None else config.get(name) or default
@@ -173,7 +175,7 @@ def read_shape(
         kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", hidden_size // heads or 1)
         if heads % kv_heads:
             raise PmpdError(f"config.json: {heads} attention heads cannot share {kv_heads} key and value heads")
-        if not 0 < share <= 1:
+        if share > 1:
             raise PmpdError(f"config.json: partial_rotary_factor must be above 0 and at most 1, got {share}")
         longest = size("max_position_embeddings")
         if context_length is not None and not 1 <= context_length <= longest:
@@ -195,19 +197,39 @@ def read_shape(
 
 def read_rotary(config: Mapping[str, Any], dim: int) -> Rotary:
     """Read the rotary embedding, as transformers 4 (`rope_scaling`) and 5 (`rope_parameters`) write it."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta") or config.get("rope_theta", 10000.0)
+    scaling = _table(config, "rope_parameters") or _table(config, "rope_scaling")
+    theta = read_number({**config, **scaling}, "rope_theta", 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     match kind:
         case "default":
             return Rotary(dim, theta)
         case "linear":
-            return Rotary(dim, theta, LinearScaling(scaling["factor"]))
+            return Rotary(dim, theta, LinearScaling(read_number(scaling, "factor")))
         case "llama3":
-            original = scaling["original_max_position_embeddings"]
-            blend = Llama3Scaling(scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], original)
-            return Rotary(dim, theta, blend)
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            factor, low, high, original = (read_number(scaling, name) for name in names)
+            return Rotary(dim, theta, Llama3Scaling(factor, low, high, int(original)))
     raise PmpdError(f"config.json: {unknown_choice('rope scaling', kind, ['default', 'linear', 'llama3'])}")
+
+
+def read_number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """Read a positive number; what is absent or null has the default, if there is one.
+
+    Raises:
+        KeyError: it is absent and has no default.
+        PmpdError: it is something else.
+    """
+    number = config[name] if default is None else config.get(name) or default
+    if type(number) not in (int, float) or not 0 < number < math.inf:
+        raise PmpdError(f"config.json: {name} must be a number above 0, got {number!r}: correct it")
+    return number
+
+
+def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    table = config.get(name) or {}
+    if not isinstance(table, Mapping):
+        raise PmpdError(f"config.json: {name} must be an object, got {table!r}: correct it")
+    return {key: value for key, value in table.items() if value is not None}
 
 
 def read_activation(config: Mapping[str, Any], default: str) -> str:

@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from pmpd.exporter.arch.decoder import Body, Decoder, DecoderLayer, DecoderShape, Family, read_activation, read_shape
+from pmpd.exporter.arch.decoder import (
+    Body,
+    Decoder,
+    DecoderLayer,
+    DecoderShape,
+    Family,
+    read_activation,
+    read_number,
+    read_shape,
+)
 from pmpd.exporter.nn import Attention, Cache, GatedMlp, LinearFactory, RMSNorm
 
 __all__ = ["Llama", "LlamaLayer"]
@@ -66,7 +75,7 @@ class Llama(Family):
         """Read `config.json`."""
         return cls(
             shape=read_shape(config, context_length=context_length),
-            norm_epsilon=config.get("rms_norm_eps", 1e-6),
+            norm_epsilon=read_number(config, "rms_norm_eps", 1e-6),
             activation=read_activation(config, "silu"),
             attention_bias=config.get("attention_bias", False),
             mlp_bias=config.get("mlp_bias", False),

@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from pmpd.exporter.arch.decoder import Body, Decoder, DecoderLayer, DecoderShape, Family, read_activation, read_shape
+from pmpd.exporter.arch.decoder import (
+    Body,
+    Decoder,
+    DecoderLayer,
+    DecoderShape,
+    Family,
+    read_activation,
+    read_number,
+    read_shape,
+)
 from pmpd.exporter.nn import Attention, Cache, HeadNorm, LayerNorm, LinearFactory, Mlp
 
 __all__ = ["Phi", "PhiLayer"]
@@ -63,7 +72,7 @@ class Phi(Family):
         """Read `config.json`."""
         return cls(
             shape=read_shape(config, context_length=context_length, default_rotary_share=0.5),
-            norm_epsilon=config.get("layer_norm_eps", 1e-5),
+            norm_epsilon=read_number(config, "layer_norm_eps", 1e-5),
             activation=read_activation(config, "gelu_new"),
             qk_norm=config.get("qk_layernorm", False),
         )

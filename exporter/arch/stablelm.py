@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from pmpd.exporter.arch.decoder import Body, Decoder, DecoderLayer, DecoderShape, Family, read_activation, read_shape
+from pmpd.exporter.arch.decoder import (
+    Body,
+    Decoder,
+    DecoderLayer,
+    DecoderShape,
+    Family,
+    read_activation,
+    read_number,
+    read_shape,
+)
 from pmpd.exporter.nn import Attention, Cache, GatedMlp, HeadNorm, LayerNorm, LinearFactory
 
 __all__ = ["StableLM", "StableLMLayer"]
@@ -73,7 +82,7 @@ class StableLM(Family):
         """Read `config.json`."""
         return cls(
             shape=read_shape(config, context_length=context_length, default_rotary_share=0.25),
-            norm_epsilon=config.get("layer_norm_eps", 1e-5),
+            norm_epsilon=read_number(config, "layer_norm_eps", 1e-5),
             activation=read_activation(config, "silu"),
             qkv_bias=config.get("use_qkv_bias", False),
             qk_norm=config.get("qk_layernorm", False),
