@@ -150,8 +150,8 @@ def main(
     try:
         # Imported here, so that --help answers at once and a missing package is one line.
         from pmpd.eval import runner, speed
-        from pmpd.eval.results import write_atomically
         from pmpd.runtime import Bundle
+        from pmpd.runtime.output import write_atomically
 
         kind: Any = speed.SpeedSettings if task == speed.SPEED else runner.Settings
         prepare: Any = speed.prepare_speed if task == speed.SPEED else runner.prepare

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Self
 
-from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.output import csv_text, json_text, markdown_table
 
 __all__ = [
     "FP",
@@ -21,17 +15,11 @@ __all__ = [
     "Results",
     "Row",
     "Sample",
-    "csv_text",
     "format_number",
-    "json_text",
-    "markdown_table",
-    "write_atomically",
 ]
 
 FP = "fp"
 VERSION = 1
-# A list of numbers on lines of its own, as `json.dumps` indents it (no JSON text holds a raw line break).
-_NUMBERS = re.compile(r"\[\n[\d\s.,eE+-]+\]")
 
 
 @dataclass(frozen=True)
@@ -169,29 +157,6 @@ class Results:
         return markdown_table(table)
 
 
-def markdown_table(table: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as a markdown table; the first row is the header, the first column aligned to the left."""
-    widths = [max(3, *(len(line[i]) for line in table)) for i in range(len(table[0]))]
-    lines = [_line(line, widths) for line in table]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], _line(rule, widths), *lines[1:]])
-
-
-def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return rows with the same keys as comma-separated values, the keys first."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def json_text(document: object) -> str:
-    """Return JSON as text for people too: indented, with lists of numbers on one line."""
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    return _NUMBERS.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
-
-
 def format_number(value: float | None, digits: int) -> str:
     """Return a number as shown in tables; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
@@ -200,28 +165,3 @@ def format_number(value: float | None, digits: int) -> str:
 def _cell(metric: Metric, row: Row) -> str:
     text, error = format_number(row.metrics[metric.name], metric.digits), row.stderr(metric)
     return f"{text} ± {format_number(error, metric.digits)}" if error else text
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    return "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file in one step: whoever looks sees the old file or the whole new one.
-
-    Raises:
-        PmpdError: the file cannot be written.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise PmpdError(f"cannot write {path} ({error.strerror}): choose another place") from None

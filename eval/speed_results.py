@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any, Self
 
-from pmpd.eval.results import csv_text, format_number, json_text, markdown_table
+from pmpd.eval.results import format_number
+from pmpd.runtime.output import csv_text, json_text, markdown_table
 
 __all__ = ["VERSION", "Ratio", "SpeedResults", "SpeedRow", "Spread", "Timing"]
 

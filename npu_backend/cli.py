@@ -16,8 +16,8 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[npu]'`")
 
-from pmpd.npu_backend.tables import json_text, markdown_table, write_atomically
 from pmpd.runtime.errors import BundleError, MissingExtraError, PmpdError, unknown_choice
+from pmpd.runtime.output import json_text, markdown_table, write_atomically
 
 if TYPE_CHECKING:
     from pmpd.npu_backend.model import Model

@@ -18,8 +18,8 @@ from pmpd.npu_backend.instructions import Program
 from pmpd.npu_backend.lower import FP16_BITS, lower
 from pmpd.npu_backend.model import Model
 from pmpd.npu_backend.simulate import Run, simulate
-from pmpd.npu_backend.tables import amount, csv_text, markdown_table
 from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.output import amount, csv_text, markdown_table
 
 __all__ = ["Exploration", "Limits", "explore", "pareto_front"]
 

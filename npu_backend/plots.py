@@ -14,8 +14,8 @@ import numpy as np
 from pmpd.npu_backend.breakdown import Phase
 from pmpd.npu_backend.explore import Exploration, pareto_front
 from pmpd.npu_backend.lower import FP16_BITS
-from pmpd.npu_backend.tables import amount
 from pmpd.runtime.errors import MissingExtraError, PmpdError
+from pmpd.runtime.output import amount
 
 try:
     import matplotlib

@@ -15,7 +15,7 @@ from pmpd.npu_backend.instructions import Data
 from pmpd.npu_backend.listing import StreamSizes, listing, stream_sizes
 from pmpd.npu_backend.lower import FP16_BITS, lower
 from pmpd.npu_backend.model import Model
-from pmpd.npu_backend.tables import amount, csv_text, markdown_table
+from pmpd.runtime.output import amount, csv_text, markdown_table
 from pmpd.runtime.schedule import Schedule
 
 __all__ = ["VERSION", "Report", "study"]

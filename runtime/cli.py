@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -71,6 +70,7 @@ def main(
     logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="warning: %(message)s")
     try:
         from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
+        from pmpd.runtime.output import json_text, write_atomically
 
         if trace is not None and not trace.absolute().parent.is_dir():
             raise PmpdError(f"cannot write {trace}: there is no folder {trace.absolute().parent}")
@@ -96,7 +96,7 @@ def main(
             for line in _kernel_lines(generator.kernels()):
                 click.echo(line, err=True)
         if trace is not None:
-            trace.write_text(json.dumps(generator.trace.to_dict(), indent=1), encoding="utf-8")
+            write_atomically(trace, json_text(generator.trace.to_dict()))
     except PmpdError as error:
         _fail(str(error))
     except UnicodeDecodeError:

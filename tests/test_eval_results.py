@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from pmpd.eval.report import render_html
-from pmpd.eval.results import Metric, Results, Row, Sample, write_atomically
+from pmpd.eval.results import Metric, Results, Row, Sample
 from pmpd.runtime import PmpdError
+from pmpd.runtime.output import write_atomically
 
 EVIL = "<script>alert('x')</script> & [\n 1,\n 2\n]"
 METRICS = (Metric("rougeL", "ROUGE-L"), Metric("kl", "KL", higher_is_better=False, digits=3))

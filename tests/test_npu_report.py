@@ -17,8 +17,8 @@ from pmpd.npu_backend import Generation, Model, generate, lower, read_hardware
 from pmpd.npu_backend.breakdown import GROUPINGS, phases
 from pmpd.npu_backend.listing import listing, stream_sizes
 from pmpd.npu_backend.report import Report, study
-from pmpd.npu_backend.tables import amount, csv_text, markdown_table
 from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.output import amount, csv_text, markdown_table
 from pmpd.runtime.schedule import parse_schedule
 
 NPU = read_hardware("npu-4k")

@@ -134,7 +134,7 @@ def test_chat_needs_a_template(demo_bundle: Path) -> None:
         (["--context-length", "16", "-n", "9"], "14 prompt and 9 new tokens do not fit"),
         (["--stop", ""], "a stop string must not be empty"),
         (["--trace", "no/such/folder/trace.json"], "cannot write no/such/folder/trace.json: there is no folder"),
-        (["--trace", ".", "-n", "1", "-q"], "cannot write .: Is a directory"),
+        (["--trace", ".", "-n", "1", "-q"], "cannot write . (Is a directory): choose another place"),
     ],
 )
 def test_bad_values_give_one_line(demo_bundle: Path, arguments: list[str], message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[tune]'`")
 
+from pmpd.runtime.output import json_text, write_atomically
 from pmpd.runtime.sessions import available_threads
 from pmpd.tvm_kernels.command import local_target, read_list, user_errors
 from pmpd.tvm_kernels.shapes import SUPPORTED, Shape, model_shapes, parse_shape
@@ -73,7 +73,7 @@ def main(
             reads.append(read_gbs)
         if json_file is not None:
             document = {"read_gbs": round(median(reads), 2), "rows": [asdict(row) for row in rows]}
-            json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            write_atomically(json_file, json_text(document))
 
 
 def _measure(

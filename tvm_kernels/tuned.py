@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import product
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.output import write_atomically
 from pmpd.tvm_kernels.isa import ISAS, Isa
 from pmpd.tvm_kernels.kernel import ACCURACIES, Accuracy, Kernel, Phase, Tuning, isa_named
 from pmpd.tvm_kernels.targets import Target
@@ -69,10 +69,7 @@ def load_records(isa: str, folder: Path = RECORDS) -> dict[str, Any]:
 def save_records(records: Mapping[str, Any], folder: Path) -> None:
     """Write the records of an instruction set into a folder; the file appears whole, or the old one stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{records['isa']}.json"
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_atomically(folder / f"{records['isa']}.json", json.dumps(records, indent=1) + "\n")
 
 
 def tuning(isa: Isa, bits: int, accuracy: Accuracy, phase: Phase, *, folder: Path | None = None) -> tuple[Tuning, str]:

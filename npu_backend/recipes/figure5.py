@@ -25,7 +25,7 @@ from statistics import fmean
 from pmpd.npu_backend.generate import Generation, generate
 from pmpd.npu_backend.hardware import Hardware, read_hardware
 from pmpd.npu_backend.model import Model
-from pmpd.npu_backend.tables import json_text, markdown_table, write_atomically
+from pmpd.runtime.output import json_text, markdown_table, write_atomically
 from pmpd.runtime.schedule import StaticSchedule
 
 __all__ = ["Bar", "bars", "prefill_overheads", "run", "schedule_of"]

@@ -1,11 +1,13 @@
-"""Tables and numbers as text, and files written in one step."""
+"""What commands give back: numbers, tables, CSV and JSON as text, and files that are written in one step."""
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from math import floor, log10
 from pathlib import Path
@@ -13,6 +15,9 @@ from pathlib import Path
 from pmpd.runtime.errors import PmpdError
 
 __all__ = ["amount", "csv_text", "json_text", "markdown_table", "write_atomically"]
+
+# A list of numbers on lines of its own, as `json.dumps` indents it (no JSON text holds a raw line break).
+_NUMBERS = re.compile(r"\[\n[\d\s.,eE+-]+\]")
 
 
 def amount(value: float, *, digits: int = 3) -> str:
@@ -47,8 +52,9 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def json_text(document: object) -> str:
-    """Return JSON as text for people too."""
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return JSON as text for people too: indented, with lists of numbers on one line."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    return _NUMBERS.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -57,6 +63,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         PmpdError: the file cannot be written.
     """
+    if path.is_dir():
+        raise PmpdError(f"cannot write {path} ({os.strerror(errno.EISDIR)}): choose another place")
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
