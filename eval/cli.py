@@ -149,15 +149,16 @@ def main(
     stage = USAGE
     try:
         # Imported here, so that --help answers at once and a missing package is one line.
-        from pmpd.eval import runner, speed
+        from pmpd.eval import runner
+        from pmpd.eval.speed import speed
         from pmpd.runtime import Bundle
-        from pmpd.runtime.output import write_atomically
+        from pmpd.runtime.console.output import write_atomically
 
         kind: Any = speed.SpeedSettings if task == speed.SPEED else runner.Settings
         prepare: Any = speed.prepare_speed if task == speed.SPEED else runner.prepare
         measure: Any = speed.measure_speed if task == speed.SPEED else runner.evaluate
         if html_file is not None:
-            from pmpd.eval.report import render_html
+            from pmpd.eval.report.page import render_html
         for file in filter(None, (json_file, csv_file, html_file)):
             _check_output(file)
         settings = kind(task=task, **_given(options, kind, task=task, html=html_file is not None))

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from pmpd.eval.environment import describe_bundle, describe_machine, package_versions
-from pmpd.eval.metrics import rouge_scorer
-from pmpd.eval.models import Model, Scheduled
-from pmpd.eval.records import Template, read_records
-from pmpd.eval.reference import BACKENDS, ReferenceCheckpoint
-from pmpd.eval.results import FP, Results, Row, Sample
-from pmpd.eval.speed import SPEED
-from pmpd.eval.tasks import TASKS, Baseline, Item, Task
-from pmpd.exporter.progress import track
+from pmpd.eval.data.records import Template, read_records
+from pmpd.eval.measure.metrics import rouge_scorer
+from pmpd.eval.measure.models import Model, Scheduled
+from pmpd.eval.measure.reference import BACKENDS, ReferenceCheckpoint
+from pmpd.eval.report.environment import describe_bundle, describe_machine, package_versions
+from pmpd.eval.report.results import FP, Results, Row, Sample
+from pmpd.eval.speed.speed import SPEED
+from pmpd.eval.tasks.base import TASKS, Baseline, Item, Task
 from pmpd.runtime import Bundle, Generator, Schedule, Tokenizer, parse_schedule
-from pmpd.runtime.bundle import sha256_of
+from pmpd.runtime.console.progress import track
+from pmpd.runtime.engine.sessions import available_threads
 from pmpd.runtime.errors import PmpdError, unknown_choice
-from pmpd.runtime.manifest import ACCURACIES
-from pmpd.runtime.sessions import available_threads
+from pmpd.runtime.format.bundle import sha256_of
+from pmpd.runtime.format.manifest import ACCURACIES
 
 __all__ = ["Settings", "evaluate", "prepare"]
 

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from pmpd.runtime.bitplanes import MAX_PRECISION
 from pmpd.runtime.errors import PmpdError, unknown_choice
-from pmpd.runtime.manifest import ACCURACIES
-from pmpd.runtime.schedule import parse_schedule
+from pmpd.runtime.format.bitplanes import MAX_PRECISION
+from pmpd.runtime.format.manifest import ACCURACIES
+from pmpd.runtime.schedule.static import parse_schedule
 from pmpd.tvm_kernels.targets import find_target
 
 __all__ = ["DEFAULT_ACCURACY", "DEFAULT_HEAD_PRECISION", "ExportConfig"]

@@ -12,13 +12,13 @@ from typing import Any
 import onnx_ir as ir
 
 from pmpd.exporter.arch import Decoder, Family, read_family
+from pmpd.exporter.bundle.plan import WeightPlan, external_tensor, plan_weights
 from pmpd.exporter.config import ExportConfig
-from pmpd.exporter.functions import BITPLANE_MATMUL
-from pmpd.exporter.graphs import Phase, build_graph
+from pmpd.exporter.graph.build import Phase, build_graph
+from pmpd.exporter.graph.operators import BITPLANE_MATMUL
 from pmpd.exporter.nn import BitplaneLinear
-from pmpd.exporter.weights import WeightPlan, external_tensor, plan_weights
-from pmpd.runtime.bundle import sha256_of
-from pmpd.runtime.manifest import Architecture, FileEntry, Graph, KvContract, Manifest, Source
+from pmpd.runtime.format.bundle import sha256_of
+from pmpd.runtime.format.manifest import Architecture, FileEntry, Graph, KvContract, Manifest, Source
 
 __all__ = ["Outline", "plan_bundle"]
 

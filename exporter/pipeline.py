@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from pmpd.exporter.calibrate import sensitivities
-from pmpd.exporter.card import model_card
-from pmpd.exporter.checkpoint import Checkpoint
+from pmpd.exporter.bundle.card import model_card
+from pmpd.exporter.bundle.kernels import build_kernels, built_kernels, wanted_targets
+from pmpd.exporter.bundle.plan import checkpoint_shapes, plain_tensors
+from pmpd.exporter.bundle.workspace import Workspace, check_output, fingerprint
+from pmpd.exporter.calibrate.store import sensitivities
 from pmpd.exporter.config import ExportConfig
-from pmpd.exporter.kernels import build_kernels, built_kernels, wanted_targets
 from pmpd.exporter.outline import Outline, plan_bundle
-from pmpd.exporter.progress import track
 from pmpd.exporter.quantize import AnyPrecisionQuantizer
-from pmpd.exporter.tokenizer import copy_text_files
-from pmpd.exporter.verify import (
+from pmpd.exporter.source.checkpoint import Checkpoint
+from pmpd.exporter.source.tokenizer import copy_text_files
+from pmpd.exporter.verify.bundle import (
     Agreement,
     kernel_checks,
     require_agreement,
@@ -25,11 +26,10 @@ from pmpd.exporter.verify import (
     verify_bundle,
     verify_float_graph,
 )
-from pmpd.exporter.weights import checkpoint_shapes, plain_tensors
-from pmpd.exporter.workspace import Workspace, check_output, fingerprint
-from pmpd.runtime.bundle import Bundle, sha256_of
+from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import PmpdError
-from pmpd.runtime.manifest import MANIFEST_NAME, Manifest
+from pmpd.runtime.format.bundle import Bundle, sha256_of
+from pmpd.runtime.format.manifest import MANIFEST_NAME, Manifest
 from pmpd.tvm_kernels import require_toolchain
 
 __all__ = ["Export", "export_bundle"]

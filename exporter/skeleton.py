@@ -13,17 +13,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
-from pmpd.exporter.card import skeleton_card
-from pmpd.exporter.checkpoint import DEMO, read_json, resolve_model
+from pmpd.exporter.bundle.card import skeleton_card
+from pmpd.exporter.bundle.workspace import check_output, put_in_place
 from pmpd.exporter.config import ExportConfig
 from pmpd.exporter.outline import Outline, plan_bundle
-from pmpd.exporter.workspace import check_output, put_in_place
+from pmpd.exporter.source.checkpoint import DEMO, read_json, resolve_model
 from pmpd.runtime.errors import PmpdError, unknown_choice
-from pmpd.runtime.manifest import MANIFEST_NAME, Manifest, Source
+from pmpd.runtime.format.manifest import MANIFEST_NAME, Manifest, Source
 
 __all__ = ["Skeleton", "export_skeleton", "shipped_models"]
 
-_CONFIGS = Path(__file__).parent / "configs"
+_CONFIGS = Path(__file__).parent / "source" / "configs"
 # Options of an export that say how weights are fetched, quantized and computed with.
 _OF_WEIGHTS = (
     "revision",

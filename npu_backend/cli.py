@@ -16,11 +16,11 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[npu]'`")
 
+from pmpd.runtime.console.output import json_text, markdown_table, write_atomically
 from pmpd.runtime.errors import BundleError, MissingExtraError, PmpdError, unknown_choice
-from pmpd.runtime.output import json_text, markdown_table, write_atomically
 
 if TYPE_CHECKING:
-    from pmpd.npu_backend.model import Model
+    from pmpd.npu_backend.program.model import Model
 
 __all__ = ["main"]
 
@@ -65,7 +65,7 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _list_hardware(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if not value or context.resilient_parsing:
         return
-    from pmpd.npu_backend.hardware import read_hardware, shipped_hardware
+    from pmpd.npu_backend.hardware.description import read_hardware, shipped_hardware
 
     table = [["name", "what", "MACs", "GHz", "GB/s", "buffers KiB", "mm²"]]
     for name in shipped_hardware():
@@ -158,8 +158,8 @@ def main(
     _log(quiet=quiet, verbose=verbose)
     with _errors(code=USAGE):
         # Imported here, so that --help answers at once and a missing package is one line.
-        from pmpd.npu_backend.hardware import read_hardware
-        from pmpd.npu_backend.report import study
+        from pmpd.npu_backend.hardware.description import read_hardware
+        from pmpd.npu_backend.study.report import study
 
         _check_outputs(json_file, csv_file, trace_file, listing_file, picture=plot_file)
         accelerator = read_hardware(hardware)
@@ -170,12 +170,12 @@ def main(
         _write(csv_file, report.to_csv)
         _write(listing_file, report.to_listing)
         if trace_file is not None:
-            from pmpd.npu_backend.trace import trace
+            from pmpd.npu_backend.study.trace import trace
 
             events = trace(report.last, report.model, accelerator, steps=report.steps)
             _write(trace_file, lambda: json.dumps(events, separators=(",", ":")))
         if plot_file is not None:
-            from pmpd.npu_backend.plots import render, time_bars
+            from pmpd.npu_backend.study.plots import render, time_bars
 
             bars = time_bars(report.by_module(), report.title)
             _write(plot_file, lambda: render(bars, plot_file))
@@ -233,10 +233,10 @@ def explore_space(
     """
     _log(quiet=quiet, verbose=verbose)
     with _errors(code=USAGE):
-        from pmpd.npu_backend.explore import Limits, explore
-        from pmpd.npu_backend.generate import plan, read_schedule
-        from pmpd.npu_backend.hardware import read_hardware
-        from pmpd.npu_backend.space import Space, parse_axis, read_space
+        from pmpd.npu_backend.hardware.description import read_hardware
+        from pmpd.npu_backend.hardware.space import Space, parse_axis, read_space
+        from pmpd.npu_backend.study.explore import Limits, explore
+        from pmpd.npu_backend.study.generate import plan, read_schedule
 
         _check_outputs(json_file, csv_file, picture=plot_file)
         accelerator = read_hardware(hardware)
@@ -269,7 +269,7 @@ def explore_space(
         _write(json_file, lambda: json_text(found.to_dict()))
         _write(csv_file, found.to_csv)
         if plot_file is not None:
-            from pmpd.npu_backend.plots import pareto, render
+            from pmpd.npu_backend.study.plots import pareto, render
 
             picture = pareto(found)
             _write(plot_file, lambda: render(picture, plot_file))
@@ -300,7 +300,7 @@ main.commands = {"explore": explore_space, "recipe": recipe}
 
 def _open(bundle: Path) -> Model:
     """Read a bundle or a skeleton, or make the graphs of a model whose configuration is shipped."""
-    from pmpd.npu_backend.model import Model
+    from pmpd.npu_backend.program.model import Model
 
     if bundle.exists():
         return Model.open(bundle)
@@ -325,7 +325,7 @@ def _log(*, quiet: bool, verbose: bool) -> None:
 def _check_outputs(*files: Path | None, picture: Path | None = None) -> None:
     """Find out now whether results can be written, not after the work."""
     if picture is not None:
-        from pmpd.npu_backend.plots import check_format
+        from pmpd.npu_backend.study.plots import check_format
 
         check_format(picture)
     for path in filter(None, (*files, picture)):

@@ -70,7 +70,7 @@ def main(
     logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="warning: %(message)s")
     try:
         from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
-        from pmpd.runtime.output import json_text, write_atomically
+        from pmpd.runtime.console.output import json_text, write_atomically
 
         if trace is not None and not trace.absolute().parent.is_dir():
             raise PmpdError(f"cannot write {trace}: there is no folder {trace.absolute().parent}")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
-from pmpd.runtime.bundle import Bundle
+from pmpd.runtime.decode.trace import Token
 from pmpd.runtime.errors import BundleError, MissingExtraError, PmpdError
-from pmpd.runtime.trace import Token
+from pmpd.runtime.format.bundle import Bundle
 
 __all__ = ["StopStrings", "TextStream", "Tokenizer"]
 

@@ -35,7 +35,7 @@ try:
 
     from pmpd.exporter.demo.corpus import PAD, SPECIAL_TOKENS, pack, split_documents, train_tokenizer
     from pmpd.exporter.demo.recipe import Recipe, build_model
-    from pmpd.exporter.documents import read_documents
+    from pmpd.exporter.source.documents import read_documents
 except ImportError as error:
     raise MissingExtraError(error.name or "a package", "export") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import nn
 
-from pmpd.exporter.functions import GROUP_QUERY_ATTENTION, PMPD_DOMAIN
+from pmpd.exporter.graph.operators import GROUP_QUERY_ATTENTION, PMPD_DOMAIN
 from pmpd.exporter.nn.linear import LinearFactory, Part, Stored
 from pmpd.exporter.nn.rotary import HeadLayout
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import onnx_ir as ir
 from onnxscript import nn
 
-from pmpd.exporter.functions import PMPD_DOMAIN
-from pmpd.runtime.bitplanes import row_stride
+from pmpd.exporter.graph.operators import PMPD_DOMAIN
+from pmpd.runtime.format.bitplanes import row_stride
 
 __all__ = ["BitplaneLinear", "FloatLinear", "Index", "Linear", "LinearFactory", "Part", "Stored"]
 

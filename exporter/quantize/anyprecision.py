@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from pmpd.exporter.quantize.kmeans import GRID, SortedRows
 from pmpd.exporter.quantize.nested import NestedCodes
-from pmpd.runtime.bitplanes import MAX_PRECISION, group_size
 from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.format.bitplanes import MAX_PRECISION, group_size
 
 __all__ = ["AnyPrecisionQuantizer"]
 

@@ -13,13 +13,13 @@ __all__ = ["NestedCodes", "Quantizer"]
 
 @dataclass(frozen=True, eq=False)
 class NestedCodes:
-    """The nested form of one linear layer's weight ``[N, K]``, as ``pmpd.runtime.bitplanes`` defines it.
+    """The nested form of one linear layer's weight ``[N, K]``, as ``pmpd.runtime.format.bitplanes`` defines it.
 
     Attributes:
         codes: uint8 ``[N, K]``, parent codes in ``[0, 2**P)``. The p-bit code is the top p bits, ``codes >> (P - p)``.
         codebooks: for each exported precision p, float16 ``[N, G, 2**p]``: the value that each p-bit code stands for in
             row n and group g. Group g holds the columns ``[g * size, (g + 1) * size)`` with
-            ``size = pmpd.runtime.bitplanes.group_size(K, G)``; the last groups of a row may be short or empty.
+            ``size = pmpd.runtime.format.bitplanes.group_size(K, G)``; the last groups of a row may be short or empty.
 
     Raises:
         ValueError: an array's dtype or shape breaks this contract.

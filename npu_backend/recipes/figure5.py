@@ -22,11 +22,11 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 
-from pmpd.npu_backend.generate import Generation, generate
-from pmpd.npu_backend.hardware import Hardware, read_hardware
-from pmpd.npu_backend.model import Model
-from pmpd.runtime.output import json_text, markdown_table, write_atomically
-from pmpd.runtime.schedule import StaticSchedule
+from pmpd.npu_backend.hardware.description import Hardware, read_hardware
+from pmpd.npu_backend.program.model import Model
+from pmpd.npu_backend.study.generate import Generation, generate
+from pmpd.runtime.console.output import json_text, markdown_table, write_atomically
+from pmpd.runtime.schedule.static import StaticSchedule
 
 __all__ = ["Bar", "bars", "prefill_overheads", "run", "schedule_of"]
 
@@ -145,7 +145,7 @@ def run(*, json: Path | None = None, plot: Path | None = None, quiet: bool = Fal
         }
         write_atomically(json, json_text(document))
     if plot is not None:
-        from pmpd.npu_backend.plots import check_format  # says so if matplotlib is missing
+        from pmpd.npu_backend.study.plots import check_format  # says so if matplotlib is missing
 
         check_format(plot)
         _plot(rows, plot)
@@ -171,7 +171,7 @@ def _plot(rows: list[Bar], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from pmpd.npu_backend.plots import STYLE, render
+    from pmpd.npu_backend.study.plots import STYLE, render
 
     colors = dict(zip(SCHEDULES, ("#8c96a8", "#2f6fb3", "#d9822b"), strict=True))
     groups = {name: list(dict.fromkeys(row.data for row in rows if row.model == name)) for name in MODELS}

@@ -102,7 +102,7 @@ static void multiply(const struct call *call, int32_t begin, int32_t end) {
 }
 
 static void multiply_any(const struct call *call, int32_t begin, int32_t end) {
-  const int32_t row_bytes = (call->k + 7) / 8; /* group_size of runtime/bitplanes.py, in bytes */
+  const int32_t row_bytes = (call->k + 7) / 8; /* group_size of runtime/format/bitplanes.py, in bytes */
   pmpd_any(call->planes, call->plane_bytes, call->codebook, call->x, call->y, call->n, call->bits, call->groups,
            (row_bytes + call->groups - 1) / call->groups, call->k, call->lines, call->m, begin, end);
   add_bias(call, begin, end);

@@ -1,6 +1,6 @@
 /* What the operator library knows of a compiled kernel. TVM makes the functions; `compile.py` writes the table.
  *
- * Symbols are those of runtime/bitplanes.py: planes uint8 [p, N, S] with S = 64 * lines, codebook float16 [N, G, 2^p].
+ * Symbols are those of runtime/format/bitplanes.py: planes uint8 [p, N, S] with S = 64 * lines, codebook float16 [N, G, 2^p].
  * A kernel reads activations in an order of its own, which its `pack` function writes once per call of the operator.
  */
 #ifndef PMPD_KERNELS_H

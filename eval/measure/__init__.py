@@ -1,0 +1,1 @@
+"""Models under measurement, the reference, and metrics."""

@@ -1,0 +1,1 @@
+"""Tokens per second, beside other runtimes."""

@@ -1,0 +1,104 @@
+"""The peers by name, how a user asks for them, and the shape their random models take from a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.format.manifest import Manifest
+
+__all__ = ["PEERS", "ModelShape", "Peer", "parse_peers"]
+
+_FOLDER = Path(__file__).parent
+PEERS = {"llama.cpp": _FOLDER / "llama_cpp.py", "onnxruntime-genai": _FOLDER / "onnxruntime_genai.py"}
+FAMILIES = ("llama", "phi")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One variant of a peer: ``llama.cpp`` and ``Q4_0``."""
+
+    name: str
+    variant: str
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"{self.name} {self.variant}"
+
+    @property
+    def nominal_bits(self) -> int | None:
+        """The bits that its name claims: 4 of Q4_0, 2 of int2g128."""
+        found = re.search(r"\d+", self.variant)
+        return int(found[0]) if found else None
+
+
+def parse_peers(specs: tuple[str, ...]) -> tuple[Peer, ...]:
+    """Read peers as users ask for them, ``llama.cpp:Q4_0,Q3_K_M``.
+
+    Raises:
+        PmpdError: no such peer, or no variant given.
+    """
+    peers: dict[Peer, None] = {}
+    for spec in specs:
+        name, _, variants = spec.partition(":")
+        if name not in PEERS:
+            raise PmpdError(unknown_choice("peer", name, PEERS))
+        named = [variant.strip() for variant in variants.split(",")]
+        # A variant becomes a file name.
+        if bad := [variant for variant in named if not re.fullmatch(r"\w+", variant)]:
+            raise PmpdError(f"peer {spec!r}: {bad[0]!r} is no variant: give {name}:VARIANT,… (Q4_0, int4g32, …)")
+        peers.update(dict.fromkeys(Peer(name, variant) for variant in named))
+    return tuple(peers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What a random model needs to be as large as the bundle's."""
+
+    family: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    vocab_size: int
+    context_length: int
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> ModelShape:
+        """Read it off a manifest.
+
+        Raises:
+            PmpdError: a family that no peer's random model is known for.
+        """
+        a = manifest.architecture
+        if a.family not in FAMILIES:
+            raise PmpdError(f"peers cannot be compared: {unknown_choice('family', a.family, FAMILIES)}")
+        tensors = {tensor.name: tensor.shape for tensor in manifest.tensors}
+        gated = tensors.get("model.layers.0.mlp.gate_up_proj.planes")
+        rows = gated[1] // 2 if gated else tensors["model.layers.0.mlp.fc1_proj.planes"][1]
+        return cls(
+            family=a.family,
+            layers=a.layers,
+            hidden_size=a.hidden_size,
+            intermediate_size=rows,
+            attention_heads=a.attention_heads,
+            kv_heads=a.kv_heads,
+            head_dim=a.head_dim,
+            rotary_dim=2 * tensors["rotary.cos"][1],
+            vocab_size=a.vocab_size,
+            context_length=manifest.context_length,
+        )
+
+    @property
+    def digest(self) -> str:
+        """A short name for a folder of models of this shape."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return f"{self.family}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,0 +1,308 @@
+"""The task ``speed``: how fast a bundle decodes under its schedules, and peers beside it, in one run.
+
+Each contender is a process of its own. They take turns, one repetition at a time, so that a drift of the machine's
+speed hits all alike; nothing but the one whose turn it is computes.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from pmpd.eval.report.environment import describe_bundle, describe_machine, package_versions
+from pmpd.eval.speed.contenders import PEERS, ModelShape, Peer, Process, make_models, parse_peers
+from pmpd.eval.speed.results import SpeedResults, SpeedRow, Spread, Timing
+from pmpd.eval.speed.traffic import step_bytes
+from pmpd.runtime import Bundle, parse_schedule
+from pmpd.runtime.console.progress import track
+from pmpd.runtime.engine.sessions import available_threads
+from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.format.manifest import ACCURACIES, Manifest
+
+__all__ = ["SPEED", "SpeedSettings", "measure_speed", "prepare_speed", "switch_cost"]
+
+SPEED = "speed"
+SWITCHING = "switching"
+_CONTENDER = Path(__file__).parent / "contenders" / "bundle.py"
+_WARM_UP_STEPS = 4
+_ATTEMPTS = 5  # at an undisturbed measurement, where one is asked for
+_SETTLE_SECONDS = 0.2  # for the threads of the contender before, which may spin for a while
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedSettings:
+    """What to measure and how.
+
+    Attributes:
+        task: ``speed``.
+        schedules: one row each; default uniform at every precision of the bundle, and the bundle's own. The uniform
+            ones that a mixed schedule is compared with are added.
+        accuracies: how kernels compute, a process each; default the bundle's.
+        kernels: a kernel library to use instead of the bundle's.
+        prompt_tokens: random tokens to prefill.
+        max_new_tokens: decode steps after them.
+        repetitions: of everything, after a warm-up.
+        seed: of the random tokens.
+        max_others: repeat what other processes disturbed by more than this percentage of all processors, a few times at
+            most; the least disturbed counts. Default never.
+        threads: threads to compute with; default all processors this process may use.
+        require_fast_kernels: whether to refuse a bundle without compiled kernels for this machine.
+        peers: ``llama.cpp:Q4_0,Q2_K``, ``onnxruntime-genai:int4g32``, …
+        peer_python: the Python with the peers' packages; default this one.
+        peer_models: folder where the peers' models, as large as the bundle's, are made and kept.
+
+    Raises:
+        PmpdError: a value out of range, or an unknown choice.
+    """
+
+    task: str = SPEED
+    schedules: tuple[str, ...] = ()
+    accuracies: tuple[str, ...] = ()
+    kernels: Path | None = None
+    prompt_tokens: int = 128
+    max_new_tokens: int = 128
+    repetitions: int = 5
+    seed: int = 0
+    max_others: float | None = None
+    threads: int | None = None
+    require_fast_kernels: bool = False
+    peers: tuple[str, ...] = ()
+    peer_python: str = sys.executable
+    peer_models: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "max_new_tokens", "repetitions", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PmpdError(f"{name.replace('_', ' ')} must be 1 or more, got {value}")
+        for accuracy in self.accuracies:
+            if accuracy not in ACCURACIES:
+                raise PmpdError(unknown_choice("accuracy", accuracy, ACCURACIES))
+        if parse_peers(self.peers) and self.peer_models is None:
+            raise PmpdError("peers need --peer-models: a folder for models as large as the bundle's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A row in the making: whose process, which bits at each step (none for a peer), and what each repetition gave."""
+
+    name: str
+    process: Process
+    accuracy: str = ""
+    precisions: tuple[int, ...] = ()
+    peer: Peer | None = None
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[int, ...]]:
+    """Return the bits of each decode step, by the name of the row.
+
+    Raises:
+        PmpdError: a schedule, a number of tokens or a peer that does not fit the bundle.
+    """
+    manifest, steps = bundle.manifest, settings.max_new_tokens
+    positions = settings.prompt_tokens + steps
+    if positions > manifest.context_length:
+        raise PmpdError(
+            f"{settings.prompt_tokens} prompt and {steps} new tokens do not fit the model's context of "
+            f"{manifest.context_length}: ask for fewer"
+        )
+    if settings.peers:
+        ModelShape.of(manifest)
+    names = settings.schedules or (*(f"uniform:{p}" for p in manifest.precisions), manifest.schedule)
+    mixed: dict[str, tuple[int, ...]] = {}
+    for name in map(str.strip, names):
+        schedule = parse_schedule(name, manifest.precisions)
+        mixed[name] = tuple(map(schedule.precision, range(steps)))
+    needed = {p for bits in mixed.values() for p in bits}
+    plan = {f"uniform:{p}": (p,) * steps for p in sorted(needed, reverse=True)} | mixed
+    if len(needed) > 1:
+        # Each precision twice in turn: of every two steps at one precision the first follows a switch.
+        pairs = [p for p in sorted(needed, reverse=True) for _ in range(2)]
+        plan[SWITCHING] = tuple(pairs[i % len(pairs)] for i in range(steps))
+    return plan
+
+
+def measure_speed(bundle: Bundle, settings: SpeedSettings, *, quiet: bool = True) -> SpeedResults:
+    """Measure a bundle and peers. Unless `quiet`, progress is shown on stderr.
+
+    Raises:
+        PmpdError: an option that does not fit, or a contender that fails.
+    """
+    plan = prepare_speed(bundle, settings)
+    with ExitStack() as stack:
+        peers = _peer_lines(stack, bundle.manifest, settings, quiet=quiet)
+        lines = [*_our_lines(stack, plan, bundle, settings), *peers]
+        _take_turns(lines, bundle.manifest.architecture.vocab_size, settings, quiet=quiet)
+    environment = {
+        **describe_machine(),
+        "threads": _resources(settings)["threads"],
+        "versions": package_versions(),
+        "bundle": describe_bundle(bundle),
+        "settings": {
+            **asdict(settings),
+            "kernels": settings.kernels and settings.kernels.name,
+            "peer_python": Path(settings.peer_python).name,
+            "peer_models": settings.peer_models and settings.peer_models.name,
+        },
+    }
+    return SpeedResults(
+        rows=tuple(_row(line, lines, bundle, settings) for line in lines),
+        switch_cost=_switch_costs(lines),
+        environment=environment,
+    )
+
+
+def _resources(settings: SpeedSettings) -> dict[str, int]:
+    """Return what every contender gets alike."""
+    return {
+        "threads": settings.threads or available_threads(),
+        "positions": settings.prompt_tokens + settings.max_new_tokens,
+    }
+
+
+def _our_lines(
+    stack: ExitStack, plan: Mapping[str, tuple[int, ...]], bundle: Bundle, settings: SpeedSettings
+) -> Iterator[_Line]:
+    """Start a process for each accuracy; yield its lines."""
+    accuracies = tuple(dict.fromkeys(settings.accuracies)) or (bundle.manifest.accuracy,)
+    for accuracy in accuracies:
+        options = {
+            **_resources(settings),
+            "path": str(bundle.path),
+            "accuracy": accuracy,
+            "kernels": str(settings.kernels) if settings.kernels else True,
+            "require_fast_kernels": settings.require_fast_kernels,
+        }
+        process = stack.enter_context(Process("pmpd", python=sys.executable, contender=_CONTENDER, options=options))
+        for name, bits in plan.items():
+            label = name if len(accuracies) == 1 else f"{name} {accuracy}"
+            yield _Line(name=label, process=process, accuracy=accuracy, precisions=bits)
+
+
+def _peer_lines(stack: ExitStack, manifest: Manifest, settings: SpeedSettings, *, quiet: bool) -> list[_Line]:
+    """Have the peers' models made that are not there yet, and start a process for each variant."""
+    peers = parse_peers(settings.peers)
+    if not peers or settings.peer_models is None:
+        return []
+    shape = ModelShape.of(manifest)
+    folder = settings.peer_models.absolute() / shape.digest
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PmpdError(f"cannot make {folder} ({error.strerror}): choose another --peer-models") from None
+    common = {**_resources(settings), "folder": str(folder)}
+    names = dict.fromkeys(peer.name for peer in peers)
+    for name in track(names, step="models of peers", total=len(names), quiet=quiet):
+        variants = [peer.variant for peer in peers if peer.name == name]
+        options = {**common, "shape": asdict(shape), "variants": variants}
+        make_models(name, python=settings.peer_python, contender=PEERS[name], options=options)
+
+    def start(peer: Peer) -> Process:
+        options = {**common, "variant": peer.variant}
+        return Process(peer.label, python=settings.peer_python, contender=PEERS[peer.name], options=options)
+
+    return [_Line(name=peer.label, process=stack.enter_context(start(peer)), peer=peer) for peer in peers]
+
+
+def _take_turns(lines: Sequence[_Line], vocab_size: int, settings: SpeedSettings, *, quiet: bool) -> None:
+    """Run every line once to warm up, then once per repetition; each repetition starts with another line."""
+    prompt, steps = settings.prompt_tokens, settings.max_new_tokens
+    numbers = random.Random(settings.seed)
+    texts = [numbers.choices(range(vocab_size), k=prompt + steps) for _ in range(settings.repetitions + 1)]
+    turns = [(n, lines[(n + i) % len(lines)]) for n in range(len(texts)) for i in range(len(lines))]
+    for repetition, line in track(turns, step="speed", total=len(turns), quiet=quiet):
+        ids, count = texts[repetition], steps if repetition else min(steps, _WARM_UP_STEPS)
+        wanted = {"tokens": ids[prompt:][:count]} if line.peer else {"precisions": line.precisions[:count]}
+        attempts: list[dict[str, Any]] = []
+        while not attempts or (repetition and len(attempts) < _ATTEMPTS and _disturbed(attempts[-1], settings)):
+            time.sleep(_SETTLE_SECONDS)
+            attempts.append(line.process.run(prompt=ids[:prompt], **wanted))
+        if repetition:
+            line.answers.append(min(attempts, key=lambda answer: answer["others"] or 0.0))
+
+
+def _disturbed(answer: Mapping[str, Any], settings: SpeedSettings) -> bool:
+    return settings.max_others is not None and 100 * (answer["others"] or 0.0) > settings.max_others
+
+
+def switch_cost(precisions: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """Return the time that a switch of precision adds to a step, as a share of it; None without any to compare.
+
+    At each precision the median of the steps that follow a switch is compared with that of the others; the mean over
+    precisions counts.
+    """
+    steps: dict[tuple[int, bool], list[float]] = defaultdict(list)
+    for (before, bits), duration in zip(pairwise(precisions), seconds[1:], strict=True):
+        steps[bits, before != bits].append(duration)
+    costs = [
+        median(switched) / median(steps[bits, False]) - 1
+        for (bits, is_switch), switched in steps.items()
+        if is_switch and (bits, False) in steps
+    ]
+    return mean(costs) if costs else None
+
+
+def _switch_costs(lines: Sequence[_Line]) -> dict[str, Spread]:
+    costs = {}
+    for line in lines:
+        if line.name.startswith(SWITCHING):
+            measured = [switch_cost(line.precisions, answer["seconds"]) for answer in line.answers]
+            if values := [cost for cost in measured if cost is not None]:
+                costs[line.name] = Spread.of(values)
+    return costs
+
+
+def _row(line: _Line, lines: Sequence[_Line], bundle: Bundle, settings: SpeedSettings) -> SpeedRow:
+    manifest, bits, steps = bundle.manifest, line.precisions, settings.max_new_tokens
+    timings = tuple(
+        Timing(
+            prefill_seconds=answer["prefill_seconds"],
+            seconds=tuple(answer["seconds"]),
+            gemv_seconds=answer.get("gemv_seconds"),
+            others=answer["others"],
+        )
+        for answer in line.answers
+    )
+    step_seconds = [mean(timing.seconds) for timing in timings]
+    shares = [t.gemv_seconds / sum(t.seconds) for t in timings if t.gemv_seconds is not None]
+    others = [timing.others for timing in timings if timing.others is not None]
+    positions = settings.prompt_tokens + (steps + 1) / 2
+    read = mean(step_bytes(manifest, precision=p, positions=positions) for p in bits) if bits else None
+    uniform = {
+        other.precisions[0]: other
+        for other in lines
+        if other.accuracy == line.accuracy and len(set(other.precisions)) == 1
+    }
+    promised = [sum(uniform[p].answers[n]["seconds"][step] for step, p in enumerate(bits)) for n in range(len(timings))]
+    weights = {tensor.file for tensor in manifest.tensors}
+    last = line.answers[-1]
+    return SpeedRow(
+        name=line.name,
+        peer=line.peer is not None,
+        bits=line.peer.nominal_bits if line.peer else mean(bits),
+        precisions=bits,
+        model_bytes=line.process.facts.get("model_bytes") or sum(manifest.files[name].size for name in weights),
+        step_bytes=read,
+        prefill_tps=Spread.of([settings.prompt_tokens / timing.prefill_seconds for timing in timings]),
+        decode_tps=Spread.of([1 / seconds for seconds in step_seconds]),
+        gbs=Spread.of([read / seconds / 1e9 for seconds in step_seconds]) if read else None,
+        gemv_share=Spread.of(shares) if shares else None,
+        reached=Spread.of([p / sum(t.seconds) for p, t in zip(promised, timings, strict=True)])
+        if len(set(bits)) > 1
+        else None,
+        others=Spread.of(others) if others else None,
+        peak_bytes=last["peak_bytes"],
+        kernels=last.get("kernels", {}),
+        facts=line.process.facts,
+        timings=timings,
+    )

@@ -1,0 +1,92 @@
+"""The bundle's README.md: what it is, where it comes from, how to run it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pmpd.runtime.format.manifest import Manifest
+
+if TYPE_CHECKING:
+    from pmpd.exporter.verify.bundle import Agreement
+
+__all__ = ["model_card", "skeleton_card"]
+
+
+def model_card(manifest: Manifest, results: dict[str, Agreement], *, name: str) -> str:
+    """Return the text of a bundle's README.md."""
+    architecture, source = manifest.architecture, manifest.source
+    bits = ", ".join(map(str, manifest.precisions))
+    size = f"{architecture.parameters / 1e6:,.1f} M parameters"
+    phases = f"decodes at {bits} bits, prefills at {manifest.prefill_precision}"
+    front = f"license: {source.license}\n" if source.license else ""
+    files = "\n".join(f"| {file} | {entry.size:,} |" for file, entry in sorted(manifest.files.items()))
+    checks = "\n".join(f"- {check}: {agreement}" for check, agreement in results.items())
+    kernels = (
+        f"{', '.join(manifest.kernels)} ({manifest.accuracy})" if manifest.kernels else "none: portable graphs, slow"
+    )
+    revision = f" at revision `{source.revision}`" if source.revision else ""
+    return f"""---
+{front}base_model: {source.model}
+library_name: pmpd
+tags: [onnx, pmpd]
+---
+
+# {name}
+
+`{source.model}`{revision}, quantized to nested bit-planes for progressive mixed-precision decoding (PMPD, ICLR 2025).
+
+| | |
+|---|---|
+| architecture | {architecture.family}, {size}, {architecture.layers} layers |
+| context | {manifest.context_length} tokens |
+| precisions | {phases}, from {manifest.parent_precision} bit-planes |
+| default schedule | `{manifest.schedule}` |
+| kernels | {kernels} |
+| licence of the weights | {source.license or "see the source model"} |
+| made by | {manifest.producer} |
+
+## Run it
+
+```
+pip install 'pmpd[cpu,text]'
+pmpd-run {name} -p "Once upon a time" --show-precision
+```
+
+```python
+from pmpd.runtime import Bundle, Generator, Tokenizer
+
+bundle = Bundle.open("{name}")
+tokenizer = Tokenizer.from_bundle(bundle)
+generator = Generator(bundle, tokenizer=tokenizer)
+for token in generator.stream(tokenizer.encode("Once upon a time"), max_new_tokens=100, schedule="{manifest.schedule}"):
+    print(token.text, end="", flush=True)
+```
+
+The graphs run in stock ONNX Runtime: the operator `pmpd::BitplaneMatMul` carries its definition in standard operators.
+Kernels are native code that the commands above load and run; `pmpd-run --no-kernels` and `Generator(kernels=False)` do
+without.
+
+## What was checked at export
+
+{checks}
+
+## Files
+
+| file | bytes |
+|---|---|
+{files}
+"""
+
+
+def skeleton_card(manifest: Manifest, *, name: str) -> str:
+    """Return the text of the README.md of a bundle without weights."""
+    architecture = manifest.architecture
+    shape = f"{architecture.layers} layers, {architecture.parameters / 1e6:,.1f} M parameters"
+    bits = ", ".join(map(str, manifest.precisions))
+    size = max(tensor.offset + tensor.length for tensor in manifest.tensors)
+    return f"""# {name}
+
+The skeleton of a PMPD bundle of `{manifest.source.model}` ({architecture.family}, {shape}) that decodes at {bits} bits,
+made by {manifest.producer}: the graphs and the tensor table of an export, for tools that study shapes. Its weights
+({size:,} bytes) are not here, so it does not run. For a bundle that does, export the model without `--skeleton`.
+"""

@@ -1,0 +1,68 @@
+"""From a network to an ONNX model: inputs, outputs and names that every graph of a bundle has."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import onnx_ir as ir
+import onnxscript
+
+from pmpd.exporter.arch import Decoder
+from pmpd.exporter.graph.operators import PMPD_DOMAIN, PMPD_VERSION, bitplane_matmul, group_query_attention
+
+__all__ = ["Phase", "build_graph"]
+
+OPSET = 23
+IR_VERSION = 10
+Phase = Literal["prefill", "decode"]
+
+
+def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
+    """Build the graph of a network.
+
+    The names are those of onnxruntime-genai:
+
+    * in: ``input_ids`` int64 ``[B, S]``; ``attention_mask`` int64 ``[B, T]``, 1 where a token stands, this run's
+      included; ``past_key_values.{i}.key`` and ``.value`` float16 ``[B, kv_heads, P, slots]``;
+    * out: ``logits`` float32, of the last position ``[B, 1, V]`` (prefill) or all ``[B, S, V]`` (decode);
+      ``present.{i}.key`` and ``.value``, which may be the same memory as the past.
+
+    Parameters become initializers under their names in the network; their values are for the caller to set.
+    """
+    shape = decoder.shape
+    graph = ir.Graph(
+        [], [], nodes=[], name=phase, opset_imports={"": OPSET, "com.microsoft": 1, PMPD_DOMAIN: PMPD_VERSION}
+    )
+    builder = onnxscript.GraphBuilder(graph)
+    op = builder.op
+    input_ids = builder.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+    mask = builder.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+    names = [f"{i}.{part}" for i in range(shape.layers) for part in ("key", "value")]
+    kv_shape = ["batch_size", shape.kv_heads, "past_sequence_length", shape.head.slots]
+    past = [builder.input(f"past_key_values.{name}", ir.DataType.FLOAT16, kv_shape) for name in names]
+
+    valid = op.ReduceSum(mask, [1], keepdims=0)  # (B)
+    last_position = op.Cast(op.Sub(valid, 1), to=ir.DataType.INT32)
+    total = op.Cast(op.Squeeze(op.Shape(mask, start=1, end=2)), to=ir.DataType.INT32)
+    last_only = phase == "prefill"
+    logits, presents = decoder(op, input_ids, (last_position, total), past, last_only=last_only)
+
+    rows = 1 if last_only else "sequence_length"
+    _output(builder, "logits", logits, ir.DataType.FLOAT, ["batch_size", rows, shape.vocab_size])
+    present_shape: list[int | str] = ["batch_size", shape.kv_heads, "total", shape.head.slots]
+    for name, present in zip(names, presents, strict=True):
+        _output(builder, f"present.{name}", present, ir.DataType.FLOAT16, present_shape)
+    for node in graph:
+        node.metadata_props.clear()  # the builder's scope notes are half the file
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name=producer)
+    for definition in (bitplane_matmul(), group_query_attention()):
+        function = ir.serde.deserialize_function(definition)
+        model.functions[function.identifier()] = function
+    return model
+
+
+def _output(builder: Any, name: str, value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> None:
+    value.name = name
+    value.type = ir.TensorType(dtype)
+    value.shape = ir.Shape(shape)
+    builder.graph.outputs.append(value)

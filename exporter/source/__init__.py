@@ -1,0 +1,1 @@
+"""Where a model comes from: checkpoint, tokenizer, text documents, shipped configurations."""

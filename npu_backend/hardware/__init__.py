@@ -1,0 +1,1 @@
+"""Descriptions of accelerators, and the space of designs around one."""

@@ -1,0 +1,1 @@
+"""The analytical model of the accelerator: instructions, their cost, their order in time."""

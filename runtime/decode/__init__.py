@@ -1,0 +1,1 @@
+"""From a prompt to tokens: prefill, decode steps, sampling, and the record of what happened."""

@@ -1,0 +1,229 @@
+"""The operator library: compiled kernels that take the place of the graphs' portable functions.
+
+A bundle holds one library per target. It is native code, and using it runs it: take bundles from whom you trust, give a
+library of your own, or do without. What a library offers to its host is in `tvm_kernels/ort_ops`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmpd.runtime.engine.onnxruntime import onnxruntime
+from pmpd.runtime.errors import KernelError, PmpdError, unknown_choice
+from pmpd.runtime.format.bundle import Bundle
+from pmpd.runtime.format.manifest import ACCURACIES, Graph, Manifest
+
+__all__ = [
+    "MATMUL",
+    "PORTABLE",
+    "KernelLibrary",
+    "NodeKernel",
+    "choose_library",
+    "machine_targets",
+    "portable_kernels",
+    "require_fast",
+]
+
+log = logging.getLogger(__name__)
+
+MATMUL = "BitplaneMatMul"
+PORTABLE = "portable"
+# What the name of the kernel says that takes anything and is fast at nothing.
+_ANY = "any"
+# Best first. A library holds the kernels of the levels below its own and takes what the processor has: all of them run.
+_TARGETS = {
+    ("Linux", "x86_64"): ("x86-64-v4", "x86-64-v3"),
+    ("Linux", "aarch64"): ("aarch64-linux",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeKernel:
+    """What ran for one node that a compiled kernel may run, such as a `BitplaneMatMul` of weights ``[N, K]``.
+
+    Attributes:
+        graph: the file of its graph.
+        node: its name.
+        op: its operator: `MATMUL`, or another that the library has (``GroupQueryAttention``).
+        bits: bits of its weights, or of a number in the KV cache; 0 before its first run.
+        n: rows of its weights, or columns of attention's output; 0 before its first run.
+        k: columns of its weights, or elements of a head; None for the portable body, as the manifest does not tell.
+        kernel: the kernel that ran last, None before the first run; `PORTABLE` for the portable body.
+        calls: how often it ran; None for the portable body, which nobody counts.
+        seconds: wall time of all calls; None for the portable body.
+    """
+
+    graph: str
+    node: str
+    op: str
+    bits: int
+    n: int
+    k: int | None
+    kernel: str | None
+    calls: int | None
+    seconds: float | None
+
+
+class KernelLibrary:
+    """A loaded operator library, and the accuracy that its kernels compute at.
+
+    Attributes:
+        path: its file.
+        accuracy: ``exact`` or ``int8``.
+        info: what it says of itself: ``version``, ``target``, ``features`` of this processor, and its choice of
+            ``kernels``.
+
+    Raises:
+        KernelError: the file cannot be loaded on this machine, or is no operator library.
+        PmpdError: ONNX Runtime or the library refuses to work together, or the accuracy.
+    """
+
+    def __init__(self, path: Path, *, accuracy: str) -> None:
+        self.path = path.absolute()
+        self.accuracy = accuracy
+        try:
+            library = ctypes.CDLL(str(self.path))
+            self._info, self._report, self._reset = (
+                getattr(library, f"pmpd_ops_{name}") for name in ("info", "report", "reset")
+            )
+        except (OSError, AttributeError) as error:
+            raise KernelError(f"kernel library {self.path} does not load on this machine ({error})") from None
+        self._info.restype = ctypes.c_char_p
+        self._report.argtypes, self._report.restype = (
+            [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t],
+            ctypes.c_size_t,
+        )
+        self._reset.argtypes, self._reset.restype = [ctypes.c_char_p], None
+        self.register(onnxruntime().SessionOptions(), tag="")  # what it refuses, it refuses here
+        self.info: dict[str, Any] = json.loads(self._info())
+
+    def register(self, options: Any, *, tag: str) -> None:
+        """Add the library to the options of a session, whose nodes it will report under `tag`.
+
+        Raises:
+            PmpdError: ONNX Runtime or the library refuses.
+        """
+        options.add_session_config_entry("pmpd.accuracy", self.accuracy)
+        options.add_session_config_entry("pmpd.session", tag)
+        try:
+            options.register_custom_ops_library(str(self.path))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise PmpdError(f"ONNX Runtime {onnxruntime().__version__} refuses {self.path}: {reason}") from None
+
+    def kernel(self, bits: int, *, rows: str) -> str:
+        """Return the name of the matmul for weights of `bits` and ``one`` or ``many`` rows of activations."""
+        wanted = {"op": MATMUL, "bits": bits, "accuracy": self.accuracy, "rows": rows}
+        name: str = next(choice["kernel"] for choice in self.info["kernels"] if wanted.items() <= choice.items())
+        return name
+
+    def report(self, tag: str, graph: Graph) -> list[NodeKernel]:
+        """Return what ran for the nodes of session `tag`, which runs `graph`."""
+        size, needed = 0, 1
+        while needed >= size:  # it may grow between two calls
+            size = needed + 1
+            buffer = ctypes.create_string_buffer(size)
+            needed = self._report(tag.encode(), buffer, size)
+        return [
+            NodeKernel(
+                graph=graph.file,
+                node=node["name"],
+                op=node["op"],
+                bits=node["bits"],
+                n=node["n"],
+                k=node["k"],
+                kernel=node["kernel"],
+                calls=node["calls"],
+                seconds=node["nanoseconds"] / 1e9,
+            )
+            for node in json.loads(buffer.value)
+        ]
+
+    def reset(self, tag: str) -> None:
+        """Count calls and seconds of the session's nodes from zero."""
+        self._reset(tag.encode())
+
+
+def machine_targets() -> tuple[str, ...]:
+    """Return the targets whose libraries this machine loads, best first; empty where there are none."""
+    return _TARGETS.get((platform.system(), platform.machine()), ())
+
+
+def choose_library(bundle: Bundle, choice: bool | str | Path, *, accuracy: str, required: bool) -> KernelLibrary | None:
+    """Load the kernels that a user wants: True for the bundle's, False for none, or the path of a library.
+
+    Where the bundle's are wanted and there are none that load, the answer is None and a warning says why; where they
+    are `required`, that is an error.
+
+    Raises:
+        KernelError: as `KernelLibrary` for a given path; kernels are required and there are none.
+        PmpdError: as `KernelLibrary`, or there is no such accuracy.
+    """
+    if accuracy not in ACCURACIES:
+        raise PmpdError(unknown_choice("accuracy", accuracy, ACCURACIES))
+    if not isinstance(choice, bool):
+        return KernelLibrary(Path(choice), accuracy=accuracy)
+    if not choice:
+        if required:
+            raise KernelError("fast kernels are required and kernels refused: give up one of the two")
+        return None
+    try:
+        return _bundle_library(bundle, accuracy=accuracy)
+    except KernelError as error:
+        if required:
+            raise
+        log.warning("%s; the portable graphs run instead, many times slower", error)
+        return None
+
+
+def _bundle_library(bundle: Bundle, *, accuracy: str) -> KernelLibrary:
+    offered, targets = bundle.manifest.kernels, machine_targets()
+    target = next((target for target in targets if target in offered), None)
+    if target is not None:
+        return KernelLibrary(bundle.path / offered[target], accuracy=accuracy)
+    machine = f"{platform.system()} {platform.machine()}"
+    remedy = f"export it with --target {targets[0]}" if targets else "no target fits it"
+    raise KernelError(
+        f"{bundle.path} has kernels for {', '.join(offered) or 'no machine'}, not for this one ({machine}): {remedy}"
+    )
+
+
+def require_fast(library: KernelLibrary, manifest: Manifest, graphs: Iterable[Graph]) -> None:
+    """Raise KernelError if a node of the graphs would run the library's kernel for anything."""
+    grouped = [tensor for tensor in manifest.tensors if tensor.dtype == "float16" and len(tensor.shape) == 3]
+    if any(tensor.shape[1] > 1 for tensor in grouped):
+        raise KernelError("no fast kernel has several codebooks per row: export the model with --groups 1")
+    for graph in graphs:
+        for node in portable_kernels(manifest, graph):
+            for rows in ("one", "many"):
+                if _ANY in (kernel := library.kernel(node.bits, rows=rows)).split("_"):
+                    raise KernelError(
+                        f"{graph.file}: {library.path} has only the slow kernel {kernel!r} for {node.node} "
+                        f"({node.bits} bits, {library.accuracy}) on this processor: export with other precisions"
+                    )
+
+
+def portable_kernels(manifest: Manifest, graph: Graph) -> list[NodeKernel]:
+    """Return the matmul nodes of a graph as they run without a library, from the tensors they read."""
+    return [
+        NodeKernel(
+            graph=graph.file,
+            node=planes.name.removesuffix(".planes"),
+            op=MATMUL,
+            bits=graph.precision if planes.nested else planes.shape[0],
+            n=planes.shape[1],
+            k=None,
+            kernel=PORTABLE,
+            calls=None,
+            seconds=None,
+        )
+        for planes in manifest.tensors
+        if planes.dtype == "uint8" and len(planes.shape) == 3
+    ]

@@ -1,0 +1,1 @@
+"""The files of a bundle: nested weight layout, manifest, and how both are opened. Contracts."""

@@ -1,0 +1,113 @@
+"""Opening a bundle: everything it claims is checked before any of it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pmpd.runtime.errors import BundleError
+from pmpd.runtime.format.manifest import MANIFEST_NAME, FileEntry, Manifest, Tensor
+
+__all__ = ["Bundle", "sha256_of"]
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_file(root: Path, name: str, entry: FileEntry, *, hashed: bool) -> None:
+    file = root / name
+    if not file.is_file() or not file.resolve().is_relative_to(root.resolve()):
+        raise BundleError(
+            f"{file} is missing or a link to outside the bundle: copy it again, following links, or export again"
+        )
+    if file.stat().st_size != entry.size:
+        raise BundleError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: copy the bundle again")
+    if hashed and sha256_of(file) != entry.sha256:
+        raise BundleError(f"{file} does not have the SHA-256 that bundle.json lists: copy the bundle again")
+
+
+def _no_weights(root: Path) -> BundleError:
+    return BundleError(
+        f"{root} is a skeleton without weights: it can be studied, not run; export the model again without --skeleton"
+    )
+
+
+class Bundle:
+    """An exported model on disk: its manifest, and one read-only mapping of its weights.
+
+    `Bundle.open` is the way to get one. The mapping is made once; every session that runs the bundle reads it, so the
+    weights are in memory once, and only as far as they are touched. Nothing that the bundle holds is run by opening it;
+    a `Generator` runs its kernel library (see there).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._mappings: dict[str, npt.NDArray[np.uint8]] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False, skeleton: bool = False) -> Self:
+        """Open the bundle in folder `path`.
+
+        The manifest and the size of every file are always checked, and the SHA-256 of every file but the weights; with
+        `verify` that of the weights too (about a second per gigabyte). With `skeleton` a bundle without weights will
+        do: its manifest and graphs can be read, and what asks for a tensor is refused.
+
+        Raises:
+            BundleError: the folder is no bundle, or a skeleton where a bundle that runs is wanted, a file is missing,
+                truncated or altered, a name leads outside the folder, or the version is one this runtime does not read.
+        """
+        root = Path(path)
+        manifest_path = root / MANIFEST_NAME
+        if not manifest_path.is_file():
+            hint = (
+                "an export is unfinished here, run it again" if ".partial-" in root.name else "give a bundle's folder"
+            )
+            raise BundleError(f"{root} has no {MANIFEST_NAME}: {hint} (pmpd-export makes one)")
+        try:
+            manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise BundleError(f"{manifest_path} is not UTF-8 text: the bundle is damaged, export again") from None
+        except OSError as error:
+            raise BundleError(f"{manifest_path} cannot be read ({error.strerror})") from None
+        if manifest.skeleton and not skeleton:
+            raise _no_weights(root)
+        others = {graph.file for graph in manifest.graphs} | set(manifest.kernels.values())
+        weight_files = {tensor.file for tensor in manifest.tensors} - others
+        for name, entry in manifest.files.items():
+            try:
+                _check_file(root, name, entry, hashed=verify or name not in weight_files)
+            except OSError as error:
+                raise BundleError(f"{root / name} cannot be read ({error.strerror}): copy the bundle again") from None
+        return cls(root, manifest)
+
+    def tensor(self, tensor: Tensor, *, planes: int | None = None) -> npt.NDArray[Any]:
+        """Return a read-only view of a tensor in the mapped file; of a nested one, the first `planes` planes."""
+        if self.manifest.skeleton:
+            raise _no_weights(self.path)
+        mapping = self._mappings.get(tensor.file)
+        if mapping is None:
+            mapping = self._mappings[tensor.file] = np.memmap(self.path / tensor.file, dtype=np.uint8, mode="r")
+        array = mapping[tensor.offset : tensor.offset + tensor.length].view(tensor.dtype).reshape(tensor.shape)
+        return array[:planes] if tensor.nested else array
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """The checkpoint's `generation_config.json` (``eos_token_id`` and the like), empty when it has none."""
+        file = self.path / "generation_config.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.name in self.manifest.files else {}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The token ids that end a text."""
+        eos = self.generation_config.get("eos_token_id")
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -1,0 +1,1 @@
+"""Which precision a decode step runs at."""

@@ -1,0 +1,178 @@
+"""`pmpd-eval` as a user types it, on the demo model: a real run of each kind, and every mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from pmpd.eval.cli import main
+
+STORIES = [
+    "Once upon a time, there was a little girl named Lily. She loved to play in the park with her friends.",
+    "Tom had a red ball. He threw it over the fence, and the dog ran after it as fast as it could.",
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "stories.jsonl"
+    lines = [json.dumps({"text": text, "start": text[:18], "end": text[18:]}) for text in STORIES]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def table(result: Result) -> list[list[str]]:
+    lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_perplexity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: Path) -> None:
+    report = tmp_path / "r.json"
+    result = run(
+        demo_bundle, "--task", "perplexity", "--data", data, "--max-new-tokens", 12, "--json", report,
+        "--schedule", "uniform:4", "--schedule", "static:3@2,2@4",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert [line[0] for line in table(result)[2:]] == ["fp", "uniform:4", "static:3@2,2@4"]
+    document = json.loads(report.read_text(encoding="utf-8"))
+    fp, four, mixed = document["rows"]
+    assert 1 < fp["metrics"]["perplexity"] < 60  # a story model reads a story
+    assert abs(four["metrics"]["nll"] - fp["metrics"]["nll"]) < 0.3
+    assert mixed["average_bits"] < 4
+    assert fp["average_bits"] == 16
+    assert document["environment"]["data"]["name"] == "stories.jsonl"
+    assert "[3/3] static:3@2,2@4" in result.stderr
+
+
+def test_fidelity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: Path) -> None:
+    page = tmp_path / "r.html"
+    result = run(
+        demo_bundle, "--task", "fidelity", "--data", data, "--max-new-tokens", 8, "--html", page, "--limit", 1, "-q",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    rows = {line[0]: line for line in table(result)[2:]}
+    assert list(rows) == ["fp", "uniform:4", "uniform:3", "uniform:2"]  # the default: every precision
+    assert rows["fp"][2:5] == ["0.0000", "100.00", "100.00"]
+    assert 0 < float(rows["uniform:4"][2]) < float(rows["uniform:2"][2])
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_each_accuracy_gives_all_rows(demo_bundle: Path, data: Path, tmp_path: Path) -> None:
+    report, sheet, page = tmp_path / "r.json", tmp_path / "r.csv", tmp_path / "r.html"
+    result = run(
+        demo_bundle, "--task", "perplexity", "--data", data, "--max-new-tokens", 8, "--limit", 1, "-q",
+        "--schedule", "uniform:4", "--schedule", "uniform:2", "--accuracy", "exact", "--accuracy", "int8",
+        "--json", report, "--csv", sheet, "--html", page,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    names = ["fp", "uniform:4 exact", "uniform:2 exact", "uniform:4 int8", "uniform:2 int8"]
+    assert [line[0] for line in table(result)[2:]] == names
+    document = json.loads(report.read_text(encoding="utf-8"))
+    assert document["environment"]["kernels"].keys() == {"exact", "int8"}
+    rows = list(csv.DictReader(sheet.read_text(encoding="utf-8").splitlines()))
+    assert [row["schedule"] for row in rows] == names
+    nll = [row["metrics"]["nll"] for row in document["rows"]]
+    assert [float(row["nll"]) for row in rows] == nll
+    assert nll[3] == pytest.approx(nll[1], abs=0.05)  # 8 bits are enough for activations
+
+
+def test_jsonl_with_a_template_and_a_reference(demo_bundle: Path, data: Path, tmp_path: Path) -> None:
+    report = tmp_path / "r.json"
+    result = run(
+        demo_bundle, "--task", "jsonl", "--data", data, "--prompt-template", r"A story.\n{start}", "--json", report,
+        "--reference-field", "end", "--max-new-tokens", 6, "--schedule", "static:3@2", "--threads", 1, "-q",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(report.read_text(encoding="utf-8"))
+    sample = document["rows"][1]["samples"][0]
+    assert sample["prompt"] == "A story.\n" + STORIES[0][:18]
+    assert sample["reference"] == [STORIES[0][18:]]
+    assert sample["precisions"] == [4, 4, 4, 3, 3, 3]
+    assert "".join(text for _, text in sample["segments"]) == sample["output"]
+    assert document["rows"][1]["decode_tps"] > 0
+    assert document["rows"][1]["average_bits"] == pytest.approx((4 + 4 + 3 + 3 + 3) / 5)
+
+
+def test_prompts_beyond_the_context_are_left_out_and_counted(
+    demo_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, report = tmp_path / "d.jsonl", tmp_path / "r.json"
+    data.write_text("".join(json.dumps({"x": "a " * n}) + "\n" for n in (3, 3000)), encoding="utf-8")
+    result = run(
+        demo_bundle, "--task", "jsonl", "--data", data, "--prompt-template", "{x}", "--max-new-tokens", 2,
+        "--schedule", "uniform:4", "--json", report,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "1 of 2 prompts skipped" in caplog.text
+    document = json.loads(report.read_text(encoding="utf-8"))
+    assert document["environment"]["data"]["skipped"] == 1
+    assert [len(row["samples"]) for row in document["rows"]] == [1, 1]
+
+
+USAGE = [
+    (["--task", "dialogsumm"], "unknown task 'dialogsumm': choose one of dialogsum, "),
+    (["--schedule", "uniform:5"], "unknown precision '5'"),
+    (["--schedule", "static:2@4,3@8"], "never rise"),
+    (["--schedule", "nonsense"], "unknown schedule 'nonsense'"),
+    (["--data", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
+    (["--limit", "0"], "limit must be 1 or more, got 0"),
+    (["--max-new-tokens", "-3"], "max new tokens must be 1 or more, got -3"),
+    (["--threads", "0"], "threads must be 1 or more, got 0"),
+    (["--task", "jsonl"], "give --prompt-template"),
+    (["--prompt-template", "no field"], "has no {field}"),
+    (["--prompt-template", ""], "has no {field}"),
+    (["--reference-backend", "optimus"], "unknown reference backend 'optimus': choose one of optimum, "),
+    (["--reference-field", "x"], "--reference-field does not apply"),
+    (["--chat"], "no chat template: leave --chat out"),
+    (["--json", "no/such/folder/r.json"], "cannot write no/such/folder/r.json"),
+    (["--html", "."], ". is no file"),
+]
+FAILURES = [
+    (["--prompt-template", "{dialogue}"], "stories.jsonl:1: unknown field 'dialogue': choose one of"),
+    (["--task", "dialogsum"], "stories.jsonl:1: unknown field 'dialogue'"),
+    (["--reference", "vicuna-8b"], "unknown model 'vicuna-8b'"),
+    (["--max-new-tokens", "5000", "--task", "fidelity"], "longer than the context of 1024 tokens"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [(arguments, message, 2) for arguments, message in USAGE]
+    + [(arguments, message, 1) for arguments, message in FAILURES],
+)
+def test_a_mistake_is_one_clear_line(
+    demo_bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str, code: int
+) -> None:
+    from pmpd.eval.measure.reference import ReferenceCheckpoint
+
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded before the mistake was found")
+
+    monkeypatch.setattr(ReferenceCheckpoint, "load", too_late)
+    result = run(demo_bundle, "--task", "perplexity", "--data", data, *arguments)
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert (result.exit_code, result.stdout) == (code, "")
+
+
+def test_a_folder_that_is_no_bundle(data: Path, tmp_path: Path) -> None:
+    result = run(tmp_path, "--task", "perplexity", "--data", data)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "bundle.json" in result.stderr
+
+
+def test_help_names_every_option() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for option in ("--task", "--data", "--schedule", "--limit", "--reference-backend", "--json", "--html"):
+        assert option in result.stdout

@@ -1,0 +1,178 @@
+"""Models under test: how a schedule becomes calls of the generator, and the floating-point reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmpd.eval.measure.models import Scheduled, precision_runs
+from pmpd.eval.measure.reference import Reference, ReferenceCheckpoint
+from pmpd.runtime import Bundle, PmpdError, Token, Trace, parse_schedule
+
+BITS = (4, 3, 2)
+V = 11
+
+
+class FakeGenerator:
+    """Writes down every call; logits say which token they follow."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.bundle = SimpleNamespace(manifest=SimpleNamespace(prefill_precision=4))
+        self.trace = Trace(prompt_tokens=0)
+
+    def reset(self) -> None:
+        self.calls.append(("reset",))
+
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
+        self.calls.append(("prefill", tuple(ids)))
+        return np.zeros(V, np.float32)
+
+    def decode(self, ids: Sequence[int], *, precision: int) -> np.ndarray:
+        self.calls.append(("decode", tuple(ids), precision))
+        return np.eye(V, dtype=np.float32)[list(ids)]
+
+    def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[Token]:
+        self.calls.append(("stream", tuple(prompt), options["max_new_tokens"], str(options["schedule"])))
+        self.trace = Trace(prompt_tokens=len(prompt), prefill_seconds=0.5)
+        yield Token(7, 0, 4, 0.6)
+        yield Token(8, 1, 3, 0.1)
+
+
+def scheduled(spec: str) -> tuple[Scheduled, FakeGenerator]:
+    generator = FakeGenerator()
+    return Scheduled(generator, parse_schedule(spec, BITS)), generator  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "steps", "runs"),
+    [
+        ("uniform:3", 5, [(0, 5, 3)]),
+        ("static:3@2,2@4", 6, [(0, 2, 4), (2, 4, 3), (4, 6, 2)]),
+        ("static:3@2,2@4", 3, [(0, 2, 4), (2, 3, 3)]),
+        ("static:3@2,2@2", 4, [(0, 2, 4), (2, 4, 2)]),
+        ("static:2@9", 0, []),
+    ],
+)
+def test_runs_of_one_precision(spec: str, steps: int, runs: list[tuple[int, int, int]]) -> None:
+    assert list(precision_runs(parse_schedule(spec, BITS), steps)) == runs
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 30))
+def test_runs_cover_each_step_once_at_its_precision(first: int, more: int, steps: int) -> None:
+    schedule = parse_schedule(f"static:3@{first},2@{first + more}", BITS)
+    covered = [(i, bits) for start, end, bits in precision_runs(schedule, steps) for i in range(start, end)]
+    assert covered == [(i, schedule.precision(i)) for i in range(steps)]
+
+
+def test_teacher_forcing_makes_one_call_per_run_and_feeds_all_but_the_last_token() -> None:
+    model, generator = scheduled("static:3@2,2@3")
+    forced = model.force([1, 2], [3, 4, 5, 6, 9])
+    assert generator.calls == [
+        ("reset",),
+        ("prefill", (1, 2)),
+        ("decode", (3, 4), 4),
+        ("decode", (5,), 3),
+        ("decode", (6,), 2),
+    ]
+    assert forced.logits.argmax(axis=1).tolist() == [3, 4, 5, 6]
+    assert forced.precisions == (4, 4, 4, 3, 2)
+    assert forced.prefill_seconds > 0
+
+
+def test_generation_takes_ids_bits_and_times_from_the_stream() -> None:
+    model, generator = scheduled("static:3@0")
+    generation = model.generate([1, 2], max_new_tokens=9, stop_ids=())
+    assert (generation.ids, generation.precisions, generation.seconds) == ((7, 8), (4, 3), (0.6, 0.1))
+    assert generation.prefill_seconds == 0.5
+    assert generator.calls == [("stream", (1, 2), 9, "uniform:3")]
+
+
+def test_warm_up_touches_every_precision() -> None:
+    model, generator = scheduled("static:3@2,2@4")
+    model.warm_up([5, 6])
+    assert generator.calls[1:] == [("prefill", (5,)), *(("decode", (5,), bits) for bits in BITS)]
+
+
+@pytest.fixture(scope="module")
+def tiny_llama() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+    )
+    model: torch.nn.Module = LlamaForCausalLM(config).eval()
+    return model
+
+
+def full_logits(model: torch.nn.Module, ids: Sequence[int]) -> np.ndarray:
+    with torch.inference_mode():
+        logits: np.ndarray = model(torch.tensor([list(ids)])).logits[0].numpy()
+    return logits
+
+
+def test_reference_generates_what_recomputing_the_whole_text_gives(tiny_llama: torch.nn.Module) -> None:
+    text = [1, 5, 9]
+    generation = Reference(tiny_llama, bits=16).generate(text, max_new_tokens=6, stop_ids=())
+    for token in generation.ids:
+        assert token == full_logits(tiny_llama, text)[-1].argmax()
+        text.append(token)
+    assert generation.precisions == (16,) * 6
+    assert len(generation.seconds) == 6
+    assert generation.seconds[0] >= generation.prefill_seconds > 0
+
+
+def test_reference_stops_before_a_stop_token(tiny_llama: torch.nn.Module) -> None:
+    reference = Reference(tiny_llama, bits=16, last_logits={"logits_to_keep": 1})
+    ids = reference.generate([1, 5, 9], max_new_tokens=6, stop_ids=()).ids
+    stopped = reference.generate([1, 5, 9], max_new_tokens=6, stop_ids=(ids[3],)).ids
+    assert stopped == ids[: ids.index(ids[3])]
+
+
+def test_reference_forces_what_one_forward_pass_gives(tiny_llama: torch.nn.Module) -> None:
+    prompt, answer = [1, 5, 9], [4, 8, 15, 16]
+    forced = Reference(tiny_llama, bits=32).force(prompt, answer)
+    np.testing.assert_allclose(forced.logits, full_logits(tiny_llama, prompt + answer)[3:-1], rtol=1e-4, atol=1e-4)
+    assert forced.precisions == (32,) * 4
+
+
+def test_reference_is_found_with_the_bits_it_is_stored_in(demo_bundle: Path) -> None:
+    assert ReferenceCheckpoint.find(Bundle.open(demo_bundle)).bits == 16
+
+
+def test_reference_of_another_vocabulary_is_refused(demo_bundle: Path, tiny_llama: Any, tmp_path: Path) -> None:
+    tiny_llama.save_pretrained(tmp_path)
+    with pytest.raises(PmpdError, match="has 50 tokens, the bundle 4096"):
+        ReferenceCheckpoint.find(Bundle.open(demo_bundle), str(tmp_path))
+
+
+def test_reference_that_is_no_checkpoint_is_refused(demo_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(PmpdError, match="--reference"):
+        ReferenceCheckpoint.find(Bundle.open(demo_bundle), str(tmp_path))
+    with pytest.raises(PmpdError, match="--reference"):
+        ReferenceCheckpoint.find(Bundle.open(demo_bundle), "no-such-model")
+
+
+def test_optimum_and_transformers_agree(demo_bundle: Path) -> None:
+    pytest.importorskip("optimum.onnxruntime", reason="needs the extra `baseline`")
+    checkpoint = ReferenceCheckpoint.find(Bundle.open(demo_bundle))
+    answers = [
+        checkpoint.load(backend, threads=1).force([1, 300, 400], [500, 600, 700])
+        for backend in ("transformers", "optimum")
+    ]
+    np.testing.assert_allclose(answers[0].logits, answers[1].logits, rtol=1e-3, atol=1e-3)

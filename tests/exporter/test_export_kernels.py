@@ -1,0 +1,258 @@
+"""Kernels in an export: built first, checked against the portable graphs, gone without where nothing builds them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_models import TINY_MODELS
+
+from pmpd.exporter import ExportConfig, export_bundle, pipeline
+from pmpd.exporter.bundle import kernels
+from pmpd.exporter.bundle.workspace import Workspace
+from pmpd.exporter.cli import main
+from pmpd.runtime import Bundle, Generator, Manifest, MissingExtraError, PmpdError
+from pmpd.tvm_kernels.library.compile import Progress
+from pmpd.tvm_kernels.library.link import link_library
+from pmpd.tvm_kernels.targets import find_target, host_target
+
+HOST = host_target() or ""
+FOREIGN = "x86-64-v4" if HOST == "aarch64-linux" else "aarch64-linux"
+LIBRARY = f"kernels/{HOST}/libpmpd_ops.so"
+LINEARS = 4 * 2 + 1  # quantized layers of the tiny model
+pytestmark = pytest.mark.skipif(not HOST, reason="no operator library is made for this machine")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TINY_MODELS["llama"].save(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Operator libraries of plain C: one that is right, one whose weights are 1 % too large."""
+    folder = tmp_path_factory.mktemp("libraries")
+    right = (Path(__file__).parents[1] / "kernels" / "plain_kernels.c").read_text()
+    wrong = right.replace("float weight = from_half", "float weight = 1.01f * from_half")
+    assert wrong != right
+    files = {}
+    for name, text in (("right", right), ("wrong", wrong)):
+        source, files[name] = folder / f"{name}.c", folder / f"{name}.so"
+        source.write_text(text)
+        try:
+            link_library(find_target(HOST), [source], output=files[name])
+        except MissingExtraError as error:
+            pytest.skip(str(error))
+    return files
+
+
+class Builder:
+    """Stands in for the compiler: hands out a library, or fails as one that is not installed; counts what it does."""
+
+    def __init__(self) -> None:
+        self.library: Path | None = None
+        self.built: list[tuple[str, tuple[int, ...]]] = []
+
+    def __call__(
+        self, target: str, *, precisions: Sequence[int], head_dims: Sequence[int], output: Path, progress: Progress
+    ) -> None:
+        if self.library is None:
+            raise MissingExtraError("apache-tvm", "tune")
+        self.built += [(name, tuple(precisions)) for name in progress([target], 1)]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.library, output)
+
+
+@pytest.fixture
+def builder(libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Builder:
+    builder = Builder()
+    builder.library = libraries["right"]
+    monkeypatch.setattr(kernels, "build_library", builder)
+    monkeypatch.setattr(pipeline, "require_toolchain", lambda _target: None)
+    return builder
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty folder where commands run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("pmpd"), "level", logging.WARNING)
+    return tmp_path
+
+
+def export(model: Path, *arguments: str) -> Result:
+    command = ["-m", str(model), "-o", "out", "--precisions", "4", "--seed-precision", "4", *arguments]
+    return CliRunner().invoke(main, command)
+
+
+def small(model: Path, **options: Any) -> ExportConfig:
+    return ExportConfig(model=str(model), output=Path("out"), precisions=(4,), head_precision=3, **options)
+
+
+def opened() -> Manifest:
+    return Bundle.open("out", verify=True).manifest
+
+
+def test_the_bundle_holds_and_checks_the_kernels_of_this_machine(
+    tiny: Path, builder: Builder, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = export(tiny, "--target", f"{FOREIGN},{HOST},{HOST}", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert builder.built == [(FOREIGN, (6, 4)), (HOST, (6, 4))]
+    manifest = opened()
+    assert manifest.kernels == {FOREIGN: f"kernels/{FOREIGN}/libpmpd_ops.so", HOST: LIBRARY}
+    assert manifest.files.keys() >= set(manifest.kernels.values())
+    assert manifest.accuracy == "int8"
+    assert manifest.configuration["targets"] == [FOREIGN, HOST]
+    verified = json.loads(result.stdout)["verification"]
+    checks = {name: check for name, check in verified.items() if "kernels" in name}
+    assert checks.keys() == {f"{a} {HOST} kernels at 4 bits against portable graphs" for a in ("exact", "int8")}
+    assert checks.popitem()[1]["least_cosine"] < 0.99999
+    assert f"not checked, as this machine cannot run them: kernels for {FOREIGN}" in caplog.messages
+    card = Path("out/README.md").read_text()
+    assert f"| kernels | {FOREIGN}, {HOST} (int8) |" in card
+    assert f"| {LIBRARY} |" in card
+    generator = Generator(Bundle.open("out"), require_fast_kernels=True)
+    generator.prefill([1, 2, 3])
+    assert generator.kernels()[0].kernel == "plain_int8_4"
+
+
+def test_by_default_kernels_are_those_of_this_machine(tiny: Path, builder: Builder) -> None:
+    export_bundle(small(tiny, accuracy="exact"))
+    assert builder.built == [(HOST, (4, 3))]
+    assert (opened().kernels, opened().accuracy) == ({HOST: LIBRARY}, "exact")
+
+
+def test_none_builds_none(tiny: Path, builder: Builder) -> None:
+    assert export(tiny, "--target", "none").exit_code == 0
+    assert (builder.built, opened().kernels) == ([], {})
+    assert "| kernels | none: portable graphs, slow |" in Path("out/README.md").read_text()
+
+
+def test_without_a_compiler_the_default_is_to_go_without(
+    tiny: Path, builder: Builder, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder.library = None
+    with caplog.at_level(logging.WARNING, logger="pmpd"):
+        export_bundle(small(tiny))
+    (warning,) = (record.getMessage() for record in caplog.records if "kernels" in record.name)
+    assert warning == (
+        "kernels   skipped, the bundle will run slowly: apache-tvm is not installed: run `pip install 'pmpd[tune]'`, "
+        "then export again with --overwrite"
+    )
+    assert opened().kernels == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "target"), [("tvm", "apache-tvm", HOST), ("ziglang", "ziglang", FOREIGN)]
+)
+def test_a_wanted_target_that_cannot_be_built_fails_before_anything_is_written(
+    tiny: Path, place: Path, monkeypatch: pytest.MonkeyPatch, module: str, package: str, target: str
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == module else find_spec(name, *more)
+    )
+    result = export(tiny, "-q", "--target", target)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: {package} is not installed: run `pip install 'pmpd[tune]'`\n"
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "x86-64-v5"], "unknown target 'x86-64-v5': choose one of x86-64-v"),
+        (["--target", f"{HOST},"], "unknown target '': choose one of"),
+        (["--target", f"none,{HOST}"], "unknown target 'none'"),
+        (["--accuracy", "int4"], "unknown accuracy 'int4': choose one of int8, exact"),
+    ],
+)
+def test_a_bad_value_is_one_line(arguments: list[str], message: str, tiny: Path, place: Path) -> None:
+    result = export(tiny, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(place.iterdir()) == []
+
+
+def test_the_plan_lists_the_targets(tiny: Path, builder: Builder, place: Path) -> None:
+    plan = export(tiny, "--dry-run", "--target", f"{HOST},{FOREIGN}", "--accuracy", "exact").stdout
+    assert f"\nkernels   {HOST}, {FOREIGN}: exact, 6/4 bits\n" in plan
+    assert f"\nkernels   {HOST}: int8, 6/4 bits\n" in export(tiny, "--dry-run").stdout
+    assert "\nkernels   none\n" in export(tiny, "--dry-run", "--target", "none").stdout
+    assert (builder.built, list(place.iterdir())) == ([], [])
+
+
+def test_kernels_that_are_wrong_fail_the_export(tiny: Path, builder: Builder, libraries: dict[str, Path]) -> None:
+    builder.library = libraries["wrong"]
+    result = export(tiny, "-q")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: verification failed, exact {HOST} kernels at 4 bits against portable ")
+    assert not Path("out").exists()
+
+
+def test_kernels_that_do_not_load_fail_the_export(tiny: Path, builder: Builder, place: Path) -> None:
+    builder.library = place / "text.so"
+    builder.library.write_text("no library")
+    result = export(tiny, "-q")
+    assert result.exit_code == 1
+    assert "does not load on this machine" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_an_interrupted_export_builds_nothing_twice_and_other_kernels_cost_no_other_work(
+    tiny: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    written = []
+    write = Workspace.write
+
+    def count(workspace: Workspace, step: str, tensors: Any) -> None:
+        written.append(step)
+        write(workspace, step, tensors)
+
+    monkeypatch.setattr(Workspace, "write", count)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "verify_float_graph", None)
+        for _ in range(2):
+            with pytest.raises(TypeError):
+                export_bundle(small(tiny, targets=(HOST, FOREIGN)))
+    assert [target for target, _ in builder.built] == [HOST, FOREIGN]
+    (partial,) = place.glob("out.partial-*")
+    (partial / "kernels" / HOST / ".libpmpd_ops.so.123").write_text("what a killed compiler left")
+    export_bundle(small(tiny, targets=(HOST,), accuracy="exact"))
+    assert [target for target, _ in builder.built] == [HOST, FOREIGN]
+    assert len(written) == LINEARS + 1
+    assert opened().kernels == {HOST: LIBRARY}
+    files = {file.relative_to("out").as_posix() for file in Path("out").rglob("*") if file.is_file()}
+    assert files == {*opened().files, "bundle.json"}
+
+
+def test_a_library_that_got_lost_is_built_again(
+    tiny: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "verify_float_graph", None)
+        with pytest.raises(TypeError):
+            export_bundle(small(tiny))
+    (partial,) = place.glob("out.partial-*")
+    (partial / LIBRARY).unlink()
+    export_bundle(small(tiny))
+    assert len(builder.built) == 2
+    Generator(Bundle.open("out"), require_fast_kernels=True)
+
+
+def test_a_compiler_that_fails_fails_the_export(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise PmpdError("`cc` cannot link it: no space")
+
+    monkeypatch.setattr(kernels, "build_library", fail)
+    with pytest.raises(PmpdError, match="cannot link"):
+        export_bundle(small(tiny))

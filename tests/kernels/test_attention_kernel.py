@@ -1,0 +1,171 @@
+"""Attention over the float16 cache: every compiled kernel against numpy. aarch64 runs in qemu."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attention_cases import NAN, Case, Floats, Result, check, random_case
+from kernel_programs import LACKS_FEATURES, UNTOUCHED, emulator
+
+from pmpd.tvm_kernels.library.compile import attentions_of, compile_kernels
+from pmpd.tvm_kernels.library.link import SOURCES
+from pmpd.tvm_kernels.targets import TARGETS, Target
+
+pytest.importorskip("tvm")
+pytest.importorskip("ziglang")
+
+LARGEST = np.float32(65504)  # of float16
+SUBNORMAL = 2.0**-24  # a unit of its subnormal numbers
+DIMS = (16, 64, 80, 128)
+# x86-64-v3 has some of x86-64-v4's kernels.
+PROGRAMS = {"x86-64-v4": DIMS, "aarch64-linux": (80,)}
+KERNELS = [(name, kernel) for name, dims in PROGRAMS.items() for kernel in attentions_of(TARGETS[name], dims)]
+
+
+def kernels(dims: Sequence[int] = DIMS) -> pytest.MarkDecorator:
+    """Parametrize a test with the kernels for heads of some sizes, and where they run."""
+    chosen = [(target, kernel) for target, kernel in KERNELS if kernel.dim in dims]
+    return pytest.mark.parametrize(("target", "kernel"), chosen, ids=[kernel.name for _, kernel in chosen])
+
+
+class Programs:
+    """A program for each target that holds its kernels, for the least processor of the architecture, and the driver."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def build(self, target: Target) -> Path:
+        """Compile and link the program of a target, once."""
+        path = self.directory / target.name / "driver"
+        if path.exists():
+            return path
+        path.parent.mkdir()
+        files = compile_kernels(target, precisions=(), head_dims=PROGRAMS[target.name], directory=path.parent)
+        platform_ = [target.zig] if platform.machine() == target.arch else [f"{target.arch}-linux-musl", "-static"]
+        compiler = [sys.executable, "-m", "ziglang", "cc", "-target", *platform_, "-mcpu=baseline", "-std=c11", "-O2"]
+        sources = [Path(__file__).with_name("attention_driver.c"), SOURCES / "cpu.c", *files]
+        subprocess.run([*compiler, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-o", path, *sources], check=True)
+        return path
+
+    def run(self, name: str, kernel: Any, cases: Sequence[Case]) -> list[Result]:
+        """Run a kernel on cases; what it did not write of y is `UNTOUCHED`."""
+        target, isa = TARGETS[name], "any" if kernel.isa.name == "portable" else kernel.isa.name
+        done = subprocess.run(
+            [*emulator(target, isa), self.build(target)],
+            input=b"".join(case.to_bytes(kernel.name) for case in cases),
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode == LACKS_FEATURES:
+            pytest.skip(f"this processor lacks {isa}")
+        assert done.returncode == 0, done.stderr.decode() or f"exit code {done.returncode}"
+        results, data = [], memoryview(done.stdout)
+        for case in cases:
+            sizes = len(case.qkv) * case.heads * case.dim * 4, case.keys.nbytes, case.values.nbytes
+            y, keys, values = (data[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(3))
+            data = data[sum(sizes) :]
+            caches = (np.frombuffer(part, np.float16).reshape(case.keys.shape) for part in (keys, values))
+            results.append(Result(np.frombuffer(y, np.float32).reshape(len(case.qkv), case.heads, case.dim), *caches))
+        assert not data
+        return results
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    return Programs(tmp_path_factory.mktemp("attention"))
+
+
+def grid(dim: int) -> list[Case]:
+    """Return cases of every ratio of heads, few and many tokens, short and long pasts, partial rotation and none."""
+    full, half = dim // 2 // 8 * 8, dim // 4 // 8 * 8
+    shapes = [
+        (1, 1, 1, 0, full),
+        (4, 4, 1, 1, half),
+        (3, 3, 2, 0, 8),
+        (4, 2, 1, 14, full),
+        (4, 1, 1, 15, half),
+        (8, 2, 1, 16, 8),
+        (2, 2, 3, 29, 0),
+        (4, 2, 5, 11, half),
+        (4, 1, 7, 200, full),
+        (2, 1, 16, 0, full),
+        (3, 3, 33, 0, half),
+        (2, 2, 33, 100, 8),
+        (8, 2, 17, 63, full),
+        (6, 3, 1, 199, half),
+    ]
+    return [random_case(dim, *shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+@kernels()
+def test_kernels_agree_with_numpy(programs: Programs, target: str, kernel: Any) -> None:
+    cases = grid(kernel.dim)
+    large = [random_case(kernel.dim, 4, 2, 5, 60, 8, size=size) for size in (1e3, 1e6)]
+    low = replace(large[0], keys=np.abs(large[0].keys), qkv=-np.abs(large[0].qkv))  # all scores far below zero
+    one_head = replace(random_case(kernel.dim, 6, 3, 3, 20, 8), begin=1, end=2)
+    *results, alone = programs.run(target, kernel, [*cases, *large, low, one_head])
+    for case, result in zip([*cases, *large, low], results, strict=True):
+        check(case, result)
+    check(one_head, alone, heads=slice(1, 2))
+    for head in (0, 1, 4, 5):
+        assert (alone.y[:, head].copy().view(np.uint32) == UNTOUCHED).all()
+    for made, before in ((alone.keys, one_head.keys), (alone.values, one_head.values)):
+        np.testing.assert_array_equal(made[[0, 2]], before[[0, 2]])
+
+
+@kernels((64, 80))
+def test_a_long_context(programs: Programs, target: str, kernel: Any) -> None:
+    case = random_case(kernel.dim, 2, 1, 2, 4094, 8)
+    check(case, programs.run(target, kernel, [case])[0])
+
+
+def half_edges() -> Floats:
+    """Return every finite float16, the midpoints between them, and what lies next to those, in float32."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves[1:] + halves[:-1]) / 2
+    positive = np.concatenate([halves, middles, np.nextafter(middles, 0), np.nextafter(middles, LARGEST)])
+    return np.concatenate([positive, -positive])
+
+
+@kernels((64, 80))
+def test_cache_rounds_as_numpy_does(programs: Programs, target: str, kernel: Any) -> None:
+    """Of one position y is the value, so this reads every float16 too.
+
+    The portable kernel rounds subnormal numbers twice, and may so take one next to a midpoint for the midpoint.
+    """
+    numbers, dim = half_edges(), kernel.dim
+    G = -(-len(numbers) // dim)
+    kv = np.resize(numbers, (G, dim))
+    empty = np.full((G, 1, dim), NAN)
+    none = np.zeros((1, 0), np.float32)
+    qkv = np.concatenate([np.zeros_like(kv), kv, kv]).reshape(1, -1)
+    case = Case(qkv=qkv, keys=empty, values=empty, cos=none, sin=none, past=0, heads=G, scale=1.0, end=G)
+    [result] = programs.run(target, kernel, [case])
+    want = kv.astype(np.float16)
+    for made in (result.keys, result.values):
+        exact = made[:, 0].view(np.uint16) == want.view(np.uint16)
+        if kernel.isa.name == "portable":
+            exact |= np.abs(made[:, 0].astype(np.float64) - kv) <= (0.5 + 2**-13) * SUBNORMAL
+        assert exact.all()
+    np.testing.assert_array_equal(result.y[0], result.values[:, 0].astype(np.float32))
+
+
+@kernels((64, 80))
+def test_what_float16_cannot_hold(programs: Programs, target: str, kernel: Any) -> None:
+    """Processors make infinities of it; the portable kernel its largest number."""
+    qkv = np.zeros((1, 3 * kernel.dim), np.float32)
+    qkv[0, -4:] = 65519, 65520, -65520, 1e30
+    empty = np.zeros((1, 1, kernel.dim), np.float16)
+    none = np.zeros((1, 0), np.float32)
+    case = Case(qkv=qkv, keys=empty, values=empty, cos=none, sin=none, past=0, heads=1, scale=1.0, end=1)
+    [result] = programs.run(target, kernel, [case])
+    most = 65504 if kernel.isa.name == "portable" else np.inf
+    assert result.values[0, 0, -4:].tolist() == [65504, most, -most, most]

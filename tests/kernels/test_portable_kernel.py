@@ -1,0 +1,64 @@
+"""`pmpd_any`: any precision and number of groups on the least processor of each architecture, against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_oracle import check
+from kernel_programs import Case, Program, build_program, every_half
+
+from pmpd.runtime.format.bitplanes import pack
+from pmpd.tvm_kernels.targets import TARGETS
+
+
+@pytest.fixture(
+    scope="module",
+    params=["x86-64-v3", pytest.param("aarch64-linux", marks=pytest.mark.slow)],
+    ids=["x86_64", "aarch64"],
+)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    return build_program([], TARGETS[request.param], tmp_path_factory.mktemp("any"))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    bits, G, M = draw(st.integers(1, 8)), draw(st.integers(1, 5)), draw(st.integers(1, 17))
+    N, K = draw(st.integers(1, 9)), draw(st.one_of(st.integers(1, 100), st.integers(400, 1700)))
+    begin = draw(st.integers(0, N - 1))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return Case(
+        x=rng.standard_normal((M, K), dtype=np.float32),
+        planes=pack(rng.integers(0, 2**bits, (N, K), dtype=np.uint8), bits),
+        codebook=rng.standard_normal((N, G, 2**bits)).astype(np.float16),
+        begin=begin,
+        end=draw(st.integers(begin + 1, N)),
+        slack=draw(st.integers(0, 70)),
+        front=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=200)
+@given(cases())
+def test_agrees_with_numpy(program: Program, case: Case) -> None:
+    check(None, case, *program.run(None, [case]))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_float16_is_read_exactly(program: Program, bits: int) -> None:
+    case = every_half(bits)
+    (y,) = program.run(None, [case])
+    assert np.array_equal(y, case.weight.T)
+
+
+@pytest.mark.parametrize("G", range(1, 8))
+def test_every_column_has_its_group(program: Program, G: int) -> None:
+    """One-hot activations; 43 bytes of a row are 43, 22, 15, 11, 9, 8 or 7 a group."""
+    K = 337
+    rng = np.random.default_rng(G)
+    codebook = rng.standard_normal((3, G, 32)).astype(np.float16)
+    planes = pack(rng.integers(0, 32, (3, K), dtype=np.uint8), 5)
+    case = Case(x=np.eye(K, dtype=np.float32), planes=planes, codebook=codebook, begin=0, end=3)
+    (y,) = program.run(None, [case])
+    assert np.array_equal(y, case.weight.T)

@@ -1,0 +1,268 @@
+"""Text out of tokens: streaming detokenization, stop strings, chat templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from pmpd.runtime import Bundle, BundleError, PmpdError, Token, Tokenizer
+from pmpd.runtime.format.manifest import FileEntry
+from pmpd.runtime.text import StopStrings, TextStream
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["<unk>", "<s>", "</s>", "▁", "▁Hello", "▁world", "lo", ",", "é", "\n", *BYTES]
+
+
+@pytest.fixture(scope="module")
+def byte_level(demo_bundle: Path) -> Tokenizer:
+    """The demo model's tokenizer: byte-level BPE, as of Phi, Llama 3 and StableLM."""
+    return Tokenizer.from_bundle(Bundle.open(demo_bundle))
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Tokenizer:
+    """A tokenizer that decodes as Llama 2's does: `▁` for spaces, byte fallback, one leading space dropped."""
+    library = Library(models.BPE(vocab={piece: i for i, piece in enumerate(PIECES)}, merges=[], byte_fallback=True))
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    library.add_special_tokens(PIECES[:3])
+    return Tokenizer(library, None, {})
+
+
+def pieces_of(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> list[str]:
+    stream = TextStream(tokenizer, prompt or [])
+    return [*(stream.push(i) for i in ids), stream.flush()]
+
+
+# Without the brackets of special tokens, which tokenizers take for themselves and decoding leaves out.
+@given(st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=30))
+def test_pieces_make_the_text(byte_level: Tokenizer, text: str) -> None:
+    ids = byte_level.encode(text)
+    assert "".join(pieces_of(byte_level, ids)) == byte_level.decode(ids) == text
+
+
+# Most ids of the first few hundred are single bytes: invalid and unfinished characters of every kind.
+@given(st.lists(st.integers(0, 300) | st.integers(0, 4095), max_size=20))
+def test_pieces_of_any_ids_make_what_decode_gives(byte_level: Tokenizer, ids: list[int]) -> None:
+    assert "".join(pieces_of(byte_level, ids)) == byte_level.decode(ids)
+
+
+def spell(tokens: list[str]) -> list[int]:
+    """Return the ids of pieces; what is no piece goes by its bytes."""
+    return [
+        i
+        for token in tokens
+        for i in ([PIECES.index(token)] if token in PIECES else [PIECES.index(BYTES[byte]) for byte in token.encode()])
+    ]
+
+
+@given(
+    st.lists(st.sampled_from(["<s>", "</s>", "▁", "▁Hello", "▁world", "lo", ",", "é", "\n", "😀", "ß"]), max_size=12),
+    st.integers(0, 12),
+)
+def test_pieces_after_a_prompt_keep_their_spaces(sentencepiece: Tokenizer, tokens: list[str], cut: int) -> None:
+    prompt, answer = spell(tokens[:cut]), spell(tokens[cut:])
+    continued = sentencepiece.decode(prompt) + "".join(pieces_of(sentencepiece, answer, prompt))
+    assert continued == sentencepiece.decode(prompt + answer)
+
+
+def test_space_after_the_prompt(sentencepiece: Tokenizer) -> None:
+    assert pieces_of(sentencepiece, spell(["▁world", "</s>", "▁Hello"]), spell(["▁Hello"])) == [
+        " world",
+        "",
+        " Hello",
+        "",
+    ]
+
+
+def test_emoji_comes_with_its_last_byte(byte_level: Tokenizer) -> None:
+    ids = byte_level.encode("a 😀!", special_tokens=False)
+    pieces = pieces_of(byte_level, ids)
+    assert len(ids) >= 6  # the emoji takes several tokens, so this tests something
+    assert "".join(pieces) == "a 😀!"
+    assert sum("😀" in piece for piece in pieces) == 1
+
+
+def test_unfinished_character_comes_out_at_the_end(byte_level: Tokenizer) -> None:
+    ids = byte_level.encode("x😀", special_tokens=False)[:-1]
+    *pieces, rest = pieces_of(byte_level, ids)
+    assert "".join(pieces) == "x"
+    assert rest == byte_level.decode(ids)[1:]
+    assert set(rest) == {"\N{REPLACEMENT CHARACTER}"}
+
+
+def tokens_of(texts: list[str]) -> list[Token]:
+    return [Token(id=i, index=i, precision=4, seconds=0.0, text=text) for i, text in enumerate(texts)]
+
+
+@given(
+    st.lists(st.text(alphabet="ab", max_size=3), max_size=12),
+    st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=3),
+)
+def test_stop_strings_against_brute_force(texts: list[str], strings: list[str]) -> None:
+    want, found = "".join(texts), False
+    for n in range(1, len(texts) + 1):
+        so_far = "".join(texts[:n])
+        starts = [so_far.find(string) for string in strings if string in so_far]
+        if starts:
+            want, found = so_far[: min(starts)], True
+            break
+    stop = StopStrings(strings)
+    out: list[Token] = []
+    for token in tokens_of(texts):
+        out += stop.push(token)
+        so_far = "".join(texts[: token.index + 1])
+        held_for_a_reason = any(so_far.endswith(string[:k]) for string in strings for k in range(1, len(string)))
+        if stop.found:
+            break
+        if texts[token.index] and not held_for_a_reason:
+            assert len(out) == token.index + 1  # nothing waits without need
+    if not stop.found:
+        out += stop.flush("")
+    assert stop.found == found
+    assert "".join(token.text or "" for token in out) == want
+    assert [token.id for token in out] == list(range(len(out)))
+    assert [token.text for token in out[:-1]] == texts[: len(out)][:-1]  # only the last is ever cut
+
+
+def test_stop_string_inside_a_token_and_across_tokens() -> None:
+    stop = StopStrings(["END"])
+    assert [token.text for token in stop.push(tokens_of(["go onEND now"])[0])] == ["go on"]
+    assert stop.found
+    stop = StopStrings(["END", "\n\n"])
+    first, second, third = tokens_of(["a\n", "\t E", "ND!"])
+    assert stop.push(first) == []  # may be the start of a blank line
+    assert stop.push(second) == []  # was not, but may be the start of END
+    assert [token.text for token in stop.push(third)] == ["a\n", "\t "]
+
+
+def test_rest_goes_with_the_last_token() -> None:
+    stop = StopStrings([])
+    first, second = tokens_of(["a", ""])
+    assert stop.push(first) == [first]
+    assert stop.push(second) == []
+    assert [token.text for token in stop.flush("?")] == ["?"]
+
+
+def test_empty_stop_string_is_refused() -> None:
+    with pytest.raises(PmpdError, match="must not be empty"):
+        StopStrings(["x", ""])
+
+
+CHATML = (
+    "{% for message in messages %}\n"
+    "    {{- '<|' + message.role + '|>' + message['content'] | trim + eos_token }}\n"
+    "  {% endfor %}\n"
+    "{% if add_generation_prompt %}\n<|assistant|>{% endif %}"
+)
+ALTERNATING = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+MESSAGES = [
+    {"role": "user", "content": "  Tell me a story. "},
+    {"role": "assistant", "content": "Once upon a time."},
+    {"role": "user", "content": "Go on!"},
+]
+
+
+def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    return Tokenizer(tokenizer._tokenizer, template, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+@pytest.mark.parametrize("template", [CHATML, ALTERNATING])
+def test_chat_template_renders_as_in_transformers(byte_level: Tokenizer, template: str) -> None:
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level._tokenizer, chat_template=template, bos_token="<s>", eos_token="</s>"
+    )
+    want = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    tokenizer = with_template(byte_level, template)
+    assert tokenizer.has_chat_template
+    assert tokenizer.apply_chat_template(MESSAGES) == byte_level.encode(want, special_tokens=False)
+
+
+def test_chat_template_by_hand(byte_level: Tokenizer) -> None:
+    want = "<s>[INST] Tell me a story. [/INST] Once upon a time. </s>[INST] Go on! [/INST]"
+    ids = with_template(byte_level, ALTERNATING).apply_chat_template(MESSAGES)
+    assert ids == byte_level.encode(want, special_tokens=False)
+    assert ids.count(1) == 1  # one <s>: the template's, none of the tokenizer's
+    assert ids.count(2) == 1
+
+
+def test_template_refuses_messages_with_its_own_words(byte_level: Tokenizer) -> None:
+    with pytest.raises(PmpdError, match="refuses the conversation: roles must alternate user/assistant"):
+        with_template(byte_level, ALTERNATING).apply_chat_template(MESSAGES[1:])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__['__builtins__'] }}",
+        "{{ raise_exception.__globals__.keys() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ messages.append({'role': 'user', 'content': 'injected'}) }}",
+        "{{ messages[0].update(role='system') }}",
+        "{% include '/etc/passwd' %}",
+        "{{ range(10**9) | list }}",
+        "{{ 1 / 0 }}",
+        "{{ messages + 1 }}",
+        "{{ undefined_thing.attribute }}",
+        "{% if %}",
+    ],
+)
+def test_template_cannot_leave_the_sandbox_or_crash(byte_level: Tokenizer, template: str) -> None:
+    messages = [dict(message) for message in MESSAGES]
+    tokenizer = with_template(byte_level, template)
+    with pytest.raises(PmpdError, match="the model's chat template refuses the conversation"):
+        tokenizer.apply_chat_template(messages)
+    assert messages == MESSAGES
+
+
+def test_model_without_template(byte_level: Tokenizer) -> None:
+    assert not byte_level.has_chat_template
+    with pytest.raises(PmpdError, match="no chat template"):
+        byte_level.apply_chat_template(MESSAGES)
+
+
+def test_special_tokens(byte_level: Tokenizer) -> None:
+    assert byte_level.encode("Hi")[0] == 1
+    assert byte_level.encode("Hi")[1:] == byte_level.encode("Hi", special_tokens=False)
+    assert byte_level.decode([1, *byte_level.encode("Hi"), 2]) == "Hi"
+
+
+def bundle_with(demo_bundle: Path, folder: Path, **files: str) -> Bundle:
+    """Return a bundle of nothing but these files (dots in names written as __); only its tokenizer can be read."""
+    manifest = Bundle.open(demo_bundle).manifest
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    manifest.files.clear()
+    manifest.files.update({name.replace("__", "."): FileEntry(size=1, sha256="") for name in files})
+    return Bundle(folder, manifest)
+
+
+def test_tokenizer_files_of_a_bundle(demo_bundle: Path, tmp_path: Path) -> None:
+    json = (demo_bundle / "tokenizer.json").read_text(encoding="utf-8")
+    bundle = bundle_with(
+        demo_bundle,
+        tmp_path,
+        tokenizer__json=json,
+        chat_template__jinja="{{ eos_token }}{{ messages[0].content }}",
+        special_tokens_map__json='{"eos_token": "</s>"}',
+    )
+    ids = Tokenizer.from_bundle(bundle).apply_chat_template([{"role": "user", "content": "é"}])
+    assert ids[0] == 2
+    with pytest.raises(BundleError, match=r"has no tokenizer\.json: use token ids"):
+        Tokenizer.from_bundle(bundle_with(demo_bundle, tmp_path))
+    with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_bundle(bundle_with(demo_bundle, tmp_path, tokenizer__json="{}"))

@@ -1,0 +1,1 @@
+"""Times kernels, alone and beside others."""

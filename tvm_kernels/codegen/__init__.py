@@ -1,0 +1,1 @@
+"""TIR building blocks: instruction sets, bit-planes, look-up tables."""

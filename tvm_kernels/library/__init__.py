@@ -1,0 +1,1 @@
+"""From kernels to the operator library of a target."""

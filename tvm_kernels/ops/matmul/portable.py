@@ -1,0 +1,102 @@
+"""Any precision, any number of groups, plain vector arithmetic that LLVM fits to whatever machine: `pmpd_any`.
+
+It runs where no kernel of a known instruction set does: on other architectures, and for more than one codebook a row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+
+from pmpd.tvm_kernels.codegen.emit import Emitter, lanes_of, shuffle, vector
+from pmpd.tvm_kernels.ops.matmul.activations import LINE_COLUMNS
+
+__all__ = ["PORTABLE_NAME", "portable_matmul"]
+
+PORTABLE_NAME = "pmpd_any"
+LANES = 16
+
+
+def portable_matmul() -> Any:
+    """Return the kernel of kernels.h, `pmpd_any`: decode a line of a row to floats, multiply it with every x."""
+    e = Emitter(
+        PORTABLE_NAME,
+        [
+            ("planes", "uint8*"),
+            ("plane_bytes", "int64"),
+            ("codebook", "uint16*"),
+            ("x", "float32*"),
+            ("y", "float32*"),
+            ("ldy", "int64"),
+            ("bits", "int32"),
+            ("groups", "int32"),
+            ("group_bytes", "int32"),
+            ("k", "int32"),
+            ("lines", "int32"),
+            ("m", "int32"),
+            ("begin", "int32"),
+            ("end", "int32"),
+        ],
+    )
+    zero = tirx.const(0, "int32")
+    with e.loop("row", e["begin"], e["end"]) as row:
+        with e.loop("token", zero, e["m"]) as token:
+            e.store(e["y"], token.astype("int64") * e["ldy"] + row.astype("int64"), tirx.const(0.0, "float32"))
+        with e.loop("line", zero, e["lines"]) as line:
+            weights = e.local("float32", LINE_COLUMNS, "weights")
+            with e.loop("byte", zero, tirx.const(LINE_COLUMNS // 8, "int32")) as byte:
+                _decode_byte(e, row, e.bind(line * (LINE_COLUMNS // 8) + byte), byte, weights)
+            _multiply_line(e, row, e.bind(line * LINE_COLUMNS), weights)
+    return e.function()
+
+
+def _decode_byte(e: Emitter, row: Any, byte: Any, place: Any, weights: Any) -> None:
+    """Look up the weights of the eight columns of one byte of every plane."""
+    zero, wide = tirx.const(0, "int32"), vector("int32", 8)
+    codes = e.local("int32", 8, "codes")
+    e.store(codes, 0, tirx.const(0, wide))
+    shifts = tirx.Ramp(zero, tirx.const(1, "int32"), 8)
+    with e.loop("plane", zero, e["bits"]) as plane:
+        row_bytes = e["lines"].astype("int64") * (LINE_COLUMNS // 8)
+        where = plane.astype("int64") * e["plane_bytes"] + row.astype("int64") * row_bytes + byte.astype("int64")
+        value = tirx.Cast("int32", e.load(e["planes"], where))
+        found = (tirx.Broadcast(value, 8) >> shifts) & tirx.const(1, wide)
+        e.store(codes, 0, (e.load(codes, 0, 8) << tirx.const(1, wide)) | found)
+    group = e.bind(tirx.min(tirx.floordiv(byte, e["group_bytes"]), e["groups"] - 1))
+    first = e.bind((row * e["groups"] + group).astype("int64") << e["bits"].astype("int64"))
+    for column in range(8):
+        entry = e.load(e["codebook"], first + e.load(codes, column).astype("int64"))
+        e.store(weights, place * 8 + column, _from_half(e, entry))
+
+
+def _from_half(e: Emitter, half: Any) -> Any:
+    """Convert the bits of a float16 in integers and one multiplication: no instruction set but the basic one."""
+    wide = e.bind(tirx.Cast("uint32", half))
+    # Exponent and mantissa in the place of a float32's; the factor mends the exponent's bias, subnormals included.
+    magnitude = tirx.reinterpret("float32", (wide & tirx.const(0x7FFF, "uint32")) << tirx.const(13, "uint32"))
+    scaled = magnitude * tirx.const(2.0**112, "float32")
+    sign = (wide & tirx.const(0x8000, "uint32")) << tirx.const(16, "uint32")
+    return tirx.reinterpret("float32", tirx.reinterpret("uint32", e.bind(scaled)) | sign)
+
+
+def _multiply_line(e: Emitter, row: Any, first: Any, weights: Any) -> None:
+    """Add the products of one line of weights to the results of every row of activations."""
+    zero, lanes = tirx.const(0, "int32"), vector("float32", LANES)
+    count = e.bind(tirx.min(e["k"] - first, tirx.const(LINE_COLUMNS, "int32")))
+    with e.loop("token", zero, e["m"]) as token:
+        source = e.bind(token.astype("int64") * e["k"].astype("int64") + first.astype("int64"))
+        totals = e.local("float32", LANES, "totals")
+        e.store(totals, 0, tirx.const(0.0, lanes))
+        vectors = e.bind(tirx.floordiv(count, LANES))
+        with e.loop("part", zero, vectors) as part:
+            x = e.load(e["x"], source + part.astype("int64") * LANES, LANES)
+            e.store(totals, 0, e.load(totals, 0, LANES) + x * e.load(weights, part * LANES, LANES))
+        total = e.load(totals, 0, LANES)
+        while (half := lanes_of(total) // 2) > 0:
+            total = e.bind(shuffle([total], range(half)) + shuffle([total], range(half, 2 * half)))
+        place = e.bind(token.astype("int64") * e["ldy"] + row.astype("int64"))
+        e.store(e["y"], place, e.load(e["y"], place) + total)
+        with e.loop("rest", e.bind(vectors * LANES), count) as rest:
+            product = e.load(e["x"], source + rest.astype("int64")) * e.load(weights, rest)
+            e.store(e["y"], place, e.load(e["y"], place) + product)

@@ -1,0 +1,1 @@
+"""Searches the fastest kernels for a machine (`pmpd-tune`)."""
