@@ -1,4 +1,4 @@
-"""What commands give back: numbers, tables, CSV and JSON as text, and files that are written in one step."""
+"""Output of commands: numbers, tables, CSV and JSON as text, and files written in one step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from math import floor, log10
 from pathlib import Path
@@ -21,7 +22,7 @@ _NUMBERS = re.compile(r"\[\n[\d\s.,eE+-]+\]")
 
 
 def amount(value: float, *, digits: int = 3) -> str:
-    """Return a number with so many digits that count, and at most three decimals; a dash for none."""
+    """Return a number with `digits` significant digits, but at most three decimals; a dash for zero."""
     if value == 0:
         return "–"
     decimals = min(max(0, digits - 1 - floor(log10(abs(value)))), 3)
@@ -58,22 +59,40 @@ def json_text(document: object) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: whoever looks sees the old file or the whole new one.
+    """Write a file in one step: a reader sees the old file or the whole new one, never a part.
+
+    A symbolic link is followed, and a file that is replaced keeps its permissions. A device or a FIFO, such as
+    ``/dev/stdout``, is written to and stays what it is.
 
     Raises:
         PmpdError: the file cannot be written.
     """
-    if path.is_dir():
-        raise PmpdError(f"cannot write {path} ({os.strerror(errno.EISDIR)}): choose another place")
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        try:
-            with draft.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        _write(path.resolve(), data)
     except OSError as error:
         raise PmpdError(f"cannot write {path} ({error.strerror}): choose another place") from None
+    except RuntimeError:  # Path.resolve, before Python 3.13
+        raise PmpdError(f"cannot write {path} ({os.strerror(errno.ELOOP)}): choose another place") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode):  # opening a folder for writing raises IsADirectoryError
+        with path.open("wb") as file:
+            file.write(data)
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
