@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pmpd.exporter.bundle.card import model_card
 from pmpd.exporter.bundle.kernels import build_kernels, built_kernels, wanted_targets
-from pmpd.exporter.bundle.plan import checkpoint_shapes, plain_tensors
+from pmpd.exporter.bundle.layers import checkpoint_shapes, plain_tensors
 from pmpd.exporter.bundle.workspace import Workspace, check_output, fingerprint
 from pmpd.exporter.calibrate.store import sensitivities
 from pmpd.exporter.config import ExportConfig

@@ -1,4 +1,4 @@
-"""`weights.bin`: the plan of where every tensor lies, and what is written there.
+"""The layout of `weights.bin`: where every tensor lies.
 
 The plan follows from the network alone, so the file has its full size from the start and each tensor is written to its
 place as soon as it is computed. Tensors start at multiples of 64 bytes, in the order in which a token visits them.
@@ -7,98 +7,21 @@ place as soon as it is computed. Tensors start at multiples of 64 bytes, in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-from onnxscript import nn
 
 from pmpd.exporter.arch import Decoder
-from pmpd.exporter.nn import BitplaneLinear, Index, Linear, Stored
-from pmpd.runtime.errors import PmpdError
-from pmpd.runtime.format.bitplanes import CACHE_LINE, pack
+from pmpd.exporter.bundle.layers import LinearLayer
+from pmpd.exporter.nn import BitplaneLinear
+from pmpd.runtime.format.bitplanes import CACHE_LINE
 from pmpd.runtime.format.manifest import DTYPE_SIZES, Tensor
 
-if TYPE_CHECKING:
-    from pmpd.exporter.quantize import NestedCodes
-    from pmpd.exporter.source.checkpoint import Checkpoint
-
-__all__ = [
-    "WEIGHTS_FILE",
-    "LinearLayer",
-    "WeightPlan",
-    "checkpoint_shapes",
-    "external_tensor",
-    "parent_scope",
-    "plain_tensors",
-    "plan_weights",
-]
+__all__ = ["WEIGHTS_FILE", "WeightPlan", "external_tensor", "plan_weights"]
 
 WEIGHTS_FILE = "weights.bin"
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """One quantized layer: how it is put together from the checkpoint.
-
-    Attributes:
-        name: its name in the network.
-        module: the network's module.
-        parent: bits of its codes.
-        precisions: those that the bundle offers, high to low.
-    """
-
-    name: str
-    module: BitplaneLinear
-    parent: int
-    precisions: tuple[int, ...]
-
-    @property
-    def weight_names(self) -> tuple[str, ...]:
-        """The checkpoint's weights whose rows it stacks."""
-        scope = parent_scope(self.name)
-        return tuple(f"{scope}{part.name}.weight" for part in self.module.parts)
-
-    def weight(self, tensors: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-        """Stack the rows of per-checkpoint-weight matrices (weights or sensitivities): float32 ``[N, K]``."""
-        stacked = [
-            _select(_to_numpy(tensors[name]), part.index, axis=0)
-            for name, part in zip(self.weight_names, self.module.parts, strict=True)
-        ]
-        return _select(np.concatenate(stacked), self.module.columns, axis=1)
-
-    def unstack(self, weight: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
-        """Undo `weight`: the checkpoint's tensors that a merged matrix ``[N, K]`` stands for."""
-        module = self.module
-        if module.columns is not None:
-            weight = _unselect(weight, module.columns, size=module.source_features, axis=1)
-        tensors, row = {}, 0
-        for name, part in zip(self.weight_names, module.parts, strict=True):
-            rows = weight[row : row + part.out_rows]
-            tensors[name] = rows if part.index is None else _unselect(rows, part.index, size=part.rows, axis=0)
-            row += part.out_rows
-        return tensors
-
-    def bias(self, checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
-        """Stack the biases: float32 ``[N]``."""
-        scope = parent_scope(self.name)
-        return np.concatenate(
-            [
-                _select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0)
-                for part in self.module.parts
-            ]
-        )
-
-    def tensors(self, quantized: NestedCodes, checkpoint: Checkpoint) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        """Yield the tensors of the quantized layer under their names in the graphs."""
-        yield f"{self.name}.planes", pack(quantized.codes, self.parent)
-        for precision in self.precisions:
-            yield f"{self.name}.codebook.{precision}", quantized.codebooks[precision]
-        if self.module.has_bias:
-            yield f"{self.name}.bias", self.bias(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -149,47 +72,6 @@ def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> We
     return WeightPlan(tensors, tuple(linears), end)
 
 
-def checkpoint_shapes(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield every tensor that a network takes from its checkpoint, with the shape it must have there."""
-    for scope, module in network.named_modules():
-        if isinstance(module, Linear):
-            for part in module.parts:
-                yield f"{parent_scope(scope)}{part.name}.weight", (part.rows, module.source_features)
-                if module.has_bias:
-                    yield f"{parent_scope(scope)}{part.name}.bias", (part.rows,)
-        for name, parameter in module.named_parameters(prefix=scope, recurse=False):
-            if isinstance(parameter, Stored):
-                sources = parameter.sources or (name.removeprefix(f"{scope}."),)
-                shape = tuple(parameter.shape) if len(sources) == 1 else tuple(parameter.shape)[1:]
-                if parameter.columns is not None:
-                    shape = (*shape[:-1], max(parameter.columns) + 1)
-                yield from ((f"{scope}.{source}", shape) for source in sources)
-
-
-def plain_tensors(
-    network: nn.Module, checkpoint: Checkpoint, *, skip: Container[str] = ()
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Yield the network's parameters that are not quantized: those of the checkpoint, and those computed (rotary)."""
-    for scope, module in network.named_modules():
-        for name, parameter in module.named_parameters(prefix=scope, recurse=False):
-            if name in skip:
-                continue
-            if isinstance(parameter, Stored):
-                sources = parameter.sources or (name.removeprefix(f"{scope}."),)
-                arrays = [_to_numpy(checkpoint.tensor(f"{scope}.{source}"), parameter.dtype) for source in sources]
-                array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
-                array = _select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
-                if not np.isfinite(array).all():
-                    place = np.argwhere(~np.isfinite(array))[0]
-                    raise PmpdError(
-                        f"tensor {name!r} {place.tolist()} is {array[tuple(place)]} in {array.dtype}: "
-                        "check where the checkpoint comes from"
-                    )
-                yield name, array
-            elif parameter.const_value is not None:
-                yield name, parameter.const_value.numpy()
-
-
 def external_tensor(tensor: Tensor, *, planes: int) -> ir.ExternalTensor:
     """Return an initializer's value that lies in the weight file; of a nested tensor, its first `planes` planes."""
     shape = (planes, *tensor.shape[1:]) if tensor.nested else tensor.shape
@@ -201,35 +83,3 @@ def external_tensor(tensor: Tensor, *, planes: int) -> ir.ExternalTensor:
         shape=ir.Shape(shape),
         name=tensor.name,
     )
-
-
-def parent_scope(name: str) -> str:
-    """Return what a module's name puts before those of its siblings: ``model.layers.0.`` of ``model.layers.0.mlp``."""
-    parent = name.rpartition(".")[0]
-    return f"{parent}." if parent else ""
-
-
-def _to_numpy(tensor: Any, dtype: ir.DataType = ir.DataType.FLOAT) -> npt.NDArray[Any]:
-    if isinstance(tensor, np.ndarray):
-        return tensor
-    import torch  # not at the top: a plan, which is all that a skeleton needs, is made without it
-
-    array: npt.NDArray[Any] = tensor.to(getattr(torch, dtype.numpy().name)).numpy()
-    return array
-
-
-def _select(array: npt.NDArray[Any], index: Index, *, axis: int) -> npt.NDArray[Any]:
-    """Take along an axis by index; -1 gives zeros."""
-    if index is None:
-        return array
-    taken = np.take(array, np.maximum(index, 0), axis=axis)
-    np.moveaxis(taken, axis, 0)[np.asarray(index) < 0] = 0
-    return taken
-
-
-def _unselect(array: npt.NDArray[Any], index: Sequence[int], *, size: int, axis: int) -> npt.NDArray[Any]:
-    """Undo `_select` of every one of `size` elements."""
-    places = np.asarray(index)
-    back = np.empty(size, dtype=np.intp)
-    back[places[places >= 0]] = np.flatnonzero(places >= 0)
-    return np.take(array, back, axis=axis)

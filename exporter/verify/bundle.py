@@ -16,7 +16,8 @@ import onnxruntime
 import torch
 
 from pmpd.exporter.arch import Family
-from pmpd.exporter.bundle.plan import LinearLayer, WeightPlan, parent_scope, plain_tensors
+from pmpd.exporter.bundle.layers import LinearLayer, parent_scope, plain_tensors
+from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.graph.build import build_graph
 from pmpd.exporter.nn import FloatLinear
 from pmpd.exporter.source.checkpoint import Checkpoint
