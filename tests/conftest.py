@@ -1,32 +1,106 @@
-"""What several test files share: one exported bundle of the demo model, and the data beside the repository."""
+"""What all tests share: the four tiers, folders made once per run, and the exported demo model.
+
+Every test is in exactly one tier, and most need no mark for it:
+
+- `fast`: what is not in another tier. `make test-fast` fails a fast test that takes more than its CPU seconds.
+- `full`: tests that use a module or session fixture of ours (something too expensive to make for each test), and tests
+  marked `full`.
+- `slow`: tests marked `slow`.
+- `real`: everything below `tests/real`.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # The first call of a property also pays for imports and session start-up: a deadline would measure those.
 settings.register_profile("pmpd", deadline=None)
 settings.load_profile("pmpd")
 
+TESTS = Path(__file__).parent
+# Makes a folder once per run: `once(name, build)` calls `build(folder)` in the first process that asks.
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast-limit", type=float, default=0, metavar="SECONDS", help="CPU seconds a test of the tier `fast` may take"
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(tier_of(item))
+
+
+def tier_of(item: pytest.Item) -> str:
+    """Return the tier of a test."""
+    if item.path.is_relative_to(TESTS / "real"):
+        return "real"
+    if item.get_closest_marker("slow"):
+        return "slow"
+    return "full" if item.get_closest_marker("full") or shares_a_fixture(item) else "fast"
+
+
+def shares_a_fixture(item: pytest.Item) -> bool:
+    """Whether a test uses a fixture of this project that is made for more than one test."""
+    definitions = item._fixtureinfo.name2fixturedefs.values()  # type: ignore[attr-defined]
+    return any(
+        definition.scope in ("module", "package", "session") and not definition.func.__module__.startswith("_pytest.")
+        for stack in definitions
+        for definition in stack
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    begin = cpu_seconds()
+    yield
+    limit = item.config.getoption("--fast-limit")
+    if limit and item.get_closest_marker("fast") and (spent := cpu_seconds() - begin) > limit:
+        pytest.fail(f"this test took {spent:.1f} CPU seconds, a fast one may take {limit:g}: mark it @pytest.mark.full")
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its children that have ended: other load does not count."""
+    return sum(os.times()[:4])
+
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Make folders that all processes of a test run share. Tests copy what they want to change."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, build: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what another process failed at
+                folder.mkdir()
+                build(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(once: Once) -> Path:
     """The demo model at 4, 3 and 2 bits, without kernels. Tests copy it before they change anything."""
-    from pmpd.exporter.config import ExportConfig
-    from pmpd.exporter.pipeline import export_bundle
 
-    output = tmp_path_factory.mktemp("demo") / "demo-pmpd"
-    export_bundle(ExportConfig(model="demo", output=output, precisions=(4, 3, 2), targets=()))
-    return output
+    def export(folder: Path) -> None:
+        from pmpd.exporter.config import ExportConfig
+        from pmpd.exporter.pipeline import export_bundle
 
+        export_bundle(ExportConfig(model="demo", output=folder / "demo-pmpd", precisions=(4, 3, 2), targets=()))
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of models and data sets beside the repository."""
-    path = Path(__file__).resolve().parents[2] / "shared"
-    if not path.is_dir():
-        pytest.skip("needs the data in ../shared, which is not there")
-    return path
+    return once("demo", export) / "demo-pmpd"

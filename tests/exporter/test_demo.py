@@ -102,6 +102,7 @@ def test_progress_and_result_are_reported(tmp_path: Path, capsys: pytest.Capture
     assert [line for line in err.splitlines() if line.startswith("step ")][-1].endswith("0:00 left")
 
 
+@pytest.mark.full
 def test_a_stopped_training_leaves_nothing(tmp_path: Path) -> None:
     text = write(tmp_path / "text.txt", stories(60))
     arguments = ["--text", str(text), "--output", str(tmp_path / "model"), "--minutes=9", *TINY]

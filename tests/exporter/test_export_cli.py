@@ -61,6 +61,7 @@ def test_help_needs_no_heavy_packages() -> None:
     assert process.stderr == ""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("package", "extra"), [("click", "export"), ("torch", "cpu,export"), ("onnxruntime", "cpu,export")]
 )
@@ -90,6 +91,7 @@ def test_the_result_is_on_stdout_and_the_rest_on_stderr(tiny: Path) -> None:
     assert Bundle.open("out", verify=True).manifest.verification == result["verification"]
 
 
+@pytest.mark.full
 def test_quiet_prints_the_result_alone(place: Path) -> None:
     model = save_with_tokenizer(place / "model")
     (place / "text.txt").write_text("The owl saw a tree. " * 20)

@@ -27,6 +27,8 @@ from pmpd.exporter.verify.bundle import float_graph_logits
 from pmpd.runtime import Bundle, Generator
 from pmpd.runtime.format.bitplanes import dequantize
 
+pytestmark = pytest.mark.full
+
 POSITIONS = 48
 NODES_PER_LAYER = {"llama": 12, "llama-biases": 12, "phi": 9, "stablelm": 12}
 # Shapes of a billion parameters and more: what `config.json` of TinyLlama, Phi-1.5 and StableLM-Zephyr-3B say.

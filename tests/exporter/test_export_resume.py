@@ -27,6 +27,8 @@ from pmpd.exporter.quantize import AnyPrecisionQuantizer
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import PmpdError
 
+pytestmark = pytest.mark.full
+
 LINEARS = 4 * 2 + 1  # quantized layers of the tiny model
 
 
@@ -268,8 +270,13 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     assert not output.exists()
 
 
-@pytest.mark.parametrize("size", ["tiny", pytest.param("demo", marks=pytest.mark.slow)])
-def test_killing_an_export_at_ten_moments_leaves_no_broken_bundle(size: str, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("tiny", 3), *(pytest.param(size, 10, marks=pytest.mark.slow) for size in ("tiny", "demo"))],
+)
+def test_killing_an_export_at_any_moment_leaves_no_broken_bundle(
+    size: str, count: int, tiny: Path, tmp_path: Path
+) -> None:
     # Processes forked from one that has imported everything spend their time exporting, so that is where kills land.
     context = multiprocessing.get_context("forkserver")
     lazy = [f"transformers.models.{name}" for name in ("auto.tokenization_auto", "llama.modeling_llama")]
@@ -296,9 +303,9 @@ def test_killing_an_export_at_ten_moments_leaves_no_broken_bundle(size: str, tin
     run(None)
     duration = time.monotonic() - begin
     weights = (config.output / "weights.bin").read_bytes()
-    choose = random.Random(0).uniform
+    choose = random.Random(count).uniform
     kills = 0
-    while kills < 10:
+    while kills < count:
         if config.output.exists():
             shutil.rmtree(config.output)
         kills += run(choose(0, duration))

@@ -238,6 +238,7 @@ def test_attributes_that_the_operator_refuses(library: Path, heads: int, kv_head
         open_session(library, model(heads=heads, kv_heads=kv_heads))
 
 
+@pytest.mark.full
 def test_a_library_without_attention_says_so(tmp_path: Path) -> None:
     output = tmp_path / "libpmpd_ops.so"
     link_library(find_target(host_target() or ""), [Path(__file__).with_name("scalar_kernels.c")], output=output)

@@ -24,6 +24,7 @@ from pmpd.tvm_kernels.targets import find_target, host_target
 COLUMNS = {"kernel", "p", "n", "k", "m", "threads", "microseconds", "gbs", "of_read"}
 
 
+@pytest.mark.full
 def test_a_run_writes_what_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isas = machine_isas(find_target(host_target() or "x86-64-v3"))
     if not isas:

@@ -18,6 +18,8 @@ from pmpd.tvm_kernels.library.compile import _compile_all, _Unit, compile_kernel
 from pmpd.tvm_kernels.library.link import build_library
 from pmpd.tvm_kernels.targets import TARGETS
 
+pytestmark = pytest.mark.full
+
 # What `pmpd_cpu_features` in ort_ops/cpu.c asks for, in the assembler's words, as far as it adds instructions.
 V3 = "generic64+avx2+fma+f16c+bmi+bmi2+lzcnt+movbe+popcnt+cx16"
 V4 = f"{V3}+avx512f+avx512bw+avx512cd+avx512dq+avx512vl"

@@ -18,6 +18,8 @@ from pmpd.tvm_kernels.library.compile import Progress
 from pmpd.tvm_kernels.library.link import build_library, link_library
 from pmpd.tvm_kernels.targets import TARGETS, Target, host_target
 
+pytestmark = pytest.mark.full
+
 KERNELS = Path(__file__).with_name("scalar_kernels.c")
 DRIVER = Path(__file__).with_name("scalar_driver.c")
 MACHINES = {"x86_64": "X86-64", "aarch64": "AArch64"}  # as readelf calls them

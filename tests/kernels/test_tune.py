@@ -222,6 +222,7 @@ def test_a_shape_is_two_numbers(text: str) -> None:
         parse_shape(text)
 
 
+@pytest.mark.full
 def test_the_command_tunes_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     isas = machine_isas(find_target(host_target() or "x86-64-v3"))
     if not isas:

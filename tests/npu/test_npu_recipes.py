@@ -44,6 +44,7 @@ def test_rates_that_the_paper_claims(figure: list[Bar]) -> None:
     assert np.mean(best("vicuna-7b")) > 15
 
 
+@pytest.mark.full
 def test_prefill_at_the_high_precision_costs_little() -> None:
     shares = prefill_overheads()
     # Compute-bound prefill costs the same at both, but for how its streams fall into tiles.
@@ -51,6 +52,7 @@ def test_prefill_at_the_high_precision_costs_little() -> None:
     assert max(shares.values()) > 0.0007
 
 
+@pytest.mark.full
 def test_recipe_writes_what_it_prints(tmp_path: Path) -> None:
     text = run(json=tmp_path / "figure5.json", plot=tmp_path / "figure5.svg")
     document = json.loads((tmp_path / "figure5.json").read_text())
