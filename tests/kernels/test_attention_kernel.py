@@ -160,12 +160,32 @@ def test_cache_rounds_as_numpy_does(programs: Programs, target: str, kernel: Any
 
 @kernels((64, 80))
 def test_what_float16_cannot_hold(programs: Programs, target: str, kernel: Any) -> None:
-    """Processors make infinities of it; the portable kernel its largest number."""
     qkv = np.zeros((1, 3 * kernel.dim), np.float32)
-    qkv[0, -4:] = 65519, 65520, -65520, 1e30
+    qkv[0, -5:] = 65519, 65520, -65520, 1e30, np.nan
     empty = np.zeros((1, 1, kernel.dim), np.float16)
     none = np.zeros((1, 0), np.float32)
     case = Case(qkv=qkv, keys=empty, values=empty, cos=none, sin=none, past=0, heads=1, scale=1.0, end=1)
     [result] = programs.run(target, kernel, [case])
-    most = 65504 if kernel.isa.name == "portable" else np.inf
-    assert result.values[0, 0, -4:].tolist() == [65504, most, -most, most]
+    for made in (result.values[0, 0], result.y[0, 0]):
+        np.testing.assert_array_equal(made[-5:], np.array([65504, np.inf, -np.inf, np.inf, np.nan], np.float32))
+
+
+@kernels()
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_what_is_not_finite_stays_so(programs: Programs, target: str, kernel: Any, part: str, value: float) -> None:
+    """A query reaches its own result, a key or value those of its token and all later ones; no other head's."""
+    M, heads, kv_heads, dim = 6, 4, 2, kernel.dim
+    case = random_case(dim, heads, kv_heads, M, 20, 0)
+    column = {"query": 0, "key": heads * dim, "value": (heads + kv_heads) * dim}[part] + 5
+    case.qkv[3, column] = value
+    [result] = programs.run(target, kernel, [case])
+    finite = np.isfinite(result.y).all(axis=2)  # (M, heads)
+    if part == "query":
+        assert np.argwhere(~finite).tolist() == [[3, 0]]
+        return
+    assert finite[:, heads // kv_heads :].all()
+    later = finite[3:, : heads // kv_heads]
+    if part == "key" and not np.isnan(value):  # a score of minus infinity is a weight of 0, which loses nothing
+        later = later[case.qkv[3:].reshape(3, -1, dim)[:, : heads // kv_heads, 5] * value > 0]
+    assert not later.any()

@@ -105,12 +105,22 @@ def test_the_first_failure_ends_all_compiling(tmp_path: Path, monkeypatch: pytes
             started.append(self)
 
     monkeypatch.setattr(compile_module.subprocess, "Popen", Worker)
-    monkeypatch.setattr(compile_module.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(compile_module, "available_threads", lambda: 3)
     units = {tmp_path / name: _Unit(name, None, "", "", ()) for name in ("pmpd_slow", "pmpd_broken", "pmpd_other")}
     with pytest.raises(PmpdError, match="TVM fails to compile the kernel pmpd_broken"):
         list(_compile_all(units))
     assert len(started) == 3
     assert None not in [worker.returncode for worker in started]
+
+
+@pytest.mark.parametrize("file", ["library/worker.py", "codegen/emit.py", "ops/matmul/gemv.py"])
+def test_objects_are_cached_by_the_code_that_makes_them(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = _Unit("pmpd_any", None, "x86_64-linux-gnu", "generic", ())
+    before = compile_module._cached(unit)
+    assert compile_module._cached(unit) == before
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read_bytes(self) + b"#" * str(self).endswith(file))
+    assert compile_module._cached(unit) != before
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,6 +128,19 @@ def activations(rng: np.random.Generator, bits: int) -> list[Case]:
     return cases + [Case(x=x, planes=full, codebook=book, begin=0, end=N) for x in greatest]
 
 
+def not_finite(rng: np.random.Generator, bits: int) -> list[Case]:
+    """Activations with NaN or infinity at the first, some and the last column of one of three rows."""
+    N, M, K = 6, 3, 600
+    cases = []
+    for value in (np.nan, np.inf, -np.inf):
+        for column in (0, 77, K - 1):
+            x = rng.standard_normal((M, K), dtype=np.float32)
+            case = random_case(rng, bits, (N, K, M, 0, N), x=x)
+            case.x[1, column] = value
+            cases.append(case)
+    return cases
+
+
 SCENARIOS: dict[str, Callable[[np.random.Generator, int], list[Case]]] = {
     function.__name__: function for function in (shapes, columns, codebooks, activations)
 }
@@ -169,6 +183,20 @@ def test_single_weights_are_exact(program: Program, kernel: Kernel) -> None:
     cases = [every_half(kernel.bits), *cases_of("columns", kernel.bits)]
     for case, y in zip(cases, program.run(kernel, cases), strict=True):
         assert np.array_equal(y, case.weight.T)
+
+
+@each(PROGRAMS.__getitem__)
+def test_not_a_finite_activation_gives_not_a_finite_result(program: Program, kernel: Kernel) -> None:
+    """In its own row of activations, and in no other."""
+    cases = not_finite(np.random.default_rng(kernel.bits), kernel.bits)
+    for case, y in zip(cases, program.run(kernel, cases), strict=True):
+        assert not np.isfinite(y[1]).any()
+        check(kernel, *(_rows(part, [0, 2]) for part in (case, y)))
+
+
+def _rows(part: Case | npt.NDArray[np.float32], rows: list[int]) -> Any:
+    """Return some rows of activations, or of results."""
+    return replace(part, x=np.ascontiguousarray(part.x[rows])) if isinstance(part, Case) else part[rows]
 
 
 @st.composite

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +16,8 @@ from kernel_oracle import check
 from kernel_programs import Case, Program, build_program, every_half
 
 from pmpd.runtime.format.bitplanes import pack
-from pmpd.tvm_kernels.targets import TARGETS
+from pmpd.tvm_kernels.library.compile import compile_kernels
+from pmpd.tvm_kernels.targets import TARGETS, host_target
 
 
 @pytest.fixture(
@@ -62,3 +69,38 @@ def test_every_column_has_its_group(program: Program, G: int) -> None:
     case = Case(x=np.eye(K, dtype=np.float32), planes=planes, codebook=codebook, begin=0, end=3)
     (y,) = program.run(None, [case])
     assert np.array_equal(y, case.weight.T)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_not_a_finite_activation_gives_not_a_finite_result(program: Program, value: float) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 600), dtype=np.float32)
+    x[1, 77] = value
+    planes = pack(rng.integers(0, 16, (5, 600), dtype=np.uint8), 4)
+    case = Case(x=x, planes=planes, codebook=rng.standard_normal((5, 2, 16)).astype(np.float16), begin=0, end=5)
+    (y,) = program.run(None, [case])
+    assert np.isfinite(y).tolist() == [[True] * 5, [False] * 5]
+
+
+def test_codebooks_beyond_int32(tmp_path: Path) -> None:
+    """Row 70,000 of 40,000 groups: their product does not fit 32 bits. Only what that row reads is in memory."""
+    target = TARGETS[host_target() or "x86-64-v4"]
+    if platform.machine() != target.arch:
+        pytest.skip("no target is for this machine")
+    row, groups, bits = 70_000, 40_000, 1
+    _, portable = compile_kernels(target, precisions=(), directory=tmp_path, kernels=[])
+    library = tmp_path / "portable.so"
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig, "-shared", "-o", str(library)]
+    subprocess.run([*zig, str(portable)], check=True)
+    codebook = np.array([2.0, 3.0], np.float16)
+    planes = np.full(64, 0b10, np.uint8)
+    x, y = np.ones(8, np.float32), np.zeros(row + 1, np.float32)
+
+    def pointer(array: np.ndarray, *, before: int = 0) -> ctypes.c_void_p:
+        """Return where an array would begin of which this is what follows `before` bytes."""
+        return ctypes.c_void_p((array.ctypes.data - before) % 2**64)
+
+    arrays = pointer(planes, before=row * 64), ctypes.c_int64(0), pointer(codebook, before=row * groups * 2**bits * 2)
+    sizes = map(ctypes.c_int32, (bits, groups, 1, 8, 1, 1, row, row + 1))
+    ctypes.CDLL(str(library)).pmpd_any(*arrays, pointer(x), pointer(y), ctypes.c_int64(0), *sizes)
+    assert y[row] == 7 * 2 + 3

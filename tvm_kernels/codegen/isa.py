@@ -16,6 +16,10 @@ from pmpd.tvm_kernels.codegen.emit import Emitter, lanes_of, shuffle, vector
 __all__ = ["ISAS", "Avx2", "Avx512", "Avx512Vbmi", "Avx512Vnni", "AvxVnni", "Dotprod", "Isa", "Neon", "Portable"]
 
 
+# Bits of float32 numbers: the least that rounds to infinity in float16, and infinity itself. NaN is above both.
+_BITS_65520, _BITS_INFINITY = 0x477FF000, 0x7F800000
+
+
 def _bits(value: Any, dtype: str) -> Any:
     """Reinterpret the bits of a vector as one of another element type."""
     return value if str(value.ty.dtype) == dtype else tirx.reinterpret(dtype, value)
@@ -94,26 +98,35 @@ class Portable(Isa):
     width, registers, cpu = 16, 16, "generic"
 
     def from_half(self, half: Any) -> Any:
-        """Shift exponent and mantissa to where float32 has them; one product mends the bias, subnormals included."""
+        """Shift exponent and mantissa to where float32 has them; one multiplication corrects the exponent bias.
+
+        That holds for subnormal numbers too; infinity and NaN are given float32's greatest exponent.
+        """
         lanes = lanes_of(half)
         words, floats = vector("uint32", lanes), vector("float32", lanes)
         wide = tirx.Cast(words, half)
-        magnitude = tirx.reinterpret(floats, (wide & tirx.const(0x7FFF, words)) << tirx.const(13, words))
-        scaled = tirx.reinterpret(words, magnitude * tirx.const(2.0**112, floats))
-        return tirx.reinterpret(floats, scaled | ((wide & tirx.const(0x8000, words)) << tirx.const(16, words)))
+        shifted = (wide & tirx.const(0x7FFF, words)) << tirx.const(13, words)
+        scaled = tirx.reinterpret(words, tirx.reinterpret(floats, shifted) * tirx.const(2.0**112, floats))
+        infinite = tirx.Select(
+            shifted < tirx.const(0x7C00 << 13, words), tirx.const(0, words), tirx.const(0x7F800000, words)
+        )
+        sign = (wide & tirx.const(0x8000, words)) << tirx.const(16, words)
+        return tirx.reinterpret(floats, scaled | infinite | sign)
 
     def to_half(self, x: Any) -> Any:
-        """The same way back: the largest float16 bounds it, and the bits that are cut off round to even."""
+        """The same way back: the bits that are cut off round to even; from 65520 on the result is infinity."""
         lanes = lanes_of(x)
         words, floats = vector("uint32", lanes), vector("float32", lanes)
         bits = tirx.reinterpret(words, x)
-        magnitude = tirx.reinterpret(floats, bits & tirx.const(0x7FFFFFFF, words))
-        bounded = tirx.min(magnitude, tirx.const(65504.0, floats)) * tirx.const(2.0**-112, floats)
-        scaled = tirx.reinterpret(words, bounded)
+        unsigned = bits & tirx.const(0x7FFFFFFF, words)
+        scaled = tirx.reinterpret(words, tirx.reinterpret(floats, unsigned) * tirx.const(2.0**-112, floats))
         odd = (scaled >> tirx.const(13, words)) & tirx.const(1, words)
         rounded = (scaled + tirx.const(0xFFF, words) + odd) >> tirx.const(13, words)
+        # Of unsigned integers, as which finite numbers, infinity and NaN come in this order.
+        finite = tirx.Select(unsigned < tirx.const(_BITS_65520, words), rounded, tirx.const(0x7C00, words))
+        magnitude = tirx.Select(unsigned <= tirx.const(_BITS_INFINITY, words), finite, tirx.const(0x7E00, words))
         sign = (bits >> tirx.const(16, words)) & tirx.const(0x8000, words)
-        return tirx.Cast(vector("uint16", lanes), rounded | sign)
+        return tirx.Cast(vector("uint16", lanes), magnitude | sign)
 
 
 class Avx2(Isa):

@@ -21,13 +21,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pmpd.runtime.engine.sessions import available_threads
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.targets import Target
 
 __all__ = ["Progress", "attentions_of", "compile_kernels", "kernels_of", "require_tvm"]
 
-# The modules that decide what is in an object.
-_GENERATORS = sorted(file for room in ("codegen", "ops") for file in (Path(__file__).parents[1] / room).rglob("*.py"))
+# The code that decides what is in an object: what makes the TIR functions, and what compiles them.
+_PACKAGE = Path(__file__).parents[1]
+_GENERATORS = [
+    *sorted(file for room in ("codegen", "ops") for file in (_PACKAGE / room).rglob("*.py")),
+    _PACKAGE / "library" / "worker.py",
+]
 
 _WORKER = [sys.executable, "-m", "pmpd.tvm_kernels.library.worker"]
 
@@ -149,7 +154,7 @@ def _compile_all(units: dict[Path, _Unit]) -> Iterator[str]:
             done.put(unit.symbol)
 
     with ExitStack() as stack:
-        for _ in range(min(len(units), os.cpu_count() or 1)):
+        for _ in range(min(len(units), available_threads())):
             worker = stack.enter_context(
                 subprocess.Popen(_WORKER, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             )

@@ -194,9 +194,10 @@ class _Attention:
         return value
 
     def _exp2(self, x: Any) -> Any:
-        """Return 2 to the power of x (sixteen lanes, none above 0), within 3e-6."""
+        """Return 2 to the power of x (sixteen lanes, none above 0), within 3e-6. NaN stays NaN."""
         e, floats = self.e, "float32x16"
-        x = e.bind(tirx.max(x, tirx.const(-126.0, floats)))
+        least = tirx.const(-126.0, floats)
+        x = e.bind(tirx.Select(x < least, least, x))  # not max, which drops NaN
         whole = e.bind(tirx.Cast("int32x16", x - tirx.const(0.5, floats)))  # truncation: the nearest, as x <= 0
         rest = e.bind(x - tirx.Cast(floats, whole))
         power = tirx.const(EXP2[-1], floats)

@@ -55,7 +55,10 @@ def pack_int8(isa: Isa, *, name: str) -> Any:
                 ) as column:
                     e.store(x, column, e.load(e["x"], source + (first + column).astype("int64")))
             values = e.load(x, 0, GROUP)
-            largest = _reduce(e, tirx.call_llvm_pure_intrin(floats, "llvm.fabs", values), tirx.max)
+            # The largest magnitude, found among the bits as integers: there infinity and NaN exceed all numbers,
+            # while a maximum of floats would drop NaN. Either makes the scale, and so all results of the row, NaN.
+            magnitudes = tirx.reinterpret(ints, values) & tirx.const(0x7FFFFFFF, ints)
+            largest = e.bind(tirx.reinterpret("float32", _reduce(e, magnitudes, tirx.max)))
             scale = e.bind(largest * tirx.const(1 / 127, "float32"), "scale")
             inverse = tirx.const(127.0, "float32") / tirx.max(largest, tirx.const(1e-30, "float32"))
             rounded = e.bind(

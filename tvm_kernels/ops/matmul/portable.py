@@ -10,12 +10,14 @@ from typing import Any
 from tvm import tirx
 
 from pmpd.tvm_kernels.codegen.emit import Emitter, lanes_of, shuffle, vector
+from pmpd.tvm_kernels.codegen.isa import Portable
 from pmpd.tvm_kernels.ops.matmul.activations import LINE_COLUMNS
 
 __all__ = ["PORTABLE_NAME", "portable_matmul"]
 
 PORTABLE_NAME = "pmpd_any"
 LANES = 16
+_BASIC = Portable()  # converts float16 with integer arithmetic and one multiplication
 
 
 def portable_matmul() -> Any:
@@ -64,20 +66,11 @@ def _decode_byte(e: Emitter, row: Any, byte: Any, place: Any, weights: Any) -> N
         found = (tirx.Broadcast(value, 8) >> shifts) & tirx.const(1, wide)
         e.store(codes, 0, (e.load(codes, 0, 8) << tirx.const(1, wide)) | found)
     group = e.bind(tirx.min(tirx.floordiv(byte, e["group_bytes"]), e["groups"] - 1))
-    first = e.bind((row * e["groups"] + group).astype("int64") << e["bits"].astype("int64"))
+    codebook = row.astype("int64") * e["groups"].astype("int64") + group.astype("int64")
+    first = e.bind(codebook << e["bits"].astype("int64"))
     for column in range(8):
         entry = e.load(e["codebook"], first + e.load(codes, column).astype("int64"))
-        e.store(weights, place * 8 + column, _from_half(e, entry))
-
-
-def _from_half(e: Emitter, half: Any) -> Any:
-    """Convert the bits of a float16 in integers and one multiplication: no instruction set but the basic one."""
-    wide = e.bind(tirx.Cast("uint32", half))
-    # Exponent and mantissa in the place of a float32's; the factor mends the exponent's bias, subnormals included.
-    magnitude = tirx.reinterpret("float32", (wide & tirx.const(0x7FFF, "uint32")) << tirx.const(13, "uint32"))
-    scaled = magnitude * tirx.const(2.0**112, "float32")
-    sign = (wide & tirx.const(0x8000, "uint32")) << tirx.const(16, "uint32")
-    return tirx.reinterpret("float32", tirx.reinterpret("uint32", e.bind(scaled)) | sign)
+        e.store(weights, place * 8 + column, e.bind(_BASIC.from_half(entry)))
 
 
 def _multiply_line(e: Emitter, row: Any, first: Any, weights: Any) -> None:
