@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Generator
+import signal
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 def cpu_seconds() -> float:
     """Return the CPU time of this process and of its children that have ended: other load does not count."""
     return sum(os.times()[:4])
+
+
+@pytest.fixture(autouse=True)
+def interruptible(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the children of tests marked `interruptible` be interrupted, even where this run ignores SIGINT.
+
+    A run in the background (`make test &`, nohup, many CI services) ignores it, and children inherit that.
+    """
+    if request.node.get_closest_marker("interruptible") is None:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -245,6 +245,7 @@ def test_calibration_sequences_are_pieces_of_the_text(ids: int, samples: int, le
     assert [batches[0][0, 0], batches[-1][0, -1]] == [0, ids - 1] if wanted > 1 else [0, length - 1]
 
 
+@pytest.mark.interruptible
 def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     command = [

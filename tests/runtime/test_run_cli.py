@@ -185,6 +185,7 @@ def test_reader_that_leaves_causes_no_traceback(demo_bundle: Path) -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.interruptible
 def test_text_streams_and_ctrl_c_ends_it(demo_bundle: Path) -> None:
     with start(demo_bundle, "-p", PROMPT, "-n", "150", "-q") as process:
         assert process.stdout is not None
