@@ -44,7 +44,7 @@ def test_public_classes_and_functions_are_listed(name: str) -> None:
         return  # a room: its docstring says what lives in it
     assert hasattr(module, "__all__"), f"{name} has no __all__: list in it what other modules may import"
     for listed in module.__all__:
-        assert hasattr(module, listed), f"{name}.__all__ lists {listed!r}, which does not exist: mend or remove it"
+        assert hasattr(module, listed), f"{name}.__all__ lists {listed!r}, which does not exist: correct or remove it"
     defined = {node.name for node in syntax_of(name).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     stray = sorted(key for key in defined - set(module.__all__) if not key.startswith("_"))
     assert not stray, (
