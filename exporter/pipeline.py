@@ -126,6 +126,7 @@ class Export(Outline):
             )
             manifest = replace(
                 self._manifest(workspace),
+                verified=True,
                 verification={check: asdict(agreement) for check, agreement in results.items()},
             )
             (workspace.path / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")

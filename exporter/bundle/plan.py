@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript import nn
 
 from pmpd.exporter.arch import Decoder
+from pmpd.exporter.arch.decoder import Embedding
 from pmpd.exporter.bundle.layers import LinearLayer
-from pmpd.exporter.nn import BitplaneLinear
+from pmpd.exporter.nn import BitplaneLinear, HeadNorm, Norm, RotaryTables
 from pmpd.runtime.format.bitplanes import CACHE_LINE
 from pmpd.runtime.format.manifest import DTYPE_SIZES, Tensor
 
@@ -35,46 +38,65 @@ class WeightPlan:
     @property
     def plane_bytes(self) -> int:
         """Bytes of all bit-planes."""
-        return sum(tensor.length for name, tensor in self.tensors.items() if name.endswith(".planes"))
+        return sum(tensor.length for tensor in self.tensors.values() if tensor.role == "planes")
 
     @property
     def codebook_bytes(self) -> int:
         """Bytes of all codebooks."""
-        return sum(tensor.length for name, tensor in self.tensors.items() if ".codebook." in name)
+        return sum(tensor.length for tensor in self.tensors.values() if tensor.role == "codebook")
+
+    def planes(self, layer: str) -> Tensor:
+        """Return the planes of a quantized layer."""
+        return next(tensor for tensor in self.tensors.values() if (tensor.layer, tensor.role) == (layer, "planes"))
+
+    def codebook(self, layer: str, bits: int) -> Tensor:
+        """Return the codebook of a quantized layer at a precision that it has one for."""
+        wanted = (layer, "codebook", bits)
+        return next(tensor for tensor in self.tensors.values() if (tensor.layer, tensor.role, tensor.bits) == wanted)
 
 
 def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> WeightPlan:
     """Lay out the tensors of a network whose nested layers hold `parent` planes and offer `precisions`."""
-    shapes: dict[str, tuple[str, tuple[int, ...], bool]] = {}
+    tensors: dict[str, Tensor] = {}
+    end = 0
+
+    def add(name: str, dtype: str, shape: Sequence[int], **fields: Any) -> None:
+        nonlocal end
+        offset = -(-end // CACHE_LINE) * CACHE_LINE
+        end = offset + math.prod(shape) * DTYPE_SIZES[dtype]
+        tensors[name] = Tensor(
+            name=name, file=WEIGHTS_FILE, offset=offset, length=end - offset, dtype=dtype, shape=tuple(shape), **fields
+        )
+
     linears = []
     for scope, module in decoder.named_modules():
-        for name, parameter in module.named_parameters(prefix=scope, recurse=False):
-            if not isinstance(module, BitplaneLinear):
-                shapes[name] = (parameter.dtype.numpy().name, tuple(parameter.shape), False)
-        if isinstance(module, BitplaneLinear):
-            bits = parent if module.nested else module.precision
-            offered = tuple(precisions) if module.nested else (module.precision,)
-            N, stride = module.planes.shape[1], module.planes.shape[2]
-            shapes[f"{scope}.planes"] = ("uint8", (bits, N, stride), module.nested)
-            for precision in offered:
-                shapes[f"{scope}.codebook.{precision}"] = ("float16", (N, module.groups, 2**precision), False)
-            if module.has_bias:
-                shapes[f"{scope}.bias"] = ("float32", (N,), False)
-            linears.append(LinearLayer(scope, module, bits, offered))
-    tensors, end = {}, 0
-    for name, (dtype, shape, nested) in shapes.items():
-        offset = -(-end // CACHE_LINE) * CACHE_LINE
-        length = math.prod(shape) * DTYPE_SIZES[dtype]
-        tensors[name] = Tensor(
-            name=name, file=WEIGHTS_FILE, offset=offset, length=length, dtype=dtype, shape=shape, nested=nested
-        )
-        end = offset + length
+        if not isinstance(module, BitplaneLinear):
+            for name, parameter in module.named_parameters(prefix=scope, recurse=False):
+                add(name, parameter.dtype.numpy().name, parameter.shape, role=_role(module))
+            continue
+        bits = parent if module.nested else module.precision
+        offered = tuple(precisions) if module.nested else (module.precision,)
+        N, stride = module.planes.shape[1:]
+        add(f"{scope}.planes", "uint8", (bits, N, stride), role="planes", layer=scope, bits=bits, nested=module.nested)
+        for p in offered:
+            add(f"{scope}.codebook.{p}", "float16", (N, module.groups, 2**p), role="codebook", layer=scope, bits=p)
+        if module.has_bias:
+            add(f"{scope}.bias", "float32", (N,), role="bias", layer=scope)
+        linears.append(LinearLayer(scope, module, bits, offered))
     return WeightPlan(tensors, tuple(linears), end)
+
+
+def _role(module: nn.Module) -> str:
+    """Return the role of a module's parameters that are not quantized."""
+    for kinds, role in (((Norm, HeadNorm), "norm"), (Embedding, "embedding"), (RotaryTables, "rotary")):
+        if isinstance(module, kinds):
+            return role
+    raise TypeError(f"the parameters of {type(module).__name__} have no role in a bundle: give them one here")
 
 
 def external_tensor(tensor: Tensor, *, planes: int) -> ir.ExternalTensor:
     """Return an initializer's value that lies in the weight file; of a nested tensor, its first `planes` planes."""
-    shape = (planes, *tensor.shape[1:]) if tensor.nested else tensor.shape
+    shape = tensor.shape_at(planes)
     return ir.ExternalTensor(
         tensor.file,
         tensor.offset,

@@ -234,8 +234,8 @@ def _dequantized(
     @lru_cache(maxsize=1)  # the parts of a merged layer are asked for one after the other
     def weights(layer: LinearLayer) -> dict[str, npt.NDArray[np.float32]]:
         bits = precision if layer.module.nested else layer.parent
-        planes = bundle.tensor(plan.tensors[f"{layer.name}.planes"], planes=bits)
-        codebook = bundle.tensor(plan.tensors[f"{layer.name}.codebook.{bits}"])
+        planes = bundle.tensor(plan.planes(layer.name), planes=bits)
+        codebook = bundle.tensor(plan.codebook(layer.name, bits))
         N, K = layer.module.out_features, layer.module.in_features
         weight = np.empty((N, K), dtype=np.float32)
         for at in range(0, N, _ROWS_AT_A_TIME):

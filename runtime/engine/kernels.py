@@ -197,8 +197,7 @@ def _bundle_library(bundle: Bundle, *, accuracy: str) -> KernelLibrary:
 
 def require_fast(library: KernelLibrary, manifest: Manifest, graphs: Iterable[Graph]) -> None:
     """Raise KernelError if a node of the graphs would run the library's kernel for anything."""
-    grouped = [tensor for tensor in manifest.tensors if tensor.dtype == "float16" and len(tensor.shape) == 3]
-    if any(tensor.shape[1] > 1 for tensor in grouped):
+    if any(tensor.role == "codebook" and tensor.shape[1] > 1 for tensor in manifest.tensors):
         raise KernelError("no fast kernel has several codebooks per row: export the model with --groups 1")
     for graph in graphs:
         for node in portable_kernels(manifest, graph):
@@ -215,9 +214,9 @@ def portable_kernels(manifest: Manifest, graph: Graph) -> list[NodeKernel]:
     return [
         NodeKernel(
             graph=graph.file,
-            node=planes.name.removesuffix(".planes"),
+            node=planes.layer or "",
             op=MATMUL,
-            bits=graph.precision if planes.nested else planes.shape[0],
+            bits=planes.shape_at(graph.precision)[0],
             n=planes.shape[1],
             k=None,
             kernel=PORTABLE,
@@ -225,5 +224,5 @@ def portable_kernels(manifest: Manifest, graph: Graph) -> list[NodeKernel]:
             seconds=None,
         )
         for planes in manifest.tensors
-        if planes.dtype == "uint8" and len(planes.shape) == 3
+        if planes.role == "planes"
     ]

@@ -54,7 +54,7 @@ def open_session(
     path = bundle.path / graph.file
     weights = []
     with _refusals(path):
-        for tensor in bundle.manifest.tensors:
+        for tensor in bundle.manifest.tensors_at(graph.precision):
             view = bundle.tensor(tensor, planes=graph.precision)
             weights.append(ort.OrtValue.ortvalue_from_numpy(view))
             options.add_initializer(tensor.name, weights[-1])

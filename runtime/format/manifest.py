@@ -1,24 +1,24 @@
 """`bundle.json`: what a bundle holds, as frozen dataclasses that check themselves when they are read.
 
 A reader MUST refuse a manifest whose ``format`` or ``version`` it does not know, a file name that leaves the bundle,
-and a tensor that lies outside its file. Everything an application needs is here; ONNX files are not parsed.
+and a tensor that lies outside its file.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Self
 
 from pmpd.runtime.errors import BundleError, unknown_choice
+from pmpd.runtime.format.tensor import DTYPE_SIZES, Tensor, check_tensors
+from pmpd.runtime.format.typed_json import build, parse_object
+from pmpd.runtime.format.version1 import upgrade
 
 __all__ = [
     "ACCURACIES",
+    "DTYPE_SIZES",
     "Architecture",
     "FileEntry",
     "Graph",
@@ -30,11 +30,13 @@ __all__ = [
 ]
 
 FORMAT = "pmpd-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "bundle.json"
-DTYPE_SIZES = {"uint8": 1, "float16": 2, "float32": 4, "int64": 8}
 # How kernels compute: `exact` in float; `int8` with codebook entries and activations rounded to 8 bits.
 ACCURACIES = ("exact", "int8")
+PHASES = ("prefill", "decode")
+ACTIVATIONS = ("float32", "float16")
+DEVICES = ("cpu", "cuda")
 
 
 def contained_name(name: str) -> str:
@@ -104,36 +106,30 @@ class KvContract:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """One ONNX graph: ``prefill`` gives the logits of the last position, ``decode`` those of every position."""
+    """One ONNX graph: ``prefill`` gives the logits of the last position, ``decode`` those of every position.
+
+    Attributes:
+        file: its file in the bundle.
+        phase: ``prefill`` or ``decode``.
+        precision: bits that it reads of every nested layer.
+        activations: data type of activations and logits.
+        device: where it runs; a graph for one device need not run on another.
+    """
 
     file: str
     phase: str
     precision: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """Where one initializer lies. Of a `nested` one, planes ``[P, N, S]``, a p-bit graph takes the first p."""
-
-    name: str
-    file: str
-    offset: int
-    length: int
-    dtype: str
-    shape: tuple[int, ...]
-    nested: bool = False
+    activations: str = "float32"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_SIZES:
-            raise BundleError(
-                f"tensor {self.name!r} has the unknown type {self.dtype!r}: choose of {list(DTYPE_SIZES)}"
-            )
-        want = math.prod(self.shape) * DTYPE_SIZES[self.dtype]
-        if self.offset < 0 or self.length != want or min(self.shape, default=1) < 1:
-            raise BundleError(
-                f"tensor {self.name!r} claims {self.length} bytes at {self.offset}, "
-                f"but {self.dtype} {list(self.shape)} takes {want}: export the model again"
-            )
+        for what, value, choices in (
+            ("phase", self.phase, PHASES),
+            ("activation type", self.activations, ACTIVATIONS),
+            ("device", self.device, DEVICES),
+        ):
+            if value not in choices:
+                raise BundleError(f"graph {self.file!r}: {unknown_choice(what, value, choices)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +144,27 @@ class FileEntry:
 class Manifest:
     """The whole of `bundle.json`.
 
-    `kernels` names the operator library of each target that the bundle has one for; they compute at `accuracy`.
-    A `skeleton` has graphs and tensor table as any bundle, and none of the files that the tensors lie in: it can be
-    studied and not run.
+    Attributes:
+        producer: the program that wrote the bundle, and its version.
+        source: where the weights came from.
+        architecture: the shape of the transformer.
+        context_length: the longest text in tokens.
+        precisions: bits that the bundle decodes at, high to low.
+        parent_precision: bits of the nested codes.
+        prefill_precision: bits that a prompt is read at.
+        schedules: precision-switching schedules by name, as text (``static:3@16,2@32``).
+        default_schedule: the name of the one that is used unless another is asked for.
+        kv_cache: the key and value buffers.
+        graphs: the ONNX graphs: prefill, and decode at every precision.
+        tensors: what lies in the weight files.
+        files: every file of the bundle except ``bundle.json``.
+        configuration: the options of the export.
+        verified: whether the export's checks passed; False as well where they were skipped.
+        verification: what the checks measured.
+        kernels: the file of the operator library for each target that the bundle has one for.
+        accuracy: how these kernels compute by default, one of `ACCURACIES`.
+        skeleton: a skeleton has the graphs and the tensor table of a bundle without the weight files: it can be studied
+            but not run.
     """
 
     producer: str
@@ -160,12 +174,14 @@ class Manifest:
     precisions: tuple[int, ...]
     parent_precision: int
     prefill_precision: int
-    schedule: str
+    schedules: dict[str, str]
+    default_schedule: str
     kv_cache: KvContract
     graphs: tuple[Graph, ...]
     tensors: tuple[Tensor, ...]
     files: dict[str, FileEntry]
     configuration: dict[str, Any]
+    verified: bool = False
     verification: dict[str, Any] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     accuracy: str = "exact"
@@ -176,6 +192,17 @@ class Manifest:
             raise BundleError(f"precisions must fall from high to low without repeats, got {list(self.precisions)}")
         if self.context_length < 1:
             raise BundleError(f"context length must be 1 or more, got {self.context_length}: export the model again")
+        if self.accuracy not in ACCURACIES:
+            raise BundleError(f"bundle.json: {unknown_choice('accuracy', self.accuracy, ACCURACIES)}")
+        if self.default_schedule not in self.schedules:
+            raise BundleError(
+                f"bundle.json: {unknown_choice('default schedule', self.default_schedule, self.schedules)}"
+            )
+        self._check_files()
+        self._check_graphs()
+        check_tensors(self.tensors, self.precisions)
+
+    def _check_files(self) -> None:
         for name in self.files:
             contained_name(name)
         weights = {contained_name(tensor.file) for tensor in self.tensors}
@@ -191,46 +218,61 @@ class Manifest:
                     f"tensor {tensor.name!r} ends at byte {tensor.offset + tensor.length} of {tensor.file}, "
                     f"which has {self.files[tensor.file].size}: export the model again"
                 )
-        if self.accuracy not in ACCURACIES:
-            raise BundleError(f"bundle.json: {unknown_choice('accuracy', self.accuracy, ACCURACIES)}")
-        self.graph("prefill", self.prefill_precision)
-        for precision in self.precisions:
-            self.graph("decode", precision)
 
-    def graph(self, phase: str, precision: int) -> Graph:
+    def _check_graphs(self) -> None:
+        kinds = [(graph.device, graph.phase, graph.precision) for graph in self.graphs]
+        if len(set(kinds)) != len(kinds):
+            raise BundleError("bundle.json lists two graphs of one device, phase and precision: export the model again")
+        for device in {graph.device for graph in self.graphs} or {"cpu"}:
+            self.graph("prefill", self.prefill_precision, device=device)
+            for precision in self.precisions:
+                self.graph("decode", precision, device=device)
+
+    @property
+    def schedule(self) -> str:
+        """The text of the default schedule."""
+        return self.schedules[self.default_schedule]
+
+    def graph(self, phase: str, precision: int, *, device: str = "cpu") -> Graph:
         """Return the graph of a phase and precision, or raise BundleError."""
         for graph in self.graphs:
-            if (graph.phase, graph.precision) == (phase, precision):
+            if (graph.phase, graph.precision, graph.device) == (phase, precision, device):
                 return graph
-        raise BundleError(f"the bundle has no {phase} graph at {precision} bits: it has {list(self.precisions)}")
+        raise BundleError(
+            f"the bundle has no {phase} graph at {precision} bits for {device}: it has {list(self.precisions)}"
+        )
+
+    def tensors_at(self, precision: int) -> tuple[Tensor, ...]:
+        """Return the tensors that a graph of some precision reads: all but the codebooks of other precisions."""
+        nested = {tensor.layer for tensor in self.tensors if tensor.nested}
+        return tuple(
+            tensor
+            for tensor in self.tensors
+            if tensor.role != "codebook" or tensor.layer not in nested or tensor.bits == precision
+        )
 
     def to_json(self) -> str:
-        """Return the text of `bundle.json`."""
+        """Return the text of `bundle.json`, in the newest version."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        if not self.skeleton:
-            del document["skeleton"]  # runtimes that do not know the field read every bundle that they can run
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the text of `bundle.json`.
+        """Read the text of `bundle.json`, of version 1 or 2.
 
         Raises:
-            BundleError: it is no JSON, of another format or version, or a field is missing, mistyped or inconsistent.
+            BundleError: it is not JSON, of another format or version, or a field is missing, mistyped or inconsistent.
         """
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"bundle.json is not valid JSON ({error}): the bundle is damaged, export again") from None
-        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        document = parse_object(text, "bundle.json")
+        if document.pop("format", None) != FORMAT:
             raise BundleError(f"bundle.json does not say format {FORMAT!r}: this is not a PMPD bundle")
         version = document.pop("version", None)
-        if version != VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise BundleError(
-                f"bundle.json has version {version!r}, this runtime reads version {VERSION}: "
+                f"bundle.json has version {version!r:.60}, this runtime reads versions 1 to {VERSION}: "
                 "upgrade pmpd, or export the model with this version"
             )
-        manifest: Self = _read(cls, document, "bundle.json")
+        manifest: Self = build(cls, upgrade(document) if version == 1 else document, "bundle.json")
         return manifest
 
 
@@ -238,36 +280,3 @@ def _check_positive(value: Architecture | KvContract) -> None:
     for name, number in asdict(value).items():
         if isinstance(number, int) and number < 1:
             raise BundleError(f"{type(value).__name__}: {name} must be 1 or more, got {number}: export the model again")
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Build a value of the annotated type `kind` from parsed JSON, naming the place of whatever does not fit."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin is types.UnionType:  # X | None
-        return None if value is None else _read(args[0], value, where)
-    if is_dataclass(kind):
-        _expect(value, dict, where)
-        hints = typing.get_type_hints(kind)
-        known = {f.name for f in fields(kind)}
-        if unknown := sorted(value.keys() - known):
-            raise BundleError(f"{where} has the unknown field {unknown[0]!r}: upgrade pmpd, or export again")
-        values = {name: _read(hints[name], item, f"{where}: {name}") for name, item in value.items()}
-        try:
-            return kind(**values)  # type: ignore[operator]
-        except TypeError as error:
-            raise BundleError(f"{where} is incomplete ({error}): the bundle is damaged, export again") from None
-    if origin is tuple:
-        _expect(value, list, where)
-        return tuple(_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin in (dict, Mapping):
-        _expect(value, dict, where)
-        return {name: _read(args[1], item, f"{where}: {name}") for name, item in value.items()}
-    _expect(value, kind, where)
-    return value
-
-
-def _expect(value: Any, kind: type, where: str) -> None:
-    if type(value) is not kind:
-        raise BundleError(f"{where} must be {kind.__name__}, got {value!r:.60}: the bundle is damaged, export again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import platform
 import shutil
 import subprocess
@@ -243,9 +244,13 @@ def test_slow_kernels_are_refused_where_fast_ones_are_required(
     with pytest.raises(KernelError, match=r"decode-2\.onnx: .* only the slow kernel 'pmpd_any' for model\.layers\.0"):
         Generator(fast, require_fast_kernels=True)
     document = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
-    codebook = next(tensor for tensor in document["tensors"] if ".codebook.4" in tensor["name"])
-    codebook["shape"] = [codebook["shape"][0] // 2, 2, codebook["shape"][2]]
-    grouped = with_kernels(copy, {HOST: library}, tensors=document["tensors"])
+    codebook = next(tensor for tensor in document["tensors"] if tensor["role"] == "codebook")
+    size = document["files"]["weights.bin"]["size"]
+    codebook["shape"][1], codebook["length"], codebook["offset"] = 2, 2 * codebook["length"], -(-size // 64) * 64
+    document["files"]["weights.bin"]["size"] = codebook["offset"] + codebook["length"]
+    os.truncate(copy / "weights.bin", document["files"]["weights.bin"]["size"])
+    (copy / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    grouped = with_kernels(copy, {HOST: library})
     with pytest.raises(KernelError, match="no fast kernel has several codebooks per row"):
         open_generator(grouped, require_fast_kernels=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from pmpd.runtime import BundleError, Manifest
 from pmpd.runtime.format.manifest import Architecture, FileEntry, Graph, KvContract, Source, Tensor, contained_name
 
 Document = dict[str, Any]
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def manifest() -> Manifest:
@@ -34,7 +37,8 @@ def manifest() -> Manifest:
         precisions=(3, 2),
         parent_precision=3,
         prefill_precision=3,
-        schedule="static:3@0,2@5",
+        schedules={"default": "static:3@0,2@5", "full": "uniform:3"},
+        default_schedule="default",
         kv_cache=KvContract(layers=2, heads=1, head_dim=4),
         graphs=(
             Graph(file="prefill.onnx", phase="prefill", precision=3),
@@ -42,17 +46,57 @@ def manifest() -> Manifest:
             Graph(file="decode-2.onnx", phase="decode", precision=2),
         ),
         tensors=(
-            Tensor(name="a", file="w.bin", offset=0, length=6 * 64, dtype="uint8", shape=(3, 2, 64), nested=True),
-            Tensor(name="b", file="w.bin", offset=384, length=16, dtype="float32", shape=(4,)),
+            Tensor(
+                name="a.planes",
+                file="w.bin",
+                offset=0,
+                length=6 * 64,
+                dtype="uint8",
+                shape=(3, 2, 64),
+                role="planes",
+                layer="a",
+                bits=3,
+                nested=True,
+            ),
+            *(
+                Tensor(
+                    name=f"a.codebook.{bits}",
+                    file="w.bin",
+                    offset=offset,
+                    length=4 * 2**bits,
+                    dtype="float16",
+                    shape=(2, 1, 2**bits),
+                    role="codebook",
+                    layer="a",
+                    bits=bits,
+                )
+                for bits, offset in ((3, 384), (2, 448))
+            ),
+            Tensor(
+                name="a.bias", file="w.bin", offset=512, length=8, dtype="float32", shape=(2,), role="bias", layer="a"
+            ),
+            Tensor(name="norm.weight", file="w.bin", offset=576, length=16, dtype="float32", shape=(4,), role="norm"),
         ),
         files={
-            name: FileEntry(size=400, sha256="0" * 64)
+            name: FileEntry(size=592, sha256="0" * 64)
             for name in ("w.bin", "prefill.onnx", "decode-3.onnx", "decode-2.onnx", "kernels/libpmpd.so")
         },
         configuration={"precisions": [3, 2], "nested": {"any": None}},
         kernels={"linux-x86_64": "kernels/libpmpd.so"},
         accuracy="int8",
     )
+
+
+def old_document() -> Document:
+    """The same manifest as version 1 had it, where names said what tensors were for."""
+    old = document()
+    for name in ("schedules", "default_schedule", "verified", "skeleton"):
+        del old[name]
+    for tensor in old["tensors"]:
+        del tensor["role"], tensor["layer"], tensor["bits"]
+    for graph in old["graphs"]:
+        del graph["activations"], graph["device"]
+    return old | {"version": 1, "schedule": "static:3@0,2@5"}
 
 
 def document() -> Document:
@@ -63,11 +107,46 @@ def document() -> Document:
 def test_round_trip() -> None:
     assert Manifest.from_json(manifest().to_json()) == manifest()
     assert document()["format"] == "pmpd-bundle"
-    assert document()["version"] == 1
+    assert document()["version"] == 2
+
+
+def test_the_text_of_version_2_is_fixed() -> None:
+    assert manifest().to_json() == (GOLDEN / "v2-bundle.json").read_text(encoding="utf-8")
+
+
+def test_a_manifest_of_version_1_is_upgraded() -> None:
+    assert Manifest.from_json(json.dumps(old_document())) == replace(
+        manifest(), schedules={"default": "static:3@0,2@5"}, verified=False
+    )
+    assert Manifest.from_json(json.dumps(old_document() | {"verification": {"decode": {}}})).verified
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.pop("schedule"), "bundle.json has no field 'schedules'"),
+        (lambda d: d.update(tensors=7), "bundle.json: tensors must be list, got 7"),
+        (lambda d: d.update(tensors=[7]), "bundle.json: tensors[0] must be dict, got 7"),
+        (lambda d: d["tensors"][0].pop("name"), "bundle.json: tensors[0] has no field 'name'"),
+        (lambda d: d["tensors"][0].update(name=7), "bundle.json: tensors[0]: name must be str, got 7"),
+        (lambda d: d["tensors"][0].update(shape=[]), "claims 384 bytes at 0, but uint8 [] takes 1"),
+        (lambda d: d["tensors"][1].update(name="a.codebook.99"), "layer 'a' cannot be read at 3 bits"),
+        (lambda d: d["tensors"][1].update(name="a.codebook.²"), "layer 'a' cannot be read at 3 bits"),
+        (lambda d: d.update(schedules={}), "has the field 'schedules', which version 1 does not know"),
+        (lambda d: d["tensors"][0].update(role="norm"), "has the field 'role', which version 1 does not know"),
+        (lambda d: d.update(schedule=7), "bundle.json: schedules: default must be str, got 7"),
+    ],
+)
+def test_faults_of_version_1_are_named(edit: Callable[[Document], object], message: str) -> None:
+    old = old_document()
+    edit(old)
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_json(json.dumps(old))
+    assert message in str(caught.value)
 
 
 def test_a_manifest_from_before_kernels_is_read() -> None:
-    old = document()
+    old = old_document()
     del old["kernels"], old["accuracy"]
     read = Manifest.from_json(json.dumps(old))
     assert (read.kernels, read.accuracy) == ({}, "exact")
@@ -75,7 +154,7 @@ def test_a_manifest_from_before_kernels_is_read() -> None:
 
 def test_graph_is_found_by_phase_and_precision() -> None:
     assert manifest().graph("decode", 2).file == "decode-2.onnx"
-    with pytest.raises(BundleError, match=r"no prefill graph at 2 bits: it has \[3, 2\]"):
+    with pytest.raises(BundleError, match=r"no prefill graph at 2 bits for cpu: it has \[3, 2\]"):
         manifest().graph("prefill", 2)
 
 
@@ -102,10 +181,32 @@ def drop(*path: str | int) -> Callable[[Document], None]:
     [
         (drop("format"), "does not say format 'pmpd-bundle'"),
         (change("format", to="gguf"), "does not say format 'pmpd-bundle'"),
-        (drop("version"), "has version None, this runtime reads version 1"),
-        (change("version", to=2), "has version 2, this runtime reads version 1: upgrade pmpd"),
-        (drop("schedule"), "bundle.json is incomplete"),
-        (drop("tensors", 1, "shape"), "bundle.json: tensors[1] is incomplete"),
+        (drop("version"), "has version None, this runtime reads versions 1 to 2"),
+        (change("version", to=3), "has version 3, this runtime reads versions 1 to 2: upgrade pmpd"),
+        (change("version", to=True), "has version True"),
+        (change("version", to=2.0), "has version 2.0"),
+        (drop("default_schedule"), "bundle.json has no field 'default_schedule'"),
+        (change("default_schedule", to="fast"), "unknown default schedule 'fast': choose one of default, full"),
+        (drop("tensors", 1, "shape"), "bundle.json: tensors[1] has no field 'shape'"),
+        (change("graphs", 0, "phase", to="verify"), "graph 'prefill.onnx': unknown phase 'verify'"),
+        (change("graphs", 0, "device", to="abacus"), "graph 'prefill.onnx': unknown device 'abacus'"),
+        (change("graphs", 0, "device", to="cuda"), "the bundle has no"),
+        (change("graphs", 0, "activations", to="int4"), "graph 'prefill.onnx': unknown activation type 'int4'"),
+        (change("graphs", 0, to=document()["graphs"][1]), "two graphs of one device, phase and precision"),
+        (change("tensors", 0, "role", to="magic"), "tensor 'a.planes': unknown role 'magic': choose one of"),
+        (change("tensors", 0, "layer", to=None), "tensor 'a.planes' (planes) must name its layer"),
+        (change("tensors", 4, "layer", to="a"), "tensor 'norm.weight' (norm) cannot belong to the layer 'a'"),
+        (change("tensors", 4, "bits", to=3), "tensor 'norm.weight' (norm) has no bits"),
+        (change("tensors", 4, "nested", to=True), "tensor 'norm.weight' (norm) has no bits and no planes to be nested"),
+        (change("tensors", 1, "nested", to=True), "tensor 'a.codebook.3' (codebook) cannot be nested"),
+        (change("tensors", 0, "bits", to=2), "of 2 bits must be uint8 [2, N, S], got uint8 [3, 2, 64]"),
+        (change("tensors", 0, "bits", to=9), "must have 1 to 8 bits, got 9"),
+        (change("tensors", 1, "bits", to=2), "of 2 bits must be float16 [N, G, 4], got float16 [2, 1, 8]"),
+        (change("tensors", 1, "shape", to=[1, 2, 8]), "has 1 rows, the planes of its layer have 2"),
+        (change("tensors", 3, "layer", to="b"), "tensor 'a.bias' has 2 rows, the planes of its layer have 0"),
+        (change("tensors", 4, "name", to="a.bias"), "lists tensor 'a.bias' twice"),
+        (change("tensors", 4, to={**document()["tensors"][3], "name": "z"}), "lists tensor 'z' twice"),
+        (drop("tensors", 2), "layer 'a' cannot be read at 2 bits"),
         (change("surprise", to=1), "unknown field 'surprise'"),
         (change("source", "surprise", to=1), "bundle.json: source has the unknown field 'surprise'"),
         (change("context_length", to="64"), "bundle.json: context_length must be int, got '64'"),
@@ -119,19 +220,19 @@ def drop(*path: str | int) -> Callable[[Document], None]:
         (change("precisions", to=[]), "precisions must fall from high to low"),
         (change("precisions", to=[2, 3]), "precisions must fall from high to low"),
         (change("precisions", to=[3, 3]), "without repeats"),
-        (change("precisions", to=[4, 3]), "no decode graph at 4 bits"),
-        (change("prefill_precision", to=2), "no prefill graph at 2 bits"),
+        (change("precisions", to=[4, 3]), "no decode graph at 4 bits for cpu"),
+        (change("prefill_precision", to=2), "no prefill graph at 2 bits for cpu"),
         (change("architecture", "vocab_size", to=0), "vocab_size must be 1 or more, got 0"),
         (change("kv_cache", "heads", to=-3), "heads must be 1 or more, got -3"),
         (change("kv_cache", "dtype", to="bfloat8"), "unknown type 'bfloat8'"),
         (change("kv_cache", "past", to="{oops}"), "only {layer} and {part} may vary"),
         (change("kv_cache", "present", to="{"), "only {layer} and {part} may vary"),
-        (change("tensors", 0, "dtype", to="int3"), "tensor 'a' has the unknown type 'int3'"),
+        (change("tensors", 0, "dtype", to="int3"), "tensor 'a.planes': unknown type 'int3': choose one of"),
         (change("tensors", 0, "length", to=383), "claims 383 bytes at 0, but uint8 [3, 2, 64] takes 384"),
         (change("tensors", 0, "offset", to=-1), "claims 384 bytes at -1"),
         (change("tensors", 0, "shape", to=[-3, -2, 64]), "claims 384 bytes at 0, but uint8 [-3, -2, 64]"),
-        (change("tensors", 1, to={**document()["tensors"][1], "shape": [0, 2**62], "length": 0}), "claims 0 bytes"),
-        (change("tensors", 1, "offset", to=385), "tensor 'b' ends at byte 401 of w.bin, which has 400"),
+        (change("tensors", 4, to={**document()["tensors"][4], "shape": [0, 2**62], "length": 0}), "claims 0 bytes"),
+        (change("tensors", 4, "offset", to=577), "tensor 'norm.weight' ends at byte 593 of w.bin, which has 592"),
         (change("tensors", 1, "file", to="other.bin"), "refers to 'other.bin' but does not list it"),
         (change("graphs", 0, "file", to="other.onnx"), "refers to 'other.onnx' but does not list it"),
         (drop("files", "w.bin"), "refers to 'w.bin' but does not list it"),

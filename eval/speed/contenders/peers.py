@@ -81,18 +81,19 @@ class ModelShape:
         a = manifest.architecture
         if a.family not in FAMILIES:
             raise PmpdError(f"peers cannot be compared: {unknown_choice('family', a.family, FAMILIES)}")
-        tensors = {tensor.name: tensor.shape for tensor in manifest.tensors}
-        gated = tensors.get("model.layers.0.mlp.gate_up_proj.planes")
-        rows = gated[1] // 2 if gated else tensors["model.layers.0.mlp.fc1_proj.planes"][1]
+        rows = {tensor.layer: tensor.shape[1] for tensor in manifest.tensors if tensor.role == "planes"}
+        gated = rows.get("model.layers.0.mlp.gate_up_proj")  # two matrices, stacked
+        intermediate_size = gated // 2 if gated else rows["model.layers.0.mlp.fc1_proj"]
+        pairs = next(tensor.shape[1] for tensor in manifest.tensors if tensor.role == "rotary")
         return cls(
             family=a.family,
             layers=a.layers,
             hidden_size=a.hidden_size,
-            intermediate_size=rows,
+            intermediate_size=intermediate_size,
             attention_heads=a.attention_heads,
             kv_heads=a.kv_heads,
             head_dim=a.head_dim,
-            rotary_dim=2 * tensors["rotary.cos"][1],
+            rotary_dim=2 * pairs,
             vocab_size=a.vocab_size,
             context_length=manifest.context_length,
         )

@@ -1,0 +1,112 @@
+"""The entries of a bundle's tensor table: where each tensor lies, what it is for, and which of them belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pmpd.runtime.errors import BundleError, unknown_choice
+from pmpd.runtime.format.bitplanes import MAX_PRECISION
+
+__all__ = ["DTYPE_SIZES", "ROLES", "Tensor", "check_tensors"]
+
+DTYPE_SIZES = {"uint8": 1, "float16": 2, "float32": 4, "int64": 8}
+# What a tensor is for. The first three belong to a linear layer.
+ROLES = ("planes", "codebook", "bias", "embedding", "norm", "rotary")
+_OF_LAYER = ROLES[:3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor of a weight file, an initializer of the graphs under the same name.
+
+    Attributes:
+        name: its name in the graphs.
+        file: the weight file.
+        offset: its first byte there.
+        length: its bytes.
+        dtype: type of its elements.
+        shape: planes ``[P, N, S]``, codebook ``[N, G, 2**bits]``, bias ``[N]`` (see `bitplanes`), embedding ``[V, H]``,
+            rotary cosines and sines ``[positions, pairs]``.
+        role: what it is for, one of `ROLES`.
+        layer: the linear layer (the name of its node) that planes, codebook or bias belong to.
+        bits: how many planes there are, or the precision that a codebook is for; None for other roles.
+        nested: planes of which a graph reads as many as its precision says; other planes are read whole.
+    """
+
+    name: str
+    file: str
+    offset: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+    layer: str | None = None
+    bits: int | None = None
+    nested: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_SIZES:
+            raise BundleError(f"tensor {self.name!r}: {unknown_choice('type', self.dtype, DTYPE_SIZES)}")
+        if self.role not in ROLES:
+            raise BundleError(f"tensor {self.name!r}: {unknown_choice('role', self.role, ROLES)}")
+        want = math.prod(self.shape) * DTYPE_SIZES[self.dtype]
+        if self.offset < 0 or self.length != want or min(self.shape, default=1) < 1:
+            raise BundleError(
+                f"tensor {self.name!r} claims {self.length} bytes at {self.offset}, "
+                f"but {self.dtype} {list(self.shape)} takes {want}: export the model again"
+            )
+        if problem := self._problem():
+            raise BundleError(f"tensor {self.name!r} ({self.role}) {problem}: export the model again")
+
+    def _problem(self) -> str | None:
+        """Say what contradicts the tensor's role, if something does."""
+        if (self.layer is None) == (self.role in _OF_LAYER):
+            return "must name its layer" if self.layer is None else f"cannot belong to the layer {self.layer!r}"
+        if self.role not in ("planes", "codebook"):
+            return "has no bits and no planes to be nested" if self.bits is not None or self.nested else None
+        if self.bits is None or not 1 <= self.bits <= MAX_PRECISION:
+            return f"must have 1 to {MAX_PRECISION} bits, got {self.bits}"
+        dtype, place, size = ("uint8", 0, self.bits) if self.role == "planes" else ("float16", 2, 2**self.bits)
+        if self.dtype != dtype or len(self.shape) != 3 or self.shape[place] != size:
+            form = f"[{size}, N, S]" if self.role == "planes" else f"[N, G, {size}]"
+            return f"of {self.bits} bits must be {dtype} {form}, got {self.dtype} {list(self.shape)}"
+        return "cannot be nested" if self.nested and self.role != "planes" else None
+
+    def shape_at(self, precision: int) -> tuple[int, ...]:
+        """Return the shape that a graph of some precision reads: of nested planes ``[P, N, S]`` the first p."""
+        return (precision, *self.shape[1:]) if self.nested else self.shape
+
+
+def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
+    """Check that a tensor table is whole: every layer has planes and a codebook for each precision it is read at.
+
+    Raises:
+        BundleError: a tensor is listed twice, lacks its layer, has other rows than it, or is missing.
+    """
+    names: set[str] = set()
+    parts: dict[tuple[str, str, int | None], Tensor] = {}
+    for tensor in tensors:
+        key = (tensor.layer or "", tensor.role, tensor.bits if tensor.role == "codebook" else None)
+        if tensor.name in names or (tensor.layer is not None and key in parts):
+            raise BundleError(f"bundle.json lists tensor {tensor.name!r} twice: export the model again")
+        names.add(tensor.name)
+        parts[key] = tensor
+    planes = {tensor.layer: tensor for tensor in tensors if tensor.role == "planes"}
+    for tensor in tensors:
+        if tensor.role in ("codebook", "bias"):
+            rows = planes[tensor.layer].shape[1] if tensor.layer in planes else 0
+            if tensor.shape[0] != rows:
+                raise BundleError(
+                    f"tensor {tensor.name!r} has {tensor.shape[0]} rows, the planes of its layer have {rows}: "
+                    "export the model again"
+                )
+    for layer, tensor in planes.items():
+        stored = tensor.shape[0]
+        for bits in precisions if tensor.nested else (stored,):
+            if bits > stored or (layer, "codebook", bits) not in parts:
+                raise BundleError(
+                    f"layer {layer!r} cannot be read at {bits} bits: it has {stored} planes and "
+                    f"no codebook for them, or too few; export the model again"
+                )
