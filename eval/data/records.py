@@ -53,7 +53,7 @@ class Record:
         value = self.value(name)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise PmpdError(
-                f"{self.source}: field {name!r} is no text but {value!r:.60}: choose another, or an item [0]"
+                f"{self.source}: field {name!r} is not text but {value!r:.60}: choose another field, or an item of it: {name}[0]"
             )
         return str(value)
 
@@ -63,7 +63,7 @@ class Template:
     """A text with ``{field}`` and ``{field[0]}`` in it (``{{`` and ``}}`` are plain braces).
 
     Raises:
-        PmpdError: the braces do not match, a name is no field, or there is no field at all.
+        PmpdError: the braces do not match, a name cannot be a field, or there is no field at all.
     """
 
     text: str
@@ -93,7 +93,7 @@ class Template:
         return names
 
     def render(self, record: Record) -> str:
-        """Return the text with the record's fields put in. Raises PmpdError for a field that is missing or no text."""
+        """Return the text with the record's fields put in. Raises PmpdError for a field that is missing or not text."""
         parts = ((literal, name) for literal, name, _, _ in self._parts())
         return "".join(literal + (record.text(name) if name is not None else "") for literal, name in parts)
 
@@ -101,14 +101,15 @@ class Template:
 def read_records(path: Path) -> Iterator[Record]:
     """Read a data file one record at a time: JSON lines by name (``.jsonl``), any other file as one text.
 
-    A text file becomes one record with the field ``text``. Either may be compressed (``.gz``).
+    A text file becomes one record with the field ``text``. Both are UTF-8, with or without a byte order mark, and may be
+    compressed (``.gz``).
 
     Raises:
-        PmpdError: the file cannot be read, is no UTF-8, or a line is no JSON object.
+        PmpdError: the file cannot be read, is not UTF-8, or a line is not a JSON object.
     """
     packed = path.suffix == ".gz"
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig") as file:
             if (Path(path.stem) if packed else path).suffix not in JSON_LINES:
                 yield Record(path.name, {"text": file.read()})
                 return
@@ -127,5 +128,5 @@ def _parse(source: str, line: str) -> Record:
     except (ValueError, RecursionError) as error:
         raise PmpdError(f"{source} is not valid JSON ({error}): the file needs one JSON object per line") from None
     if not isinstance(fields, dict):
-        raise PmpdError(f"{source} is no JSON object but {fields!r:.60}: the file needs one object per line")
+        raise PmpdError(f"{source} is not a JSON object but {fields!r:.60}: the file needs one object per line")
     return Record(source, fields)

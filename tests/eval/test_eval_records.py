@@ -19,6 +19,15 @@ def test_reads_json_lines_with_line_numbers(tmp_path: Path) -> None:
     assert list(read_records(file)) == [Record("a.jsonl:1", {"x": "é"}), Record("a.jsonl:3", {"x": "b"})]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.gz"])
+def test_a_byte_order_mark_is_not_part_of_the_data(tmp_path: Path, name: str) -> None:
+    """Many Windows editors write one in front of the first line."""
+    file, text = tmp_path / name, b'\xef\xbb\xbf{"x": 1}\n'
+    file.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    fields = {"x": 1} if ".jsonl" in name else {"text": '{"x": 1}\n'}
+    assert [record.fields for record in read_records(file)] == [fields]
+
+
 def test_reads_compressed_json_lines(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress(b'{"x": 1}\n'))
@@ -36,7 +45,7 @@ def test_any_other_file_is_one_text(tmp_path: Path, name: str) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"x": 1}\n{"x": ', r"a\.jsonl:2 is not valid JSON"),
-        ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1 is no JSON object but \[1, 2\]"),
+        ("a.jsonl", b"[1, 2]\n", r"a\.jsonl:1 is not a JSON object but \[1, 2\]"),
         ("a.jsonl", b'{"x": "\xff"}\n', "is not UTF-8"),
         ("a.jsonl.gz", b"plain", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"x": 1}\n' * 1000)[:40], "cannot be read"),
@@ -74,9 +83,9 @@ def test_bad_templates_are_refused_at_once(text: str, message: str) -> None:
     ("text", "message"),
     [
         ("{dialog}", r"f\.jsonl:3: unknown field 'dialog': choose one of dialogue, "),
-        ("{turns}", r"f\.jsonl:3: field 'turns' is no text"),
+        ("{turns}", r"f\.jsonl:3: field 'turns' is not text"),
         ("{turns[2]}", r"f\.jsonl:3: field 'turns' has no item 2"),
-        ("{none}", "is no text but None"),
+        ("{none}", "is not text but None"),
     ],
 )
 def test_a_record_that_does_not_fit_is_named(text: str, message: str) -> None:
