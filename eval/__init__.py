@@ -1,16 +1,20 @@
 """PMPD's evaluation: quality and speed of a bundle under precision schedules, beside its floating-point model."""
 
-from pmpd.eval.report.results import Metric, Results, Row, Sample
+from pmpd.eval.measure.scoring import Metric, Sample
+from pmpd.eval.measure.statistics import Estimate
+from pmpd.eval.report.results import QualityResults, QualityRow
 from pmpd.eval.runner import Settings, evaluate
 from pmpd.eval.speed.results import SpeedResults, SpeedRow
 from pmpd.eval.speed.speed import SpeedSettings, measure_speed
-from pmpd.eval.tasks.base import TASKS, Task
+from pmpd.eval.tasks.base import Task
+from pmpd.eval.tasks.registry import TASKS
 
 __all__ = [
     "TASKS",
+    "Estimate",
     "Metric",
-    "Results",
-    "Row",
+    "QualityResults",
+    "QualityRow",
     "Sample",
     "Settings",
     "SpeedResults",

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pmpd.eval.data.records import Template, read_records
 from pmpd.eval.measure.metrics import rouge_scorer
-from pmpd.eval.measure.models import Model, Scheduled
+from pmpd.eval.measure.models import ModelUnderTest, Scheduled
 from pmpd.eval.measure.reference import BACKENDS, ReferenceCheckpoint
+from pmpd.eval.measure.scoring import Sample
 from pmpd.eval.report.environment import describe_bundle, describe_machine, package_versions
-from pmpd.eval.report.results import FP, Results, Row, Sample
+from pmpd.eval.report.results import FP, QualityResults, QualityRow
 from pmpd.eval.speed.speed import SPEED
-from pmpd.eval.tasks.base import TASKS, Baseline, Item, Task
+from pmpd.eval.speed.traffic import step_bytes
+from pmpd.eval.tasks.base import Baseline, Item, Task
+from pmpd.eval.tasks.registry import TASKS
 from pmpd.runtime import Bundle, Generator, Schedule, Tokenizer, parse_schedule
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.engine.sessions import available_threads
@@ -41,7 +46,7 @@ class Settings:
         accuracies: how kernels compute; each gives all rows again. Default the bundle's.
         kernels: a kernel library to use instead of the bundle's.
         require_fast_kernels: whether to refuse a bundle without compiled kernels for this machine.
-        limit: use the first so many items of the data (records; for perplexity, windows of text).
+        limit: use only the first items of the data, at most this many (records; for perplexity, windows of text).
         max_new_tokens: tokens per answer; default the task's.
         prompt_template: the prompt, with ``{field}``; default the task's.
         reference_field: field with the reference text; default the task's.
@@ -116,12 +121,15 @@ def prepare(bundle: Bundle, settings: Settings) -> tuple[Task, dict[str, Schedul
     return task, schedules
 
 
-def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Results:
+def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> QualityResults:
     """Measure a bundle under each schedule, beside the floating-point model it was made from.
 
     Everything is read and checked before a model is loaded. The floating-point model is dropped before the bundle's
     first row; logits that a task compares with lie in temporary files (4 bytes x vocabulary x tokens). Unless `quiet`,
     the progress of each row is shown on stderr.
+
+    An interrupt (KeyboardInterrupt) after at least one schedule is measured ends the evaluation: the finished rows are
+    returned, and the names of the others as `unfinished`.
 
     Raises:
         PmpdError: an option, schedule or record that does not fit, data without any usable item, no reference.
@@ -131,49 +139,117 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Resul
     rouge_scorer()
     checkpoint = ReferenceCheckpoint.find(bundle, settings.reference)
     items, skipped = _read_items(task, settings)
-    threads = settings.threads or available_threads()
-    accuracies = tuple(dict.fromkeys(settings.accuracies)) or (bundle.manifest.accuracy,)
-    steps = len(accuracies) * len(schedules) + 1
-    log.info("reference: %s with %s, %d threads", checkpoint.path, settings.reference_backend, threads)
-
+    run = _Run(
+        bundle=bundle,
+        settings=settings,
+        task=task,
+        schedules=schedules,
+        accuracies=tuple(dict.fromkeys(settings.accuracies)) or (bundle.manifest.accuracy,),
+        items=items,
+        threads=settings.threads or available_threads(),
+        quiet=quiet,
+    )
+    kernels: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="pmpd-eval-") as scratch:
-        model = checkpoint.load(settings.reference_backend, threads=threads)
-        baselines: list[Baseline] = []
-        samples: list[Sample] = []
-        model.warm_up(items[0].ids)
-        for item in track(items, step=f"[1/{steps}] {FP}", total=len(items), quiet=quiet):
-            sample, baseline = task.measure(model, item, None)
-            samples.append(sample)
-            baselines.append(_spill(baseline, Path(scratch) / f"{len(baselines)}.npy"))
-        del model
-        rows = [Row.of(FP, samples, task.summarize(samples))]
+        reference, baselines = _measure_reference(run, checkpoint, Path(scratch))
+        rows = [reference]
+        try:
+            for row, accuracy, names in _measure_schedules(run, baselines):
+                rows.append(row)
+                kernels[accuracy] = names
+        except KeyboardInterrupt:
+            if len(rows) == 1:
+                raise
+    return QualityResults(
+        rows=tuple(rows),
+        metrics=task.metrics,
+        environment=_environment(run, checkpoint, kernels=kernels, skipped=skipped),
+        unfinished=run.row_names[len(rows) :],
+    )
 
-        pairs = list(zip(items, baselines, strict=True))
-        kernels: dict[str, list[str]] = {}
-        for accuracy in accuracies:
-            generator = Generator(
-                bundle,
-                threads=threads,
-                context_length=max(map(task.positions, items)),
-                kernels=settings.kernels or True,
-                accuracy=accuracy,
-                require_fast_kernels=settings.require_fast_kernels,
-            )
-            for schedule_name, schedule in schedules.items():
-                name = schedule_name if len(accuracies) == 1 else f"{schedule_name} {accuracy}"
-                scheduled: Model = Scheduled(generator, schedule)
-                scheduled.warm_up(items[0].ids)
-                tracked = track(pairs, step=f"[{len(rows) + 1}/{steps}] {name}", total=len(pairs), quiet=quiet)
-                samples = [task.measure(scheduled, item, baseline)[0] for item, baseline in tracked]
-                rows.append(Row.of(name, samples, task.summarize(samples)))
-            kernels[accuracy] = sorted({node.kernel for node in generator.kernels() if node.kernel})
-            del generator, scheduled  # before the next maps its own cache
 
-    environment = {
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """An evaluation, checked and ready: what every row shares."""
+
+    bundle: Bundle
+    settings: Settings
+    task: Task
+    schedules: Mapping[str, Schedule]
+    accuracies: tuple[str, ...]
+    items: Sequence[Item]
+    threads: int
+    quiet: bool
+
+    def name(self, schedule: str, accuracy: str) -> str:
+        """Return the name of a row."""
+        return schedule if len(self.accuracies) == 1 else f"{schedule} {accuracy}"
+
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """The names of all rows, in the order in which they are measured."""
+        return (FP, *(self.name(schedule, accuracy) for accuracy in self.accuracies for schedule in self.schedules))
+
+    def step(self, row: str) -> str:
+        """Return what progress calls a row: ``[2/5] uniform:4``."""
+        return f"[{self.row_names.index(row) + 1}/{len(self.row_names)}] {row}"
+
+    def generator(self, accuracy: str) -> Generator:
+        """Open the bundle with kernels that compute with an accuracy."""
+        return Generator(
+            self.bundle,
+            threads=self.threads,
+            context_length=max(map(self.task.positions, self.items)),
+            kernels=self.settings.kernels or True,
+            accuracy=accuracy,
+            require_fast_kernels=self.settings.require_fast_kernels,
+        )
+
+
+def _measure_reference(run: _Run, checkpoint: ReferenceCheckpoint, scratch: Path) -> tuple[QualityRow, list[Baseline]]:
+    """Run the floating-point model on every item; return its row, and what the other rows are compared with."""
+    backend = run.settings.reference_backend
+    log.info("reference: %s with %s, %d threads", checkpoint.path, backend, run.threads)
+    model = checkpoint.load(backend, threads=run.threads)
+    model.warm_up(run.items[0].ids)
+    samples: list[Sample] = []
+    baselines: list[Baseline] = []
+    for item in track(run.items, step=run.step(FP), total=len(run.items), quiet=run.quiet):
+        sample, baseline = run.task.measure(model, item, None)
+        samples.append(sample)
+        baselines.append(_spill(baseline, scratch / f"{len(baselines)}.npy"))
+    return QualityRow.of(FP, samples, run.task.metrics), baselines
+
+
+def _measure_schedules(run: _Run, baselines: Sequence[Baseline]) -> Iterator[tuple[QualityRow, str, list[str]]]:
+    """Yield the row of each accuracy and schedule, the accuracy, and the kernels that have run with it so far."""
+    pairs = list(zip(run.items, baselines, strict=True))
+    manifest = run.bundle.manifest
+    bytes_at = {bits: step_bytes(manifest, precision=bits, positions=0) for bits in manifest.precisions}
+    for accuracy in run.accuracies:
+        generator = run.generator(accuracy)
+        for schedule_name, schedule in run.schedules.items():
+            name = run.name(schedule_name, accuracy)
+            model: ModelUnderTest = Scheduled(generator, schedule)
+            model.warm_up(run.items[0].ids)
+            tracked = track(pairs, step=run.step(name), total=len(pairs), quiet=run.quiet)
+            samples = [run.task.measure(model, item, baseline)[0] for item, baseline in tracked]
+            kernels = sorted({node.kernel for node in generator.kernels() if node.kernel})
+            row = QualityRow.of(name, samples, run.task.metrics, accuracy=accuracy, bytes_at=bytes_at)
+            yield row, accuracy, kernels
+        del generator, model  # before the next maps a cache of its own
+
+
+def _environment(
+    run: _Run, checkpoint: ReferenceCheckpoint, *, kernels: Mapping[str, Sequence[str]], skipped: int
+) -> dict[str, Any]:
+    """Return where and with what it was measured, as JSON-ready data."""
+    settings = run.settings
+    return {
         **describe_machine(),
-        "threads": threads,
+        "threads": run.threads,
         "versions": package_versions(),
-        "bundle": describe_bundle(bundle),
+        "bundle": describe_bundle(run.bundle),
         "reference": {
             "name": checkpoint.path.resolve().name,
             "backend": settings.reference_backend,
@@ -185,15 +261,14 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Resul
         "settings": {
             **asdict(settings),
             "data": settings.data.name,
-            "schedules": {name: str(schedule) for name, schedule in schedules.items()},
-            "accuracies": accuracies,
+            "schedules": {name: str(schedule) for name, schedule in run.schedules.items()},
+            "accuracies": run.accuracies,
             "kernels": settings.kernels and settings.kernels.name,
-            "max_new_tokens": task.max_new_tokens,
-            "chat": task.chat,
+            "max_new_tokens": run.task.max_new_tokens,
+            "chat": run.task.chat,
         },
-        "samples": len(items),
+        "samples": len(run.items),
     }
-    return Results(rows=tuple(rows), metrics=task.metrics, environment=environment)
 
 
 def _read_items(task: Task, settings: Settings) -> tuple[list[Item], int]:

@@ -53,7 +53,7 @@ class Record:
         value = self.value(name)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise PmpdError(
-                f"{self.source}: field {name!r} is not text but {value!r:.60}: choose another field, or an item of it: {name}[0]"
+                f"{self.source}: field {name!r} is not text but {value!r:.60}: choose another field or {name}[0]"
             )
         return str(value)
 
@@ -101,8 +101,8 @@ class Template:
 def read_records(path: Path) -> Iterator[Record]:
     """Read a data file one record at a time: JSON lines by name (``.jsonl``), any other file as one text.
 
-    A text file becomes one record with the field ``text``. Both are UTF-8, with or without a byte order mark, and may be
-    compressed (``.gz``).
+    A text file becomes one record with the field ``text``. Both are UTF-8, with or without a byte order mark, and may
+    be compressed (``.gz``).
 
     Raises:
         PmpdError: the file cannot be read, is not UTF-8, or a line is not a JSON object.

@@ -1,9 +1,8 @@
-"""Quality measures: from logits (nats, per position) and from texts (ROUGE)."""
+"""Scores of one sample: from logits (nats, per position) and from texts (ROUGE)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,14 +13,12 @@ from pmpd.runtime.errors import MissingExtraError, PmpdError
 
 __all__ = [
     "ROUGE",
-    "Estimate",
     "kl_divergence",
     "log_softmax",
     "negative_log_likelihood",
     "rouge",
     "rouge_scorer",
     "top1_agreement",
-    "weighted_mean",
 ]
 
 Floats = npt.NDArray[np.float32]
@@ -37,7 +34,9 @@ def log_softmax(logits: Floats) -> Doubles:
     """
     x = logits.astype(np.float64)
     if not np.isfinite(x).all():
-        raise PmpdError("the model gives logits that are not finite: the bundle or its kernels are broken, verify it")
+        raise PmpdError(
+            "the model computes logits that are not finite: its weights or kernels are broken, export again"
+        )
     x -= x.max(axis=-1, keepdims=True)
     x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
     return x
@@ -53,7 +52,7 @@ def negative_log_likelihood(logits: Floats, targets: Sequence[int]) -> Doubles:
 
 
 def kl_divergence(reference: Floats, logits: Floats) -> Doubles:
-    """Return ``KL(reference || logits)`` in nats ``[T]``, both given as logits ``[T, V]``."""
+    """Return ``KL(reference || logits)`` in nats ``[T]``, from logits of both ``[T, V]``."""
     log_p = log_softmax(reference)
     divergence: Doubles = (np.exp(log_p) * (log_p - log_softmax(logits))).sum(axis=-1)
     return divergence
@@ -92,28 +91,3 @@ def rouge(output: str, references: Sequence[str]) -> dict[str, float]:
         for name in ROUGE:
             totals[name] += 100.0 if scores is None else 100.0 * scores[name].fmeasure
     return {name: total / len(references) for name, total in totals.items()}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error (0 for a single sample, which shows no spread)."""
-
-    mean: float
-    stderr: float
-
-
-def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate:
-    """Return the mean over samples of different weight, and its standard error as of a ratio estimate.
-
-    With equal weights these are the plain mean and s / sqrt(n).
-
-    Raises:
-        PmpdError: no sample has any weight.
-    """
-    x, w = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-    if w.sum() <= 0:
-        raise PmpdError("no decode step to score: the outputs are all shorter than two tokens, use other prompts")
-    mean = float((w * x).sum() / w.sum())
-    n = int((w > 0).sum())
-    spread = float((w**2 * (x - mean) ** 2).sum()) ** 0.5 / float(w.sum())
-    return Estimate(mean, spread * (n / (n - 1)) ** 0.5 if n > 1 else 0.0)

@@ -1,4 +1,4 @@
-"""What is under test: anything that writes text greedily and scores a given one. One row of the table each."""
+"""What a row of the table measures: a model that writes text greedily and scores a given text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from pmpd.runtime import Generator, Sampling, Schedule
 
-__all__ = ["Forced", "Generation", "Model", "Scheduled", "precision_runs"]
+__all__ = ["Answer", "Forced", "ModelUnderTest", "Scheduled", "precision_runs"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation:
+class Answer:
     """A greedy answer: token ids, the bits each was computed with, and seconds; token 0 is the prefill's."""
 
     ids: tuple[int, ...]
@@ -41,14 +41,14 @@ class Forced:
     prefill_seconds: float
 
 
-class Model(Protocol):
+class ModelUnderTest(Protocol):
     """A way to decode: the floating-point model, or the bundle under one schedule."""
 
     def warm_up(self, prompt: Sequence[int]) -> None:
         """Run everything once, so that no later measurement pays for first use."""
         ...
 
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Generation:
+    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
         """Answer a prompt greedily; a stop token ends the answer and is not part of it."""
         ...
 
@@ -78,7 +78,7 @@ class Scheduled:
         for precision in self._schedule.precisions:
             self._generator.decode(prompt[:1], precision=precision)
 
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Generation:
+    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
         """Answer a prompt greedily under the schedule."""
         tokens = list(
             self._generator.stream(
@@ -89,7 +89,7 @@ class Scheduled:
                 stop_ids=tuple(stop_ids),
             )
         )
-        return Generation(
+        return Answer(
             ids=tuple(token.id for token in tokens),
             precisions=tuple(token.precision for token in tokens),
             seconds=tuple(token.seconds for token in tokens),

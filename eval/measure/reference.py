@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmpd.eval.measure.models import Forced, Generation
+from pmpd.eval.measure.models import Answer, Forced
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 
@@ -123,7 +123,7 @@ class Reference:
         """Run a prefill and a decode step."""
         self.generate(prompt[:1], max_new_tokens=2, stop_ids=())
 
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Generation:
+    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
         """Answer a prompt greedily."""
         ids: list[int] = []
         seconds: list[float] = []
@@ -138,7 +138,7 @@ class Reference:
                 break
             begin = now
             logits, cache = self._append([token], cache, len(prompt) + len(ids) - 1)
-        return Generation(
+        return Answer(
             ids=tuple(ids),
             precisions=(self._bits,) * len(ids),
             seconds=tuple(seconds),

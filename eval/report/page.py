@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-from pmpd.eval.report.plots import quality_plot, row_colors, speed_plot
-from pmpd.eval.report.results import FP, Metric, Results, Row, Sample, format_number
+from pmpd.eval.measure.scoring import Metric, Sample
+from pmpd.eval.report.plots import quality_plots, row_colors, speed_plot
+from pmpd.eval.report.results import QualityResults, QualityRow, format_number
+from pmpd.eval.report.verdict import verdict
 from pmpd.runtime.errors import MissingExtraError
 
 try:
@@ -20,17 +22,20 @@ except ImportError:
 __all__ = ["render_html"]
 
 SHOWN_SAMPLES = 6
+_SHADES = 5  # of precisions in the page's style, from blue (high) to red (low)
+_WIDE, _NARROW = 12.0, 5.2  # inches: a plot for wide screens, and one for telephones
 
 
-def render_html(results: Results) -> str:
+def render_html(results: QualityResults) -> str:
     """Return the report as one HTML document: the table, plots, some answers side by side; no outside resource."""
     folder = files(__package__)
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
         folder.joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
-    environment, scheduled = results.environment, [row for row in results.rows if row.schedule != FP]
-    bits = {bits for row in scheduled for sample in row.samples for bits, _ in sample.segments}
-    speed = speed_plot(results)
+    environment = results.environment
+    bits = {bits for row in results.schedules for sample in row.samples for bits, _ in sample.segments}
+    speed = [speed_plot(results, name, width=width) for name, width in (("wide", _WIDE), ("narrow", _NARROW))]
+    threads = environment["threads"]
     return template.render(
         title=f"{environment['bundle']['name']} · {environment['settings']['task']}",
         style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
@@ -38,37 +43,52 @@ def render_html(results: Results) -> str:
             f"{environment['bundle']['architecture']}, {environment['bundle']['parameters'] / 1e6:,.1f} M parameters",
             f"{environment['samples']} samples of {environment['data']['name']}",
             environment["cpu"]["model"],
-            f"{environment['threads']} threads",
+            f"{threads} thread{'s' * (threads != 1)}",
         ],
         results=results,
+        verdict=verdict(results),
         colors=row_colors(results),
-        best=lambda metric: _best(scheduled, metric),
+        best={metric.name: _best(results, metric) for metric in results.metrics},
         share=lambda row: _share(results, row),
         number=format_number,
-        quality=Markup(quality_plot(results)),
-        speed=speed and Markup(speed),
-        scheduled={row.schedule for row in scheduled},
-        ranks={p: rank for rank, p in enumerate(sorted(bits, reverse=True))},
+        quality=[Markup(plot) for plot in quality_plots(results)],
+        speed=[Markup(plot) for plot in speed if plot],
+        scheduled={row.name for row in results.schedules},
+        shades=_shades(bits),
         samples=list(_side_by_side(results)),
         score=lambda sample: _score(results.metrics, sample),
         facts=_leaves(environment),
     )
 
 
-def _best(rows: list[Row], metric: Metric) -> list[Row]:
-    """Return the schedules with the best value of a metric, where there is more than one to choose from."""
-    values = [row.metrics[metric.name] for row in rows]
-    best = (max if metric.higher_is_better else min)(values)
-    return [row for row in rows if row.metrics[metric.name] == best] if len(rows) > 1 else []
+def _best(results: QualityResults, metric: Metric) -> set[str]:
+    """Return the best schedules by a metric: the best value, and all that differ from it only within noise.
+
+    None where that is all of them: the data do not tell which one is best.
+    """
+    sign = 1 if metric.higher_is_better else -1
+    rows = results.schedules
+    first = max(rows, key=lambda row: sign * row.metrics[metric.name].value, default=None)
+    if first is None:
+        return set()
+    gaps = {row.name: results.difference(metric, row, first) for row in rows}
+    names = {name for name, gap in gaps.items() if gap.value == 0 or gap.is_zero}
+    return names if len(names) < len(rows) else set()
 
 
-def _share(results: Results, row: Row) -> int:
-    """Return a row's decode speed in percent of the fastest one's."""
-    fastest = max(other.decode_tps or 0 for other in results.rows)
-    return round(100 * (row.decode_tps or 0) / fastest) if fastest else 0
+def _shades(bits: set[int]) -> dict[int, int]:
+    """Return the shade of each precision: blue for the highest, red for the lowest, others between."""
+    ordered = sorted(bits, reverse=True)
+    return {p: round(rank * (_SHADES - 1) / max(1, len(ordered) - 1)) for rank, p in enumerate(ordered)}
 
 
-def _side_by_side(results: Results) -> Iterator[tuple[Sample, list[tuple[Row, Sample]]]]:
+def _share(results: QualityResults, row: QualityRow) -> int:
+    """Return a schedule's decode speed in percent of the fastest one's."""
+    speeds = {other.name: other.decode_tps.value for other in results.schedules if other.decode_tps}
+    return round(100 * speeds.get(row.name, 0.0) / max(speeds.values())) if speeds else 0
+
+
+def _side_by_side(results: QualityResults) -> Iterator[tuple[Sample, list[tuple[QualityRow, Sample]]]]:
     """Yield the first few samples: the floating-point one, and every row's."""
     for index, first in enumerate(results.rows[0].samples[:SHOWN_SAMPLES]):
         if first.prompt:

@@ -7,21 +7,21 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from statistics import median
+from statistics import mean
 from typing import Any
 
-from pmpd.eval.report.results import FP, Metric, Results, Row
+from pmpd.eval.measure.scoring import Metric
+from pmpd.eval.report.results import FP, QualityResults, QualityRow
 from pmpd.runtime.errors import MissingExtraError
 
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 except ImportError:
     raise MissingExtraError("matplotlib", "eval") from None
 
-__all__ = ["quality_plot", "row_colors", "speed_plot"]
+__all__ = ["quality_plots", "row_colors", "speed_plot"]
 
 SERIES = 8
 # matplotlib writes these colours, and the page's variables replace them: so plots follow light and dark.
@@ -44,8 +44,8 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.titlecolor": _NAMES["--ink"],
     "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "font.size": 9.5,
+    "axes.titlesize": 12,
+    "font.size": 10.5,
     "grid.color": _NAMES["--line"],
     "grid.linewidth": 0.8,
     "svg.fonttype": "none",
@@ -54,60 +54,61 @@ _STYLE = {
     "ytick.color": _NAMES["--muted"],
     "ytick.major.size": 0,
 }
-_LABEL_PIXELS = 13.0
+_LABEL_PIXELS = 14.0
 
 
-def row_colors(results: Results) -> dict[str, str]:
+def row_colors(results: QualityResults) -> dict[str, str]:
     """Return the CSS variable that each row is drawn in; the floating-point row has number 0."""
-    return {row.schedule: f"--row-{0 if i == 0 else (i - 1) % SERIES + 1}" for i, row in enumerate(results.rows)}
+    return {row.name: f"--row-{0 if i == 0 else (i - 1) % SERIES + 1}" for i, row in enumerate(results.rows)}
 
 
-def quality_plot(results: Results) -> str:
-    """Return an SVG with a panel per metric: each schedule at its average bits, the floating-point model as a line.
+def quality_plots(results: QualityResults) -> list[str]:
+    """Return an SVG per metric: each schedule at its average bits, the floating-point model as a line.
 
     Uniform schedules are joined, so that a mixed one shows above or below what mixing alone would give.
     """
-    colors = row_colors(results)
+    return [_quality_plot(metric, results.rows, row_colors(results)) for metric in results.metrics]
+
+
+def _quality_plot(metric: Metric, rows: Sequence[QualityRow], colors: Mapping[str, str]) -> str:
     with matplotlib.rc_context(_STYLE):
-        width = max(6.0, 4.0 * len(results.metrics))
         # At 72 dots per inch a pixel is a point, as in SVG: labels are placed by pixels.
-        figure = Figure(figsize=(width, 4.0), dpi=72, layout=ConstrainedLayoutEngine(wspace=0.06))
-        panels = figure.subplots(1, len(results.metrics), squeeze=False)[0]
-        for axes, metric in zip(panels, results.metrics, strict=True):
-            _quality_panel(axes, metric, results.rows, colors)
+        figure = Figure(figsize=(5.2, 4.0), dpi=72, layout="constrained")
+        axes = figure.subplots()
+        _draw_quality(axes, metric, rows, colors)
         figure.draw_without_rendering()
-        for axes, metric in zip(panels, results.metrics, strict=True):
-            _label_points(axes, metric, _scheduled(results.rows), colors)
-        return _svg(figure, "quality", "Quality against average bits")
+        _label_points(axes, metric, _scheduled(rows), colors)
+        return _svg(figure, metric.name, f"{metric.label} against average bits")
 
 
-def _scheduled(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+def _scheduled(rows: Sequence[QualityRow]) -> list[tuple[QualityRow, float]]:
     """Return the rows that have a place on the axis of bits."""
-    return [(row, row.average_bits) for row in rows if row.schedule != FP and row.average_bits is not None]
+    return [(row, row.average_bits) for row in rows if row.name != FP and row.average_bits is not None]
 
 
-def _quality_panel(axes: Any, metric: Metric, rows: Sequence[Row], colors: Mapping[str, str]) -> None:
+def _draw_quality(axes: Any, metric: Metric, rows: Sequence[QualityRow], colors: Mapping[str, str]) -> None:
     points = _scheduled(rows)
-    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    lines: dict[str | None, list[tuple[float, float]]] = defaultdict(list)
     for row, bits in points:
-        if row.schedule.startswith("uniform:"):
-            lines[row.schedule.partition(" ")[2]].append((bits, row.metrics[metric.name]))  # a line per accuracy
+        if row.name.startswith("uniform:"):
+            lines[row.accuracy].append((bits, row.metrics[metric.name].value))
     for line in lines.values():
         axes.plot(*zip(*sorted(line), strict=True), color=_NAMES["--muted"], alpha=0.45, zorder=1)
     for row, bits in points:
+        estimate = row.metrics[metric.name]
         axes.errorbar(
             bits,
-            row.metrics[metric.name],
-            yerr=row.stderr(metric),
+            estimate.value,
+            yerr=estimate.ci95 or 0.0,
             marker="o",
             markersize=7,
             markeredgecolor=_NAMES["--panel"],
-            color=_NAMES[colors[row.schedule]],
+            color=_NAMES[colors[row.name]],
             elinewidth=1.2,
             zorder=3,
         )
-    fp = next((row.metrics[metric.name] for row in rows if row.schedule == FP), None)
-    values = [row.metrics[metric.name] for row, _ in points]
+    fp = next((row.metrics[metric.name].value for row in rows if row.name == FP), None)
+    values = [row.metrics[metric.name].value for row, _ in points]
     if fp is not None:
         axes.axhline(fp, color=_NAMES["--row-0"], linewidth=1.4, linestyle=(0, (5, 3)), zorder=2)
         place = axes.get_yaxis_transform()
@@ -116,61 +117,71 @@ def _quality_panel(axes: Any, metric: Metric, rows: Sequence[Row], colors: Mappi
     if min(values, default=0) > 0 and max(values) > 50 * min(values):
         axes.set_yscale("log")
     axes.margins(x=0.12, y=0.16)
+    if metric.highest is not None:
+        axes.set_ylim(top=min(axes.get_ylim()[1], metric.highest))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("average bits per decode step")
     axes.set_title(f"{metric.label}  {metric.arrow}")
 
 
-def _label_points(axes: Any, metric: Metric, points: Sequence[tuple[Row, float]], colors: Mapping[str, str]) -> None:
+def _label_points(
+    axes: Any, metric: Metric, points: Sequence[tuple[QualityRow, float]], colors: Mapping[str, str]
+) -> None:
     """Name each point on its free side, and push names apart that would overlap."""
     middle = sum(axes.get_xlim()) / 2
     for right in (False, True):
         side = [(row, bits) for row, bits in points if bool(bits > middle) is right]
-        places = [(axes.transData.transform((bits, row.metrics[metric.name])), row, bits) for row, bits in side]
+        places = [(axes.transData.transform((bits, row.metrics[metric.name].value)), row, bits) for row, bits in side]
         above = float("-inf")
         for (_, pixel), row, bits in sorted(places, key=lambda place: float(place[0][1])):
             above = max(float(pixel), above + _LABEL_PIXELS)
             axes.annotate(
-                row.schedule,
-                (bits, row.metrics[metric.name]),
+                row.name,
+                (bits, row.metrics[metric.name].value),
                 xytext=(-8 if right else 8, above - float(pixel)),
                 textcoords="offset points",
                 ha="right" if right else "left",
                 va="center",
-                fontsize=8.5,
-                color=_NAMES[colors[row.schedule]],
+                fontsize=10,
+                color=_NAMES[colors[row.name]],
             )
 
 
-def speed_plot(results: Results) -> str | None:
+def speed_plot(results: QualityResults, name: str, *, width: float) -> str | None:
     """Return an SVG of decode tokens per second against the token's position, with the switches marked.
 
-    A position's speed is that of its median time over samples; None if no task measured any.
+    As in the table, a speed is a number of tokens over all their seconds: those of all samples at one position, and its
+    neighbours at the same precision (thin: without neighbours). None if no task measured any.
+
+    Args:
+        results: what was measured; the floating-point model is left out.
+        name: makes the ids of the SVG unique.
+        width: in inches of 72 pixels.
     """
     colors = row_colors(results)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(12.0, 3.8), layout="constrained")
+        figure = Figure(figsize=(width, 3.8), layout="constrained")
         axes = figure.subplots()
-        for row in results.rows:
-            speeds = _speed_by_position(row)
-            if not speeds:
+        for row in results.schedules:
+            seconds = _seconds_by_position(row)
+            if not seconds:
                 continue
-            color = _NAMES[colors[row.schedule]]
-            positions = range(2, len(speeds) + 2)
-            dashes = (0, (5, 3)) if row.schedule == FP else "solid"
-            axes.plot(positions, speeds, color=color, linewidth=0.8, alpha=0.3)
-            axes.plot(positions, _smooth(speeds), color=color, linewidth=2, linestyle=dashes, label=row.schedule)
-            longest = max(row.samples, key=lambda sample: sample.output_tokens).precisions
-            for index, (before, after) in enumerate(pairwise(longest[1 : len(speeds) + 1]), start=1):
+            color = _NAMES[colors[row.name]]
+            positions = range(2, len(seconds) + 2)
+            bits = max(row.samples, key=lambda sample: sample.output_tokens).precisions[1 : len(seconds) + 1]
+            smooth = [1 / value for value in _smooth(seconds, bits)]
+            axes.plot(positions, [1 / value for value in seconds], color=color, linewidth=0.8, alpha=0.3)
+            axes.plot(positions, smooth, color=color, linewidth=2, label=row.name)
+            for index, (before, after) in enumerate(pairwise(bits), start=1):
                 if after != before:
-                    axes.plot(index + 2, _smooth(speeds)[index], "D", color=color, markersize=6, zorder=4)
+                    axes.plot(index + 2, smooth[index], "D", color=color, markersize=6, zorder=4)
                     axes.axvline(index + 2, color=color, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
                     axes.annotate(
-                        f"{after} bit",
-                        (index + 2, _smooth(speeds)[index]),
+                        f"{after} bits",
+                        (index + 2, smooth[index]),
                         xytext=(5, 6),
                         textcoords="offset points",
-                        fontsize=8.5,
+                        fontsize=9.5,
                         color=color,
                     )
         if not axes.lines:
@@ -180,25 +191,30 @@ def speed_plot(results: Results) -> str | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("position of the token in the answer")
         axes.set_title("decode tokens/s  ↑")
-        figure.legend(frameon=False, ncols=SERIES, loc="outside lower left", labelcolor="linecolor")
-        return _svg(figure, "speed", "Decode speed against position")
+        columns = max(1, int(width // 1.6))
+        figure.legend(frameon=False, ncols=columns, loc="outside lower left", labelcolor="linecolor")
+        return _svg(figure, name, "Decode speed against position")
 
 
-def _speed_by_position(row: Row) -> list[float]:
-    """Return tokens/s at each decode step that at least a quarter of the samples reach (at least one)."""
+def _seconds_by_position(row: QualityRow) -> list[float]:
+    """Return the mean seconds of each decode step that at least a quarter of the samples reach (at least one)."""
     steps = [sample.seconds[1:] for sample in row.samples]
-    speeds = []
+    seconds = []
     for index in range(max(map(len, steps), default=0)):
-        seconds = [step[index] for step in steps if index < len(step)]
-        if 4 * len(seconds) < len(steps):
+        at_position = [step[index] for step in steps if index < len(step)]
+        if 4 * len(at_position) < len(steps):
             break
-        speeds.append(1 / max(median(seconds), 1e-9))
-    return speeds
+        seconds.append(max(mean(at_position), 1e-9))
+    return seconds
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Return the running median of five."""
-    return [median(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
+def _smooth(seconds: Sequence[float], bits: Sequence[int]) -> list[float]:
+    """Return the running mean of nine, of neighbours at the same precision: a switch stays a step."""
+    smooth = []
+    for index in range(len(seconds)):
+        window = range(max(0, index - 4), min(index + 5, len(seconds)))
+        smooth.append(mean(seconds[near] for near in window if bits[near] == bits[index]))
+    return smooth
 
 
 def _svg(figure: Any, name: str, title: str) -> str:

@@ -1,4 +1,4 @@
-"""What an evaluation found: one row per way of decoding, with every sample it rests on; JSON and markdown."""
+"""What an evaluation measured: one row per way of decoding, with every sample behind it; JSON, CSV and markdown."""
 
 from __future__ import annotations
 
@@ -6,155 +6,168 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from pmpd.eval.measure.scoring import Metric, Sample
+from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate, weighted_mean
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
 
-__all__ = [
-    "FP",
-    "VERSION",
-    "Metric",
-    "Results",
-    "Row",
-    "Sample",
-    "format_number",
-]
+__all__ = ["FP", "VERSION", "QualityResults", "QualityRow", "format_number"]
 
 FP = "fp"
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column of the table.
-
-    Attributes:
-        name: its key in results.
-        label: its heading.
-        higher_is_better: which way is up.
-        per_step: samples weigh as much as they have decode steps, not all alike.
-        digits: decimals shown.
-    """
-
-    name: str
-    label: str
-    higher_is_better: bool = True
-    per_step: bool = False
-    digits: int = 2
-
-    @property
-    def arrow(self) -> str:
-        """Which way is better, for a heading."""
-        return "↑" if self.higher_is_better else "↓"
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """What one row did with one item.
+class QualityRow:
+    """One way of decoding: the bundle under a schedule, or ``fp``, the floating-point model.
 
     Attributes:
-        source: where the item comes from (``file:line``).
-        prompt, output, reference: the texts, and those it was compared with (empty where the task keeps none).
-        prompt_tokens, output_tokens: their lengths.
-        precisions: bits that each output token was computed with; the first comes from prefill.
-        segments: the output cut where the precision changes: bits and text.
-        seconds: time of each output token (of the first: the whole prefill); empty under teacher forcing.
-        prefill_seconds: time of the prompt.
-        scores: this sample's scores.
-        scored_steps: decode steps that were scored by teacher forcing.
-    """
-
-    source: str
-    prompt: str = ""
-    output: str = ""
-    reference: tuple[str, ...] = ()
-    prompt_tokens: int
-    output_tokens: int
-    precisions: tuple[int, ...]
-    segments: tuple[tuple[int, str], ...] = ()
-    seconds: tuple[float, ...] = ()
-    prefill_seconds: float
-    scores: Mapping[str, float]
-    scored_steps: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One way of decoding: a schedule, or ``fp`` for the floating-point model.
-
-    Attributes:
-        schedule: the schedule as the user gave it.
-        average_bits: mean bits over the decode steps of all samples (paper, Section 5 "Baselines"): the first token of
-            an answer comes from prefill and does not count. None without any decode step.
-        metrics: each metric, and its standard error over samples as ``<metric>_stderr``.
-        prefill_tps, decode_tps: tokens per second, all tokens over all seconds; None where not measured.
+        name: the schedule as the user gave it (and the accuracy, where there are several), or ``fp``.
+        accuracy: how the compiled kernels computed; None for ``fp``.
+        average_bits: mean bits over the decode steps of all samples (paper, Section 5 "Baselines"): of the decoder's
+            linear layers, without output layer and embedding. The first token of an answer comes from prefill and does
+            not count, nor does the step that ends an answer. None without any decode step.
+        step_bytes: bytes of weights that a decode step reads, on average, output layer and embedding row included; None
+            for ``fp``.
+        metrics: each metric over all samples.
+        decode_tps: tokens per second: all decode steps over all their seconds; None where not measured.
         samples: what it rests on.
     """
 
-    schedule: str
+    name: str
+    accuracy: str | None
     average_bits: float | None
-    metrics: Mapping[str, float]
-    prefill_tps: float | None
-    decode_tps: float | None
+    step_bytes: float | None
+    metrics: Mapping[str, Estimate]
+    decode_tps: Estimate | None
     samples: tuple[Sample, ...]
 
-    def stderr(self, metric: Metric) -> float:
-        """Return the standard error of a metric, 0 where it has none."""
-        return self.metrics.get(f"{metric.name}_stderr", 0.0)
-
     @classmethod
-    def of(cls, schedule: str, samples: Sequence[Sample], metrics: Mapping[str, float]) -> Self:
-        """Make a row of its samples."""
+    def of(
+        cls,
+        name: str,
+        samples: Sequence[Sample],
+        metrics: Sequence[Metric],
+        *,
+        accuracy: str | None = None,
+        bytes_at: Mapping[int, float] | None = None,
+    ) -> Self:
+        """Make a row of its samples; `bytes_at` are the bytes that a decode step reads at each precision."""
         bits = [precision for sample in samples for precision in sample.precisions[1:]]
-        steps = [seconds for sample in samples for seconds in sample.seconds[1:]]
-        prompt_tokens = sum(sample.prompt_tokens for sample in samples)
-        prefill_seconds = sum(sample.prefill_seconds for sample in samples)
         return cls(
-            schedule=schedule,
+            name=name,
+            accuracy=accuracy,
             average_bits=sum(bits) / len(bits) if bits else None,
-            metrics=metrics,
-            prefill_tps=prompt_tokens / prefill_seconds if prefill_seconds > 0 else None,
-            decode_tps=len(steps) / sum(steps) if sum(steps) > 0 else None,
+            step_bytes=sum(bytes_at[precision] for precision in bits) / len(bits) if bytes_at and bits else None,
+            metrics={metric.name: metric.estimate(samples) for metric in metrics},
+            decode_tps=_rate([(len(sample.seconds[1:]), sum(sample.seconds[1:])) for sample in samples]),
             samples=tuple(samples),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
-    """A whole evaluation: its rows, the floating-point one first, and where and with what they were measured."""
+class QualityResults:
+    """A whole evaluation.
 
-    rows: tuple[Row, ...]
+    Attributes:
+        rows: the floating-point one first.
+        metrics: the columns.
+        environment: where and with what it was measured.
+        unfinished: names of the rows that an interrupted evaluation did not measure.
+    """
+
+    rows: tuple[QualityRow, ...]
     metrics: tuple[Metric, ...]
     environment: Mapping[str, Any]
+    unfinished: tuple[str, ...] = ()
+
+    @property
+    def schedules(self) -> tuple[QualityRow, ...]:
+        """The rows of the bundle."""
+        return tuple(row for row in self.rows if row.name != FP)
+
+    @property
+    def prefill_tps(self) -> dict[str, Estimate]:
+        """Prompt tokens per second, by accuracy, and of ``fp``: all schedules of an accuracy run the same graph."""
+        groups: dict[str, list[Sample]] = {}
+        for row in self.rows:
+            groups.setdefault(row.accuracy or FP, []).extend(row.samples)
+        rates = {name: _rate([(s.prompt_tokens, s.prefill_seconds) for s in group]) for name, group in groups.items()}
+        return {name: rate for name, rate in rates.items() if rate is not None}
+
+    def high(self, row: QualityRow) -> QualityRow:
+        """Return the row of most bits with the same kernels: what a schedule is compared with beside ``fp``."""
+        return max(
+            (other for other in self.schedules if other.accuracy == row.accuracy), key=lambda r: r.average_bits or 0
+        )
+
+    def difference(self, metric: Metric, row: QualityRow, other: QualityRow) -> Estimate:
+        """Return a metric of a row minus that of another, paired by item."""
+        return metric.difference(row.samples, other.samples)
+
+    def heading(self, metric: Metric) -> str:
+        """Return a metric's name and what it is a mean of."""
+        return f"{metric.label} ({metric.counted(self.rows[-1].samples)})"
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the table must know, a sentence or two per line."""
+        prefill = [
+            f"{rate.text(1)} tokens/s" + (f" ({name})" if len(self.prefill_tps) > 2 else "")
+            for name, rate in self.prefill_tps.items()
+            if name != FP
+        ]
+        lines = [
+            f"{PLUS_MINUS} over answers (windows of text for perplexity).",
+            "average bits: of the decoder's linear layers, mean over decode steps; the first token of an answer "
+            "(prefill) and the step that ends it do not count. MB/token: all weights that a step reads, output layer "
+            "included, KV cache not.",
+        ]
+        if prefill:
+            lines.append(f"Prefill runs the same graph under every schedule: {', '.join(prefill)}.")
+        if any(row.decode_tps for row in self.schedules):
+            lines.append("decode tokens/s: all decode steps of all answers over all their seconds.")
+        return lines
 
     def to_json(self) -> str:
-        """Return ``{"rows", "environment", "version"}`` as JSON text."""
+        """Return ``{"rows", "prefill_tps", "unfinished", "environment", "version"}`` as JSON text."""
         document = {
             "rows": [asdict(row) for row in self.rows],
+            "prefill_tps": {name: asdict(rate) for name, rate in self.prefill_tps.items()},
+            "unfinished": self.unfinished,
             "environment": self.environment,
             "version": VERSION,
         }
         return json_text(document)
 
     def to_csv(self) -> str:
-        """Return a line per row; standard errors are columns of their own."""
-        speeds = ("prefill_tps", "decode_tps")
-        return csv_text(
-            [
-                {"schedule": row.schedule, "average_bits": row.average_bits}
-                | dict(row.metrics)
-                | {name: getattr(row, name) for name in speeds}
-                for row in self.rows
-            ]
-        )
+        """Return a line per row; half-widths of 95 % intervals are columns of their own, ``<name>_ci95``."""
+        lines = []
+        for row in self.rows:
+            line: dict[str, object] = {
+                "name": row.name,
+                "average_bits": row.average_bits,
+                "step_bytes": row.step_bytes,
+            }
+            for name, estimate in [*row.metrics.items(), ("decode_tps", row.decode_tps)]:
+                line |= {name: estimate and estimate.value, f"{name}_ci95": estimate and estimate.ci95}
+            lines.append(line)
+        return csv_text(lines)
 
     def to_markdown(self) -> str:
-        """Return the table."""
-        header = ["schedule", "average bits", *(metric.label for metric in self.metrics)]
-        table = [[*header, "prefill tokens/s", "decode tokens/s"]]
+        """Return the verdict, the table, and notes on it."""
+        from pmpd.eval.report.verdict import verdict
+
+        table = [["schedule", "average bits", "MB/token", *map(self.heading, self.metrics), "decode tokens/s"]]
         for row in self.rows:
-            quality = [_cell(metric, row) for metric in self.metrics]
-            speeds = [format_number(row.prefill_tps, 1), format_number(row.decode_tps, 1)]
-            table.append([row.schedule, format_number(row.average_bits, 2), *quality, *speeds])
-        return markdown_table(table)
+            table.append(
+                [
+                    row.name,
+                    format_number(row.average_bits, 2),
+                    format_number(row.step_bytes and row.step_bytes / 1e6, 1),
+                    *(row.metrics[metric.name].text(metric.digits) for metric in self.metrics),
+                    row.decode_tps.text(1) if row.decode_tps and row.name != FP else "–",
+                ]
+            )
+        return "\n\n".join(["\n".join(verdict(self)), markdown_table(table), "\n".join(self.notes())])
 
 
 def format_number(value: float | None, digits: int) -> str:
@@ -162,6 +175,10 @@ def format_number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _cell(metric: Metric, row: Row) -> str:
-    text, error = format_number(row.metrics[metric.name], metric.digits), row.stderr(metric)
-    return f"{text} ± {format_number(error, metric.digits)}" if error else text
+def _rate(spent: Sequence[tuple[int, float]]) -> Estimate | None:
+    """Return things per second: all of them over all seconds, from the count and the seconds of each sample."""
+    timed = [(count, seconds) for count, seconds in spent if count and seconds > 0]
+    if not timed:
+        return None
+    seconds_each, stderr = weighted_mean([s / count for count, s in timed], [float(count) for count, _ in timed])
+    return Estimate.from_stderr(1 / seconds_each, stderr / seconds_each**2, len(timed))

@@ -1,36 +1,19 @@
-"""What a speed measurement found: a row per schedule and peer, with every time it rests on; markdown, CSV and JSON."""
+"""What a speed measurement gave: a row per schedule and peer, with every time behind it; markdown, CSV and JSON."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import mean, stdev
 from typing import Any, Self
 
+from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
 from pmpd.eval.report.results import format_number
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
 
-__all__ = ["VERSION", "Ratio", "SpeedResults", "SpeedRow", "Spread", "Timing"]
+__all__ = ["VERSION", "Ratio", "SpeedResults", "SpeedRow", "Timing"]
 
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean over repetitions and their standard deviation (0 for one)."""
-
-    mean: float
-    stdev: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Self:
-        """Return the spread of at least one value."""
-        return cls(mean(values), stdev(values) if len(values) > 1 else 0.0)
-
-    def text(self, digits: int, *, scale: float = 1.0) -> str:
-        """Return it as shown in tables."""
-        return f"{self.mean * scale:.{digits}f} ± {self.stdev * scale:.{digits}f}"
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +23,14 @@ class Timing:
     Attributes:
         prefill_seconds: time of the prompt.
         seconds: time of each decode step.
-        gemv_seconds: time of these steps inside the compiled matmul kernels; None where they are not counted.
-        others: share of all processors' time that other processes used meanwhile; None where the system does not tell.
+        matmul_seconds: time of these steps inside the compiled matmul kernels; None where they are not counted.
+        other_load: share of all processors' time that other processes used meanwhile; None where it is unknown.
     """
 
     prefill_seconds: float
     seconds: tuple[float, ...]
-    gemv_seconds: float | None = None
-    others: float | None = None
+    matmul_seconds: float | None = None
+    other_load: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +44,13 @@ class SpeedRow:
         precisions: bits of each decode step; empty for a peer.
         model_bytes: size of the model's weights on disk.
         step_bytes: bytes that a decode step reads, on average (see `traffic`); None for a peer.
-        prefill_tps, decode_tps: tokens per second.
-        gbs: `step_bytes` by the time of a step, in 10^9 bytes per second.
-        gemv_share: share of the decode steps' time inside the compiled matmul kernels.
-        reached: speed as a share of what its bits promise: steps as long as those of the uniform schedules, position by
-            position and in the same repetition. None for uniform ones.
-        others: share of all processors' time that other processes used meanwhile: the less, the better the figures.
+        prefill_tps: prompt tokens per second; of the bundle over all its rows of one accuracy, which run one graph.
+        decode_tps: tokens per second.
+        gb_per_second: `step_bytes` by the time of a step, in 10^9 bytes per second.
+        matmul_share: share of the decode steps' time inside the compiled matmul kernels.
+        expected_share: speed of a mixed schedule as a share of what is expected: steps that take as long as those of
+            the uniform schedules, position by position and in the same repetition. None for uniform ones.
+        other_load: share of all processors' time that other processes used meanwhile: lower is better.
         peak_bytes: most memory that its process had resident.
         kernels: what ran, by phase.
         facts: versions, and what else the contender says of itself.
@@ -79,12 +63,12 @@ class SpeedRow:
     precisions: tuple[int, ...]
     model_bytes: int
     step_bytes: float | None
-    prefill_tps: Spread
-    decode_tps: Spread
-    gbs: Spread | None
-    gemv_share: Spread | None
-    reached: Spread | None
-    others: Spread | None
+    prefill_tps: Estimate
+    decode_tps: Estimate
+    gb_per_second: Estimate | None
+    matmul_share: Estimate | None
+    expected_share: Estimate | None
+    other_load: Estimate | None
     peak_bytes: int
     kernels: Mapping[str, Sequence[str]]
     facts: Mapping[str, Any]
@@ -98,12 +82,12 @@ class SpeedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times as fast as a peer a uniform schedule of the same nominal bits is, repetition by repetition."""
+    """How many times as fast as a peer a uniform schedule of the same nominal bits is; a ratio per repetition."""
 
     ours: str
     peer: str
-    decode: Spread
-    prefill: Spread
+    decode: Estimate
+    prefill: Estimate
 
     @classmethod
     def of(cls, ours: SpeedRow, peer: SpeedRow) -> Self:
@@ -112,8 +96,8 @@ class Ratio:
         return cls(
             ours=ours.name,
             peer=peer.name,
-            decode=Spread.of([sum(theirs.seconds) / sum(our.seconds) for our, theirs in pairs]),
-            prefill=Spread.of([theirs.prefill_seconds / our.prefill_seconds for our, theirs in pairs]),
+            decode=Estimate.of([sum(theirs.seconds) / sum(our.seconds) for our, theirs in pairs]),
+            prefill=Estimate.of([theirs.prefill_seconds / our.prefill_seconds for our, theirs in pairs]),
         )
 
 
@@ -128,7 +112,7 @@ class SpeedResults:
     """
 
     rows: tuple[SpeedRow, ...]
-    switch_cost: Mapping[str, Spread]
+    switch_cost: Mapping[str, Estimate]
     environment: Mapping[str, Any]
 
     @property
@@ -151,7 +135,7 @@ class SpeedResults:
         )
 
     def to_csv(self) -> str:
-        """Return a line per row; a spread is two columns."""
+        """Return a line per row; half-widths of 95 % intervals are columns of their own, ``<name>_ci95``."""
         return csv_text([dict(_columns(row)) for row in self.rows])
 
     def to_markdown(self) -> str:
@@ -159,10 +143,11 @@ class SpeedResults:
         e, settings = self.environment, self.environment["settings"]
         parts = [
             f"{e['bundle']['name']}: {settings['prompt_tokens']} prompt tokens, {settings['max_new_tokens']} decoded, "
-            f"{settings['repetitions']} repetitions; {e['threads']} threads of {e['cpu']['model']}",
+            f"{_count(settings['repetitions'], 'repetition')}; {_count(e['threads'], 'thread')} of {e['cpu']['model']}",
             markdown_table([_HEADER, *(_cells(row) for row in self.rows)]),
         ]
-        notes = [
+        notes = list(_NOTES)
+        notes += [
             f"A switch of precision costs {cost.text(2, scale=100)} % of a token ({name})."
             for name, cost in self.switch_cost.items()
         ]
@@ -170,7 +155,7 @@ class SpeedResults:
             [(f"{phase} by {', '.join(names)}", r) for r in self.rows for phase, names in r.kernels.items()]
         )
         notes += _by_rows([(row.facts["version"], row) for row in self.rows if row.peer])
-        parts += ["\n".join(notes)] if notes else []
+        parts.append("\n".join(notes))
         if ratios := self.ratios:
             cells = [[r.ours, r.peer, f"{r.decode.text(2)}", f"{r.prefill.text(2)}"] for r in ratios]
             parts.append(markdown_table([["ours", "times as fast as", "decode", "prefill"], *cells]))
@@ -185,11 +170,22 @@ _HEADER = [
     "prefill tokens/s",
     "decode tokens/s",
     "GB/s",
-    "in GEMVs %",
-    "of promised %",
+    "in matmuls %",
+    "of expected %",
     "peak MB",
-    "others %",
+    "other load %",
 ]
+_NOTES = [
+    f"{PLUS_MINUS} over repetitions.",
+    "MB/token: what a step reads, KV cache included; GB/s: that over the time of a step. in matmuls: share of the "
+    "decode time in compiled matmul kernels.",
+    "of expected: a mixed schedule's speed as a share of what the uniform rows give for the same steps. other load: "
+    "share of all processors that other processes used.",
+]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _by_rows(facts: Sequence[tuple[str, SpeedRow]]) -> list[str]:
@@ -208,11 +204,11 @@ def _cells(row: SpeedRow) -> list[str]:
         format_number(row.step_bytes and row.step_bytes / 1e6, 0),
         row.prefill_tps.text(1),
         row.decode_tps.text(1),
-        row.gbs.text(1) if row.gbs else "–",
-        row.gemv_share.text(1, scale=100) if row.gemv_share else "–",
-        row.reached.text(1, scale=100) if row.reached else "–",
+        row.gb_per_second.text(1) if row.gb_per_second else "–",
+        row.matmul_share.text(1, scale=100) if row.matmul_share else "–",
+        row.expected_share.text(1, scale=100) if row.expected_share else "–",
         format_number(row.peak_bytes / 1e6, 0),
-        format_number(100 * row.others.mean if row.others else None, 1),
+        format_number(100 * row.other_load.value if row.other_load else None, 1),
     ]
 
 
@@ -223,7 +219,7 @@ def _columns(row: SpeedRow) -> list[tuple[str, object]]:
         ("model_bytes", row.model_bytes),
         ("step_bytes", row.step_bytes),
     ]
-    for name in ("prefill_tps", "decode_tps", "gbs", "gemv_share", "reached", "others"):
-        spread: Spread | None = getattr(row, name)
-        columns += [(name, spread and spread.mean), (f"{name}_stdev", spread and spread.stdev)]
+    for name in ("prefill_tps", "decode_tps", "gb_per_second", "matmul_share", "expected_share", "other_load"):
+        estimate: Estimate | None = getattr(row, name)
+        columns += [(name, estimate and estimate.value), (f"{name}_ci95", estimate and estimate.ci95)]
     return [*columns, ("peak_bytes", row.peak_bytes)]

@@ -18,9 +18,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from pmpd.eval.measure.statistics import Estimate
 from pmpd.eval.report.environment import describe_bundle, describe_machine, package_versions
 from pmpd.eval.speed.contenders import PEERS, ModelShape, Peer, Process, make_models, parse_peers
-from pmpd.eval.speed.results import SpeedResults, SpeedRow, Spread, Timing
+from pmpd.eval.speed.results import SpeedResults, SpeedRow, Timing
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.runtime import Bundle, parse_schedule
 from pmpd.runtime.console.progress import track
@@ -228,11 +229,11 @@ def _take_turns(lines: Sequence[_Line], vocab_size: int, settings: SpeedSettings
             time.sleep(_SETTLE_SECONDS)
             attempts.append(line.process.run(prompt=ids[:prompt], **wanted))
         if repetition:
-            line.answers.append(min(attempts, key=lambda answer: answer["others"] or 0.0))
+            line.answers.append(min(attempts, key=lambda answer: answer["other_load"] or 0.0))
 
 
 def _disturbed(answer: Mapping[str, Any], settings: SpeedSettings) -> bool:
-    return settings.max_others is not None and 100 * (answer["others"] or 0.0) > settings.max_others
+    return settings.max_others is not None and 100 * (answer["other_load"] or 0.0) > settings.max_others
 
 
 def switch_cost(precisions: Sequence[int], seconds: Sequence[float]) -> float | None:
@@ -252,13 +253,13 @@ def switch_cost(precisions: Sequence[int], seconds: Sequence[float]) -> float | 
     return mean(costs) if costs else None
 
 
-def _switch_costs(lines: Sequence[_Line]) -> dict[str, Spread]:
+def _switch_costs(lines: Sequence[_Line]) -> dict[str, Estimate]:
     costs = {}
     for line in lines:
         if line.name.startswith(SWITCHING):
             measured = [switch_cost(line.precisions, answer["seconds"]) for answer in line.answers]
             if values := [cost for cost in measured if cost is not None]:
-                costs[line.name] = Spread.of(values)
+                costs[line.name] = Estimate.of(values)
     return costs
 
 
@@ -268,14 +269,14 @@ def _row(line: _Line, lines: Sequence[_Line], bundle: Bundle, settings: SpeedSet
         Timing(
             prefill_seconds=answer["prefill_seconds"],
             seconds=tuple(answer["seconds"]),
-            gemv_seconds=answer.get("gemv_seconds"),
-            others=answer["others"],
+            matmul_seconds=answer.get("matmul_seconds"),
+            other_load=answer["other_load"],
         )
         for answer in line.answers
     )
     step_seconds = [mean(timing.seconds) for timing in timings]
-    shares = [t.gemv_seconds / sum(t.seconds) for t in timings if t.gemv_seconds is not None]
-    others = [timing.others for timing in timings if timing.others is not None]
+    shares = [t.matmul_seconds / sum(t.seconds) for t in timings if t.matmul_seconds is not None]
+    loads = [timing.other_load for timing in timings if timing.other_load is not None]
     positions = settings.prompt_tokens + (steps + 1) / 2
     read = mean(step_bytes(manifest, precision=p, positions=positions) for p in bits) if bits else None
     uniform = {
@@ -283,7 +284,11 @@ def _row(line: _Line, lines: Sequence[_Line], bundle: Bundle, settings: SpeedSet
         for other in lines
         if other.accuracy == line.accuracy and len(set(other.precisions)) == 1
     }
-    promised = [sum(uniform[p].answers[n]["seconds"][step] for step, p in enumerate(bits)) for n in range(len(timings))]
+    expected = [sum(uniform[p].answers[n]["seconds"][step] for step, p in enumerate(bits)) for n in range(len(timings))]
+    # All rows of a process run the same graph for the prompt: one figure for all of them.
+    prefills = [
+        answer["prefill_seconds"] for other in lines if other.process is line.process for answer in other.answers
+    ]
     weights = {tensor.file for tensor in manifest.tensors}
     last = line.answers[-1]
     return SpeedRow(
@@ -293,14 +298,14 @@ def _row(line: _Line, lines: Sequence[_Line], bundle: Bundle, settings: SpeedSet
         precisions=bits,
         model_bytes=line.process.facts.get("model_bytes") or sum(manifest.files[name].size for name in weights),
         step_bytes=read,
-        prefill_tps=Spread.of([settings.prompt_tokens / timing.prefill_seconds for timing in timings]),
-        decode_tps=Spread.of([1 / seconds for seconds in step_seconds]),
-        gbs=Spread.of([read / seconds / 1e9 for seconds in step_seconds]) if read else None,
-        gemv_share=Spread.of(shares) if shares else None,
-        reached=Spread.of([p / sum(t.seconds) for p, t in zip(promised, timings, strict=True)])
+        prefill_tps=Estimate.of([settings.prompt_tokens / seconds for seconds in prefills]),
+        decode_tps=Estimate.of([1 / seconds for seconds in step_seconds]),
+        gb_per_second=Estimate.of([read / seconds / 1e9 for seconds in step_seconds]) if read else None,
+        matmul_share=Estimate.of(shares) if shares else None,
+        expected_share=Estimate.of([p / sum(t.seconds) for p, t in zip(expected, timings, strict=True)])
         if len(set(bits)) > 1
         else None,
-        others=Spread.of(others) if others else None,
+        other_load=Estimate.of(loads) if loads else None,
         peak_bytes=last["peak_bytes"],
         kernels=last.get("kernels", {}),
         facts=line.process.facts,

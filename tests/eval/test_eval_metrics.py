@@ -10,13 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pmpd.eval.measure.metrics import (
-    kl_divergence,
-    negative_log_likelihood,
-    rouge,
-    top1_agreement,
-    weighted_mean,
-)
+from pmpd.eval.measure.metrics import kl_divergence, negative_log_likelihood, rouge, top1_agreement
 from pmpd.runtime import PmpdError
 
 
@@ -85,21 +79,3 @@ def test_rouge_of_texts_without_latin_words() -> None:
     assert rouge("你好", ["你好 "])["rougeL"] == 100.0
     assert rouge("你好", ["再见"])["rougeL"] == 0.0
     assert rouge("", [""])["rouge2"] == 100.0
-
-
-def test_weighted_mean_of_equal_weights_is_mean_and_standard_error() -> None:
-    values = [1.0, 2.0, 4.0, 9.0]
-    estimate = weighted_mean(values, [1.0] * 4)
-    assert estimate.mean == pytest.approx(4.0)
-    assert estimate.stderr == pytest.approx(np.std(values, ddof=1) / 2)
-
-
-def test_weighted_mean_weighs() -> None:
-    assert weighted_mean([1.0, 5.0], [3.0, 1.0]).mean == pytest.approx(2.0)
-    assert weighted_mean([7.0, 100.0], [2.0, 0.0]).mean == 7.0
-    assert weighted_mean([7.0, 100.0], [2.0, 0.0]).stderr == 0.0
-
-
-def test_weighted_mean_of_nothing_is_an_error() -> None:
-    with pytest.raises(PmpdError, match="no decode step"):
-        weighted_mean([1.0], [0.0])

@@ -9,35 +9,47 @@ from pathlib import Path
 
 import pytest
 
+from pmpd.eval.measure.scoring import Metric, Sample
 from pmpd.eval.report.page import render_html
-from pmpd.eval.report.results import Metric, Results, Row, Sample
+from pmpd.eval.report.results import QualityResults, QualityRow
+from pmpd.eval.report.verdict import verdict
 from pmpd.runtime import PmpdError
 from pmpd.runtime.console.output import write_atomically
 
 EVIL = "<script>alert('x')</script> & [\n 1,\n 2\n]"
-METRICS = (Metric("rougeL", "ROUGE-L"), Metric("kl", "KL", higher_is_better=False, digits=3))
+METRICS = (
+    Metric("rougeL", "ROUGE-L", highest=100),
+    Metric("kl", "KL", higher_is_better=False, per_step=True, digits=3),
+)
+BYTES_AT = {4: 4e6, 3: 3e6, 2: 2e6}
 
 
-def row(schedule: str, bits: tuple[int, ...], rouge: float) -> Row:
+def row(name: str, bits: tuple[int, ...], rouge: tuple[float, ...], prefill: float = 0.5) -> QualityRow:
     seconds = (0.5, *(bits_now / 1000 for bits_now in bits[1:]))
-    sample = Sample(
-        source="data.jsonl:1",
-        prompt=EVIL,
-        output="some words " + EVIL,
-        reference=(EVIL,),
-        prompt_tokens=10,
-        output_tokens=len(bits),
-        precisions=bits,
-        segments=((bits[0], "some words "), (bits[-1], EVIL)),
-        seconds=seconds,
-        prefill_seconds=0.5,
-        scores={"rougeL": rouge},
-    )
-    return Row.of(schedule, [sample] * 3, {"rougeL": rouge, "rougeL_stderr": 1.5, "kl": 0.25})
+    samples = [
+        Sample(
+            source=f"data.jsonl:{line}",
+            prompt=EVIL,
+            output="some words " + EVIL,
+            reference=(EVIL,),
+            prompt_tokens=10,
+            output_tokens=len(bits),
+            precisions=bits,
+            segments=((bits[0], "  some words "), (bits[-1], EVIL)),
+            seconds=seconds,
+            prefill_seconds=prefill,
+            scores={"rougeL": score, "kl": 0.25},
+            scored_steps=7,
+        )
+        for line, score in enumerate(rouge, start=1)
+    ]
+    if name == "fp":
+        return QualityRow.of(name, samples, METRICS)
+    return QualityRow.of(name, samples, METRICS, accuracy="int8", bytes_at=BYTES_AT)
 
 
 @pytest.fixture
-def results() -> Results:
+def results() -> QualityResults:
     environment = {
         "cpu": {"model": "Some <CPU>", "flags": "avx2"},
         "threads": 2,
@@ -47,25 +59,26 @@ def results() -> Results:
         "samples": 3,
     }
     rows = (
-        row("fp", (16,) * 8, 30.0),
-        row("uniform:4", (4,) * 8, 28.0),
-        row("uniform:2", (4, *[2] * 7), 9.0),
-        row("static:3@2,2@4", (4, 4, 4, 3, 3, 2, 2, 2), 24.0),
+        row("fp", (16,) * 8, (10.0, 30.0, 50.0)),
+        row("uniform:4", (4,) * 8, (11.0, 29.0, 50.0), prefill=0.25),
+        row("uniform:2", (4, *[2] * 7), (1.0, 19.0, 40.5), prefill=1.0),
+        row("static:3@2,2@4", (4, 4, 4, 3, 3, 2, 2, 2), (9.0, 28.0, 50.0), prefill=0.25),
     )
-    return Results(rows=rows, metrics=METRICS, environment=environment)
+    return QualityResults(rows=rows, metrics=METRICS, environment=environment)
 
 
-def test_json_has_the_documented_shape(results: Results) -> None:
+def test_json_has_the_documented_shape(results: QualityResults) -> None:
     document = json.loads(results.to_json())
-    assert set(document) == {"rows", "environment", "version"}
-    assert document["version"] == 1
-    assert [each["schedule"] for each in document["rows"]] == ["fp", "uniform:4", "uniform:2", "static:3@2,2@4"]
+    assert set(document) == {"rows", "prefill_tps", "unfinished", "environment", "version"}
+    assert (document["version"], document["unfinished"]) == (2, [])
+    assert [line["name"] for line in document["rows"]] == ["fp", "uniform:4", "uniform:2", "static:3@2,2@4"]
     last = document["rows"][-1]
-    assert set(last) == {"schedule", "average_bits", "metrics", "prefill_tps", "decode_tps", "samples"}
+    assert set(last) == {"name", "accuracy", "average_bits", "step_bytes", "metrics", "decode_tps", "samples"}
     assert last["average_bits"] == pytest.approx((4 + 4 + 3 + 3 + 2 + 2 + 2) / 7)
-    assert last["metrics"] == {"rougeL": 24.0, "rougeL_stderr": 1.5, "kl": 0.25}
-    assert last["prefill_tps"] == pytest.approx(20)
-    assert last["decode_tps"] == pytest.approx(1000 / last["average_bits"])
+    assert last["step_bytes"] == pytest.approx(1e6 * last["average_bits"])
+    assert last["metrics"]["rougeL"] == {"value": pytest.approx(29), "ci95": pytest.approx(51.0, rel=0.01), "count": 3}
+    assert last["metrics"]["kl"] == {"value": 0.25, "ci95": 0, "count": 3}
+    assert last["decode_tps"]["value"] == pytest.approx(1000 / last["average_bits"])
     sample = last["samples"][0]
     assert sample["precisions"] == [4, 4, 4, 3, 3, 2, 2, 2]
     # Lists of numbers are put on one line, texts that look like one are left alone.
@@ -73,30 +86,78 @@ def test_json_has_the_documented_shape(results: Results) -> None:
     assert '"precisions": [ 4, 4, 4, 3, 3, 2, 2, 2 ]' in results.to_json()
 
 
-def test_markdown_lines_up(results: Results) -> None:
-    lines = results.to_markdown().splitlines()
+def test_markdown_lines_up(results: QualityResults) -> None:
+    lines = [line for line in results.to_markdown().splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["schedule", "average bits", "ROUGE-L", "KL", "prefill tokens/s", "decode tokens/s"]
-    assert cells[2][:4] == ["fp", "16.00", "30.00 ± 1.50", "0.250"]
+    assert cells[0] == [
+        "schedule", "average bits", "MB/token", "ROUGE-L (3 answers)", "KL (21 steps)", "decode tokens/s",
+    ]  # fmt: skip
+    assert cells[2] == ["fp", "16.00", "–", "30.00 ± 49.65", "0.250", "–"]
+    assert cells[4][:3] == ["uniform:2", "2.00", "2.0"]
     assert set(lines[1]) <= set("|:- ")
 
 
-def test_what_was_not_measured_is_a_dash(results: Results) -> None:
-    unmeasured = Row(
-        schedule="fp",
-        average_bits=None,
-        metrics={"rougeL": 1.0, "kl": 1.0},
-        prefill_tps=None,
-        decode_tps=None,
-        samples=(),
+def test_the_table_says_what_its_numbers_are(results: QualityResults) -> None:
+    text = results.to_markdown()
+    assert "± is half the width of a 95 % confidence interval over answers" in text
+    assert "of the decoder's linear layers" in text
+    assert "the step that ends it do not count" in text
+
+
+def test_prefill_is_one_figure_for_all_schedules(results: QualityResults) -> None:
+    """All of them run the same graph: 90 tokens in 3 * (0.25 + 1 + 0.25) seconds; the fp model's is apart."""
+    assert results.prefill_tps.keys() == {"fp", "int8"}
+    assert results.prefill_tps["int8"].value == pytest.approx(90 / 4.5)
+    text = results.to_markdown()
+    assert "Prefill runs the same graph under every schedule: 20.0 ± " in text
+    assert text.count("refill tokens/s") == 0
+
+
+def test_verdict_in_plain_words(results: QualityResults) -> None:
+    four, two, mixed = verdict(results)
+    assert four.startswith("uniform:4 (4.00 bits): ROUGE-L +0.00 ± 2.48 against fp (within noise).")
+    assert two.startswith("uniform:2 (2.00 bits): ROUGE-L -9.83 ± ")
+    assert "against fp (worse); -9.83 ± " in two
+    assert "decodes 2.00 ± 0.00 times as fast." in two
+    assert "against uniform:4 (within noise); decodes 1.40 ± 0.00 times" in mixed
+    assert results.to_markdown().splitlines()[:3] == [four, two, mixed]
+    assert two in render_html(results)
+
+
+def test_one_answer_gives_no_judgement(results: QualityResults) -> None:
+    rows = tuple(
+        QualityRow.of(full.name, full.samples[:1], METRICS, accuracy=full.accuracy, bytes_at=full.accuracy and BYTES_AT)
+        for full in results.rows
     )
-    assert Results(rows=(unmeasured,), metrics=METRICS, environment={}).to_markdown().count("–") == 3
+    few = QualityResults(rows=rows, metrics=METRICS, environment=results.environment)
+    assert "uniform:2 (2.00 bits): ROUGE-L -9.00 against fp (one answer only: noise unknown)" in few.to_markdown()
 
 
-def test_page_is_self_contained(results: Results) -> None:
+def test_bold_is_the_best_beyond_noise(results: QualityResults) -> None:
     page = render_html(results)
-    assert page.count("<svg") == 2
+    # uniform:4 is first, static differs from it within noise, uniform:2 does not; KL is the same for all.
+    assert re.findall(r"<b>([^<]+)</b>", page) == ["30.00", "29.00"]
+
+
+def test_what_was_not_measured_is_a_dash(results: QualityResults) -> None:
+    sample = Sample(
+        source="x",
+        prompt_tokens=1,
+        output_tokens=1,
+        precisions=(4,),
+        prefill_seconds=0.0,
+        scores={"rougeL": 1.0, "kl": 0.0},
+        scored_steps=1,
+    )
+    rows = tuple(QualityRow.of(name, [sample], METRICS) for name in ("fp", "uniform:4"))
+    lines = QualityResults(rows=rows, metrics=METRICS, environment={}).to_markdown().splitlines()
+    assert [line.count("–") for line in lines if line.startswith(("| fp", "| uniform"))] == [3, 3]
+
+
+def test_page_is_self_contained(results: QualityResults) -> None:
+    page = render_html(results)
+    assert page.count("<svg") == 4  # a plot per metric, and speed for wide and for narrow screens
     assert not re.search(r"<(script|link|img|iframe|object|embed|image)\b", page)
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
     assert not re.search(r"url\((?!#)|@import", page)
@@ -107,38 +168,44 @@ def test_page_is_self_contained(results: Results) -> None:
     }
 
 
-def test_page_escapes_texts(results: Results) -> None:
+def test_page_escapes_texts(results: QualityResults) -> None:
     page = render_html(results)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "Some &lt;CPU&gt;" in page
 
 
-def test_page_shows_every_row_and_follows_the_theme(results: Results) -> None:
+def test_page_shows_every_row_and_follows_the_theme(results: QualityResults) -> None:
     page = render_html(results)
-    for each in results.rows:
-        assert f"</i>{each.schedule}</th>" in page
-        assert f">{each.schedule}</text>" in page
+    for shown in results.rows:
+        assert f"</i>{shown.name}</th>" in page
+        assert f">{shown.name}</text>" in page
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r"#0000?01|#00010\d", page)
-    assert "3 bit</text>" in page
-    assert '<mark class="bits-0">some words </mark><mark class="bits-1">&lt;' in page
+    assert "3 bits</text>" in page
+    assert '<mark class="bits-0">some words </mark><mark class="bits-4">&lt;' in page
 
 
-def test_ids_of_the_plots_do_not_clash(results: Results) -> None:
+def test_ids_of_the_plots_do_not_clash(results: QualityResults) -> None:
     ids = re.findall(r'\bid="([^"]+)"', render_html(results))
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:href="#|url\(#)([^")]+)', render_html(results))
     assert set(used) <= set(ids)
 
 
-def test_page_without_decode_times_has_no_speed_plot(results: Results) -> None:
+def test_page_without_decode_times_has_no_speed_plot(results: QualityResults) -> None:
     sample = Sample(
-        source="x", prompt_tokens=1, output_tokens=2, precisions=(4, 4), prefill_seconds=0.1, scores={"nll": 1.0}
+        source="x",
+        prompt_tokens=1,
+        output_tokens=2,
+        precisions=(4, 4),
+        prefill_seconds=0.1,
+        scores={"rougeL": 1.0, "kl": 0.0},
+        scored_steps=1,
     )
-    rows = tuple(Row.of(each, [sample], {"rougeL": 1.0, "kl": 0.0}) for each in ("fp", "uniform:4"))
-    page = render_html(Results(rows=rows, metrics=METRICS, environment=results.environment))
-    assert page.count("<svg") == 1
+    rows = tuple(QualityRow.of(name, [sample], METRICS) for name in ("fp", "uniform:4"))
+    page = render_html(QualityResults(rows=rows, metrics=METRICS, environment=results.environment))
+    assert page.count("<svg") == 2
     assert "Answers side by side" not in page
 
 
@@ -155,4 +222,4 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(PmpdError, match=r"cannot write .*r\.json \(No space left on device\)"):
         write_atomically(file, "newer")
     assert file.read_text(encoding="utf-8") == "new ü"
-    assert [each.name for each in tmp_path.iterdir()] == ["r.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]

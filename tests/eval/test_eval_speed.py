@@ -17,7 +17,6 @@ from pmpd.eval.speed.contenders import peers, process
 from pmpd.eval.speed.contenders.bundle import BundleContender
 from pmpd.eval.speed.contenders.peers import ModelShape, Peer, parse_peers
 from pmpd.eval.speed.contenders.process import Process
-from pmpd.eval.speed.results import Spread
 from pmpd.eval.speed.speed import switch_cost
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.runtime import Bundle, Generator, Manifest, NodeKernel, PmpdError
@@ -94,18 +93,22 @@ def test_a_row_per_precision_and_schedule(demo_bundle: Path, tmp_path: Path) -> 
         assert row["peak_bytes"] > row["model_bytes"] > row["step_bytes"]
         assert row["kernels"].keys() == {"prefill", "decode"}
         rates = [6 / sum(timing["seconds"]) for timing in row["timings"]]
-        assert row["decode_tps"]["mean"] == pytest.approx(sum(rates) / 2)
-        assert row["gbs"]["mean"] == pytest.approx(sum(rates) / 2 * row["step_bytes"] / 1e9)
+        assert row["decode_tps"]["value"] == pytest.approx(sum(rates) / 2)
+        assert row["gb_per_second"]["value"] == pytest.approx(sum(rates) / 2 * row["step_bytes"] / 1e9)
     times = [[timing["seconds"] for timing in rows[name]["timings"]] for name in rows]
-    promised = [sum(four[:3] + two[3:]) / sum(own) for four, two, own, _ in zip(*times, strict=True)]
-    assert mixed["reached"]["mean"] == pytest.approx(sum(promised) / 2)
-    assert rows["uniform:4"]["reached"] is None
+    expected = [sum(four[:3] + two[3:]) / sum(ours) for four, two, ours, _ in zip(*times, strict=True)]
+    assert mixed["expected_share"]["value"] == pytest.approx(sum(expected) / 2)
+    assert rows["uniform:4"]["expected_share"] is None
+    # All rows run the same graph for the prompt: one figure, of the repetitions of all of them.
+    prefills = [8 / timing["prefill_seconds"] for row in rows.values() for timing in row["timings"]]
+    assert all(row["prefill_tps"] == rows["uniform:4"]["prefill_tps"] for row in rows.values())
+    assert mixed["prefill_tps"]["value"] == pytest.approx(sum(prefills) / 8)
     assert document["switch_cost"].keys() == {"switching"}
     assert document["environment"]["threads"] == 1
     written = list(csv.DictReader(io.StringIO(csv_file.read_text(encoding="utf-8"))))
     assert [row["name"] for row in written] == list(rows)
-    assert float(written[0]["decode_tps"]) == pytest.approx(rows["uniform:4"]["decode_tps"]["mean"])
-    assert written[0]["reached"] == ""
+    assert float(written[0]["decode_tps"]) == pytest.approx(rows["uniform:4"]["decode_tps"]["value"])
+    assert written[0]["expected_share"] == ""
     assert "A switch of precision costs" in result.stdout
     assert table(result)["uniform:2"][1] == "2.00"
 
@@ -126,8 +129,8 @@ def test_accuracies_and_peers_take_turns(demo_bundle: Path, fake_peer: Path, tmp
     *ours, three, eight = document["rows"]
     assert [row["name"] for row in ours] == ["uniform:3 exact", "uniform:3 int8"]
     assert (three["name"], three["bits"], three["model_bytes"]) == ("llama.cpp Q3_K_M", 3, 5_000_000)
-    assert three["decode_tps"] == {"mean": pytest.approx(4), "stdev": 0}
-    assert three["prefill_tps"] == {"mean": pytest.approx(16), "stdev": 0}
+    assert three["decode_tps"] == {"value": pytest.approx(4), "ci95": 0, "count": 2}
+    assert three["prefill_tps"] == {"value": pytest.approx(16), "ci95": 0, "count": 2}
     assert eight["peak_bytes"] > 1_000_000
     # Only peers of the same nominal bits are compared.
     assert [(ratio["ours"], ratio["peer"]) for ratio in document["ratios"]] == [
@@ -135,7 +138,7 @@ def test_accuracies_and_peers_take_turns(demo_bundle: Path, fake_peer: Path, tmp
         ("uniform:3 int8", "llama.cpp Q3_K_M"),
     ]
     rates = [5 / sum(timing["seconds"]) / 4 for timing in ours[0]["timings"]]
-    assert document["ratios"][0]["decode"]["mean"] == pytest.approx(sum(rates) / 2)
+    assert document["ratios"][0]["decode"]["value"] == pytest.approx(sum(rates) / 2)
     assert "llama.cpp Q3_K_M, llama.cpp Q8_0: fake 1.0" in result.stdout
 
 
@@ -198,7 +201,7 @@ def test_time_inside_the_kernels_of_the_decode_steps(demo_bundle: Path, monkeypa
     ]
     monkeypatch.setattr(Generator, "kernels", lambda self, reset=False: nodes)
     answer = BundleContender(str(demo_bundle), positions=8, threads=1).run(prompt=[1, 2, 3], precisions=[4, 4])
-    assert answer["gemv_seconds"] == 1.5
+    assert answer["matmul_seconds"] == 1.5
     assert answer["kernels"] == {"prefill": ["gemm"], "decode": ["attention", "gemv4", "gemv6"]}
     assert len(answer["seconds"]) == 2
 
@@ -227,11 +230,6 @@ def test_the_cost_of_a_switch() -> None:
     assert switch_cost(precisions, seconds) == pytest.approx((0.2 + 0.1) / 2)
     assert switch_cost((4, 2, 4), (1.0, 1.0, 1.0)) is None  # nothing to compare with
     assert switch_cost((4, 4, 4), (1.0, 1.0, 1.0)) is None  # no switch
-
-
-def test_a_spread() -> None:
-    assert Spread.of([1.0, 3.0]) == Spread(2.0, pytest.approx(2**0.5))
-    assert Spread.of([5.0]).text(1, scale=100) == "500.0 ± 0.0"
 
 
 def test_peers_as_users_write_them() -> None:

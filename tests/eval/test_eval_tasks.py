@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from pmpd.eval.data.records import Record, Template
-from pmpd.eval.measure.models import Forced, Generation
-from pmpd.eval.report.results import Row
-from pmpd.eval.tasks.base import TASKS, Task
+from pmpd.eval.measure.models import Answer, Forced
+from pmpd.eval.report.results import QualityRow
+from pmpd.eval.tasks.base import Task
+from pmpd.eval.tasks.registry import TASKS
 from pmpd.runtime import PmpdError
 
 WORDS = ["<s>", "</s>", "a", "b", "c", "d", "e", "f", "g", "h"]
@@ -46,11 +47,11 @@ class FakeModel:
     def warm_up(self, prompt: Sequence[int]) -> None:
         raise AssertionError("tasks do not warm up")
 
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Generation:
+    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
         self.prompts.append(tuple(prompt))
         ids = tuple(self.answer[:max_new_tokens])
         seconds = (0.5, *[0.1] * (len(ids) - 1)) if ids else ()
-        return Generation(ids=ids, precisions=self.bits[: len(ids)], seconds=seconds, prefill_seconds=0.4)
+        return Answer(ids=ids, precisions=self.bits[: len(ids)], seconds=seconds, prefill_seconds=0.4)
 
     def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
         rows = np.full((len(answer) - 1, V), (1 - self.p) / (V - 1))
@@ -85,13 +86,14 @@ def test_perplexity_is_exp_of_the_mean_over_tokens_not_over_windows() -> None:
     samples = [
         task.measure(FakeModel((), bits=(4, 3, 2), p=p), item, None)[0] for p, item in ((0.5, long), (0.25, short))
     ]
-    summary = task.summarize(samples)
-    assert summary["perplexity"] == pytest.approx(math.exp((2 * math.log(2) + math.log(4)) / 3), rel=1e-6)
-    assert summary["perplexity_stderr"] > 0
-    row = Row.of("static:3@0,2@1", samples, summary)
+    row = QualityRow.of("static:3@0,2@1", samples, task.metrics, bytes_at={3: 30.0, 2: 20.0})
+    perplexity = row.metrics["perplexity"]
+    assert perplexity.value == pytest.approx(math.exp((2 * math.log(2) + math.log(4)) / 3), rel=1e-6)
+    assert perplexity.ci95 is not None
+    assert perplexity.ci95 > 0
     assert row.average_bits == pytest.approx((3 + 2 + 3) / 3)
+    assert row.step_bytes == pytest.approx((30 + 20 + 30) / 3)
     assert row.decode_tps is None
-    assert row.prefill_tps == pytest.approx((3 + 2) / 0.4)
 
 
 def test_fidelity_to_itself_is_perfect_and_to_another_is_not() -> None:
@@ -99,10 +101,13 @@ def test_fidelity_to_itself_is_perfect_and_to_another_is_not() -> None:
     (item,) = task.items(records({"prompt": "a b"}))
     assert item.ids == (0, 2, 3)
     fp, baseline = task.measure(FakeModel((4, 5, 6), bits=(16, 16, 16), p=0.5), item, None)
-    assert task.summarize([fp]) == {
-        **{"kl_divergence": pytest.approx(0, abs=1e-9), "top1_agreement": 100, "rougeL": 100},
-        **{"kl_divergence_stderr": 0, "top1_agreement_stderr": 0, "rougeL_stderr": 0},
+    fp_row = QualityRow.of("fp", [fp], task.metrics)
+    assert {name: metric.value for name, metric in fp_row.metrics.items()} == {
+        "kl_divergence": pytest.approx(0, abs=1e-9),
+        "top1_agreement": 100,
+        "rougeL": 100,
     }
+    assert all(metric.ci95 is None for metric in fp_row.metrics.values())
     other, again = task.measure(FakeModel((4, 7, 7), bits=(4, 3, 2), p=0.05), item, baseline)
     assert again is baseline
     rest = 0.5 / (V - 1)
@@ -125,7 +130,7 @@ def test_fidelity_weighs_logit_metrics_by_steps_and_texts_alike() -> None:
         task.measure(FakeModel((4,), bits=(4,) * 4, p=p), item, baseline)[0]
         for p, item, baseline in zip([0.05, 0.5, 0.5], items, baselines, strict=True)
     ]
-    summary = task.summarize(samples)
+    summary = {metric.name: metric.estimate(samples).value for metric in task.metrics}
     assert summary["top1_agreement"] == pytest.approx(100 / 4)  # three steps wrong, one right, none
     assert summary["rougeL"] == pytest.approx((40 + 200 / 3 + 100) / 3)
 
@@ -145,10 +150,10 @@ def test_rouge_task_scores_against_its_references() -> None:
     sample, _ = task.measure(FakeModel((5, 7), bits=(4, 3)), item, None)
     assert (sample.prompt, sample.output, sample.reference) == ("a b", "d f", ("d e",))
     assert sample.scores["rougeL"] == pytest.approx(50.0)
-    row = Row.of("uniform:3", [sample, sample], task.summarize([sample, sample]))
+    row = QualityRow.of("uniform:3", [sample, sample], task.metrics)
     assert row.average_bits == 3
-    assert row.prefill_tps == pytest.approx(3 / 0.4)
-    assert row.decode_tps == pytest.approx(10)
+    assert row.decode_tps is not None
+    assert row.decode_tps.value == pytest.approx(10)
 
 
 @pytest.mark.parametrize("name", ["mt_bench", "jsonl"])

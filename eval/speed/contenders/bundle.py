@@ -43,7 +43,7 @@ class BundleContender:
         limit = len(precisions) + 1  # the prompt gives the first token
         tokens = list(generator.stream(prompt, max_new_tokens=limit, schedule=_Steps(precisions), stop_ids=()))
         kernels: dict[str, set[str]] = {"prefill": set(), "decode": set()}
-        gemv_seconds: float | None = None
+        matmul_seconds: float | None = None
         used = {self._prefill, *(generator.bundle.manifest.graph("decode", p).file for p in precisions)}
         for node in generator.kernels():
             if node.kernel is None or node.graph not in used:
@@ -51,11 +51,11 @@ class BundleContender:
             phase = "prefill" if node.graph == self._prefill else "decode"
             kernels[phase].add(node.kernel)
             if phase == "decode" and node.op == MATMUL and node.seconds is not None:
-                gemv_seconds = (gemv_seconds or 0.0) + node.seconds
+                matmul_seconds = (matmul_seconds or 0.0) + node.seconds
         return {
             "prefill_seconds": generator.trace.prefill_seconds,
             "seconds": [token.seconds for token in tokens[1:]],
-            "gemv_seconds": gemv_seconds,
+            "matmul_seconds": matmul_seconds,
             "kernels": {phase: sorted(names) for phase, names in kernels.items()},
         }
 

@@ -62,8 +62,8 @@ class Process:
     def run(self, **request: Any) -> dict[str, Any]:
         """Send a request and return the answer.
 
-        Its ``others`` is the share of all processors' time that other processes used meanwhile, None where the system
-        does not tell.
+        Its ``other_load`` is the share of all processors' time that other processes used meanwhile, None where the
+        system does not tell.
 
         Raises:
             PmpdError: the contender fails.
@@ -74,11 +74,11 @@ class Process:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         answer = self._answer()
-        others = None
+        other_load = None
         if busy is not None:
             available = (time.perf_counter() - begin) * (os.cpu_count() or 1)
-            others = max(0.0, (_busy_seconds() or busy) - busy - answer["cpu_seconds"]) / available
-        return {**answer, "others": others}
+            other_load = max(0.0, (_busy_seconds() or busy) - busy - answer["cpu_seconds"]) / available
+        return {**answer, "other_load": other_load}
 
     def close(self) -> None:
         """End the process."""
