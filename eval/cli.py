@@ -173,6 +173,8 @@ def main(
             write_atomically(csv_file, results.to_csv())
         if html_file is not None:
             write_atomically(html_file, render_html(results))
+        if results.unfinished:
+            _fail(f"interrupted: {results.progress}; missing: {', '.join(results.unfinished)}", code=130)
     except (BundleError, MissingExtraError) as error:
         _fail(str(error))
     except ImportError as error:

@@ -100,6 +100,11 @@ class QualityResults:
             (other for other in self.schedules if other.accuracy == row.accuracy), key=lambda r: r.average_bits or 0
         )
 
+    @property
+    def progress(self) -> str:
+        """How much of the evaluation there is, for a message."""
+        return f"{len(self.rows)} of {len(self.rows) + len(self.unfinished)} rows are finished"
+
     def difference(self, metric: Metric, row: QualityRow, other: QualityRow) -> Estimate:
         """Return a metric of a row minus that of another, paired by item."""
         return metric.difference(row.samples, other.samples)

@@ -109,11 +109,19 @@ class SpeedResults:
         rows: the bundle's, then the peers'.
         switch_cost: time that a switch of precision adds to a step, as a share of the step, by row that measured it.
         environment: where and with what it was measured.
+        unfinished: repetitions that an interrupted measurement did not finish.
     """
 
     rows: tuple[SpeedRow, ...]
     switch_cost: Mapping[str, Estimate]
     environment: Mapping[str, Any]
+    unfinished: tuple[str, ...] = ()
+
+    @property
+    def progress(self) -> str:
+        """How much of the measurement there is, for a message."""
+        finished = len(self.rows[0].timings)
+        return f"{finished} of {finished + len(self.unfinished)} repetitions are finished"
 
     @property
     def ratios(self) -> list[Ratio]:
@@ -123,12 +131,13 @@ class SpeedResults:
         return [Ratio.of(row, peer) for peer in peers for row in ours if row.uniform == peer.bits]
 
     def to_json(self) -> str:
-        """Return ``{"rows", "ratios", "switch_cost", "environment", "version"}`` as JSON text."""
+        """Return ``{"rows", "ratios", "switch_cost", "unfinished", "environment", "version"}`` as JSON text."""
         return json_text(
             {
                 "rows": [asdict(row) for row in self.rows],
                 "ratios": [asdict(ratio) for ratio in self.ratios],
                 "switch_cost": {name: asdict(cost) for name, cost in self.switch_cost.items()},
+                "unfinished": self.unfinished,
                 "environment": self.environment,
                 "version": VERSION,
             }

@@ -143,7 +143,7 @@ def measure_speed(bundle: Bundle, settings: SpeedSettings, *, quiet: bool = True
     with ExitStack() as stack:
         peers = _peer_lines(stack, bundle.manifest, settings, quiet=quiet)
         lines = [*_our_lines(stack, plan, bundle, settings), *peers]
-        _take_turns(lines, bundle.manifest.architecture.vocab_size, settings, quiet=quiet)
+        unfinished = _take_turns(lines, bundle.manifest.architecture.vocab_size, settings, quiet=quiet)
     environment = {
         **describe_machine(),
         "threads": _resources(settings)["threads"],
@@ -160,6 +160,7 @@ def measure_speed(bundle: Bundle, settings: SpeedSettings, *, quiet: bool = True
         rows=tuple(_row(line, lines, bundle, settings) for line in lines),
         switch_cost=_switch_costs(lines),
         environment=environment,
+        unfinished=unfinished,
     )
 
 
@@ -215,21 +216,33 @@ def _peer_lines(stack: ExitStack, manifest: Manifest, settings: SpeedSettings, *
     return [_Line(name=peer.label, process=stack.enter_context(start(peer)), peer=peer) for peer in peers]
 
 
-def _take_turns(lines: Sequence[_Line], vocab_size: int, settings: SpeedSettings, *, quiet: bool) -> None:
-    """Run every line once to warm up, then once per repetition; each repetition starts with another line."""
+def _take_turns(lines: Sequence[_Line], vocab_size: int, settings: SpeedSettings, *, quiet: bool) -> tuple[str, ...]:
+    """Run every line once to warm up, then once per repetition; each repetition starts with another line.
+
+    An interrupt after at least one whole repetition ends it: the numbers of the others are returned.
+    """
     prompt, steps = settings.prompt_tokens, settings.max_new_tokens
     numbers = random.Random(settings.seed)
     texts = [numbers.choices(range(vocab_size), k=prompt + steps) for _ in range(settings.repetitions + 1)]
     turns = [(n, lines[(n + i) % len(lines)]) for n in range(len(texts)) for i in range(len(lines))]
-    for repetition, line in track(turns, step="speed", total=len(turns), quiet=quiet):
-        ids, count = texts[repetition], steps if repetition else min(steps, _WARM_UP_STEPS)
-        wanted = {"tokens": ids[prompt:][:count]} if line.peer else {"precisions": line.precisions[:count]}
-        attempts: list[dict[str, Any]] = []
-        while not attempts or (repetition and len(attempts) < _ATTEMPTS and _disturbed(attempts[-1], settings)):
-            time.sleep(_SETTLE_SECONDS)
-            attempts.append(line.process.run(prompt=ids[:prompt], **wanted))
-        if repetition:
-            line.answers.append(min(attempts, key=lambda answer: answer["other_load"] or 0.0))
+    try:
+        for repetition, line in track(turns, step="speed", total=len(turns), quiet=quiet):
+            ids, count = texts[repetition], steps if repetition else min(steps, _WARM_UP_STEPS)
+            request = {"tokens": ids[prompt:][:count]} if line.peer else {"precisions": line.precisions[:count]}
+            attempts: list[dict[str, Any]] = []
+            while not attempts or (repetition and len(attempts) < _ATTEMPTS and _disturbed(attempts[-1], settings)):
+                time.sleep(_SETTLE_SECONDS)
+                attempts.append(line.process.run(prompt=ids[:prompt], **request))
+            if repetition:
+                line.answers.append(min(attempts, key=lambda answer: answer["other_load"] or 0.0))
+    except KeyboardInterrupt:
+        finished = min(len(line.answers) for line in lines)
+        if not finished:
+            raise
+        for line in lines:
+            del line.answers[finished:]
+        return tuple(f"repetition {n}" for n in range(finished + 1, settings.repetitions + 1))
+    return ()
 
 
 def _disturbed(answer: Mapping[str, Any], settings: SpeedSettings) -> bool:

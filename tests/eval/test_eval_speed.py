@@ -142,6 +142,29 @@ def test_accuracies_and_peers_take_turns(demo_bundle: Path, fake_peer: Path, tmp
     assert "llama.cpp Q3_K_M, llama.cpp Q8_0: fake 1.0" in result.stdout
 
 
+def test_an_interrupt_keeps_whole_repetitions(
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, turns = tmp_path / "s.json", iter(range(100))
+    run_turn = Process.run
+
+    def interrupted(self: Process, **request: object) -> dict[str, object]:
+        if next(turns) == 7:  # in the second repetition: with "switching" three rows take turns, first to warm up
+            raise KeyboardInterrupt
+        return run_turn(self, **request)
+
+    monkeypatch.setattr(Process, "run", interrupted)
+    result = run(
+        demo_bundle, "--task", "speed", "--prompt-tokens", 4, "--max-new-tokens", 2, "--repetitions", 3, "-q",
+        "--schedule", "uniform:4", "--schedule", "uniform:2", "--json", report,
+    )  # fmt: skip
+    assert result.exit_code == 130
+    assert "interrupted: 1 of 3 repetitions are finished" in result.stderr
+    document = json.loads(report.read_text(encoding="utf-8"))
+    assert document["unfinished"] == ["repetition 2", "repetition 3"]
+    assert [len(row["timings"]) for row in document["rows"]] == [1, 1, 1]
+
+
 def test_a_disturbed_turn_is_repeated(
     demo_bundle: Path, fake_peer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
