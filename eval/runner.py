@@ -25,7 +25,7 @@ from pmpd.eval.tasks.base import Baseline, Item, Task
 from pmpd.eval.tasks.registry import TASKS
 from pmpd.runtime import Bundle, Generator, Schedule, Tokenizer, parse_schedule
 from pmpd.runtime.console.progress import track
-from pmpd.runtime.engine.sessions import available_threads
+from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import ACCURACIES

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bitplanes import MAX_PRECISION
 from pmpd.runtime.format.manifest import ACCURACIES
-from pmpd.runtime.schedule.static import parse_schedule
+from pmpd.runtime.schedule.registry import parse_schedule
 from pmpd.tvm_kernels.targets import find_target
 
 __all__ = ["DEFAULT_ACCURACY", "DEFAULT_HEAD_PRECISION", "ExportConfig"]

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pmpd.runtime import Generator, Sampling, Schedule
+from pmpd.runtime import AdaptivePlan, Generator, Plan, Sampling, Schedule
 
 __all__ = ["Answer", "Forced", "ModelUnderTest", "Scheduled", "precision_runs"]
 
@@ -57,9 +57,9 @@ class ModelUnderTest(Protocol):
         ...
 
 
-def precision_runs(schedule: Schedule, steps: int) -> Iterator[tuple[int, int, int]]:
+def precision_runs(plan: Plan, steps: int) -> Iterator[tuple[int, int, int]]:
     """Split decode steps 0 to `steps` - 1 into runs of one precision: (first step, end, bits)."""
-    for precision, run in groupby(range(steps), key=schedule.precision):
+    for precision, run in groupby(range(steps), key=plan.precision):
         indices = list(run)
         yield indices[0], indices[-1] + 1, precision
 
@@ -97,22 +97,27 @@ class Scheduled:
         )
 
     def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
-        """Score a given answer: each decode step at the precision that the schedule gives to it.
+        """Score a given answer: each decode step at the precision that the schedule's plan gives to it.
 
-        Steps in a row at one precision go through the graph together.
+        Steps in a row at one precision go through the graph together, unless the plan looks at each step's logits.
         """
         generator = self._generator
         generator.reset()
         begin = time.perf_counter()
-        generator.prefill(prompt)
+        prefilled = generator.prefill(prompt)
         seconds = time.perf_counter() - begin
-        runs = list(precision_runs(self._schedule, len(answer) - 1))
-        logits = [generator.decode(answer[start:end], precision=bits) for start, end, bits in runs]
-        return Forced(
-            logits=np.concatenate(logits),
-            precisions=(
-                generator.bundle.manifest.prefill_precision,
-                *(bits for start, end, bits in runs for _ in range(start, end)),
-            ),
-            prefill_seconds=seconds,
-        )
+        plan = generator.begin(self._schedule, prefilled)
+        logits, precisions = [], [generator.bundle.manifest.prefill_precision]
+        for start, end, bits in _forced_runs(plan, len(answer) - 1):
+            logits.append(generator.decode(answer[start:end], precision=bits))
+            precisions += [bits] * (end - start)
+            if isinstance(plan, AdaptivePlan):
+                plan.observe(start, logits[-1][0])
+        return Forced(logits=np.concatenate(logits), precisions=tuple(precisions), prefill_seconds=seconds)
+
+
+def _forced_runs(plan: Plan, steps: int) -> Iterator[tuple[int, int, int]]:
+    """Return runs of steps that one call can compute: an adaptive plan is asked again after each step."""
+    if not isinstance(plan, AdaptivePlan):
+        return precision_runs(plan, steps)
+    return ((step, step + 1, plan.precision(step)) for step in range(steps))

@@ -25,9 +25,10 @@ from pmpd.eval.speed.results import SpeedResults, SpeedRow, Timing
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.runtime import Bundle, parse_schedule
 from pmpd.runtime.console.progress import track
-from pmpd.runtime.engine.sessions import available_threads
+from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.manifest import ACCURACIES, Manifest
+from pmpd.runtime.schedule.static import step_precisions
 
 __all__ = ["SPEED", "SpeedSettings", "measure_speed", "prepare_speed", "switch_cost"]
 
@@ -123,7 +124,7 @@ def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[in
     mixed: dict[str, tuple[int, ...]] = {}
     for name in map(str.strip, names):
         schedule = parse_schedule(name, manifest.precisions)
-        mixed[name] = tuple(map(schedule.precision, range(steps)))
+        mixed[name] = step_precisions(schedule, steps)
     needed = {p for bits in mixed.values() for p in bits}
     plan = {f"uniform:{p}": (p,) * steps for p in sorted(needed, reverse=True)} | mixed
     if len(needed) > 1:

@@ -14,7 +14,9 @@ from pmpd.npu_backend.program.graph import Graph
 from pmpd.npu_backend.program.lower import FP16_BITS, lower
 from pmpd.npu_backend.program.model import Model
 from pmpd.runtime.errors import PmpdError
-from pmpd.runtime.schedule.static import Schedule, parse_schedule
+from pmpd.runtime.schedule.base import Schedule
+from pmpd.runtime.schedule.registry import parse_schedule
+from pmpd.runtime.schedule.static import step_precisions
 
 __all__ = ["FP16", "Generation", "decode_graph", "generate", "plan", "read_schedule"]
 
@@ -153,7 +155,7 @@ def plan(model: Model, *, prompt: int, tokens: int, schedule: Schedule | None) -
         )
     if schedule is None:
         return np.full(tokens - 1, FP16_BITS)
-    precisions = np.array([schedule.precision(step) for step in range(tokens - 1)])
+    precisions = np.array(step_precisions(schedule, tokens - 1))
     for precision in precisions.tolist():
         if precision not in model.decode:
             raise PmpdError(f"{model.name} has no graph at {precision} bits: it has {sorted(model.decode)}")

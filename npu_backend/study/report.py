@@ -16,7 +16,7 @@ from pmpd.npu_backend.program.model import Model
 from pmpd.npu_backend.study.breakdown import GROUPINGS, Phase, Row, phases
 from pmpd.npu_backend.study.generate import FP16, Generation, decode_graph, generate, read_schedule
 from pmpd.runtime.console.output import amount, csv_text, markdown_table
-from pmpd.runtime.schedule.static import Schedule
+from pmpd.runtime.schedule.base import Schedule
 
 __all__ = ["VERSION", "Report", "study"]
 

@@ -1,44 +1,39 @@
-"""Progressive mixed-precision decoding: prefill at high precision, then decode as the schedule says (Algorithm 1)."""
+"""`Generator`: prompts in, tokens out. The simple face of an engine and one conversation."""
 
 from __future__ import annotations
 
-import time
 from collections import abc
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import count, takewhile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from pmpd.runtime.decode import sequence
 from pmpd.runtime.decode.sampling import Sampler, Sampling
+from pmpd.runtime.decode.stream import decode_tokens, recorded, with_text
 from pmpd.runtime.decode.trace import Token, Trace
-from pmpd.runtime.engine.kernels import NodeKernel, choose_library, portable_kernels, require_fast
+from pmpd.runtime.engine.engine import Engine
+from pmpd.runtime.engine.kernels import KernelLibrary, NodeKernel
 from pmpd.runtime.engine.kv_cache import KvCache
-from pmpd.runtime.engine.sessions import GraphRunner, available_threads, open_session
 from pmpd.runtime.errors import ContextLengthError, PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import Bundle
-from pmpd.runtime.format.manifest import Graph
-from pmpd.runtime.schedule.static import Schedule, parse_schedule
+from pmpd.runtime.schedule.base import Plan, Schedule
+from pmpd.runtime.schedule.registry import parse_schedule
 from pmpd.runtime.text import StopStrings, TextStream, Tokenizer
 
-__all__ = ["DEFAULT_CONTEXT_LENGTH", "Generator"]
-
-# Room for more would be allocated lazily, but a 128 k context of a large model is more than most devices have.
-DEFAULT_CONTEXT_LENGTH = 4096
-# Prompts go in by pieces, so that the memory of activations does not grow with the prompt.
-PREFILL_CHUNK = 512
-
-_numbers = count(1)  # a library reports by session, and serves all generators of the process
+__all__ = ["Generator"]
 
 
 class Generator:
-    """Generates text with a bundle. One sequence at a time; not safe to share between threads.
+    """Generates text with a bundle: the simple face of an `Engine` and one `Sequence`. One thread at a time.
 
-    Kernels are native code of the bundle and run in this process: refuse those of a bundle that you do not trust with
-    ``kernels=False``, or give a library that you built. Where there are none for this machine, the portable graphs run,
-    many times slower, and a warning is logged.
+    Kernels are native code of the bundle and run in this process: for a bundle that you do not trust give
+    ``kernels=False``, or the path of a library that you built. Where there are none for this machine, the portable
+    graphs run, many times slower, and a warning is logged.
+
+    Several conversations at once, also in several threads, share what is loaded: `Generator.on` one `Engine` each.
 
     Args:
         bundle: an open bundle.
@@ -51,14 +46,14 @@ class Generator:
         require_fast_kernels: refuse to run anything but fast kernels.
 
     Attributes:
-        kernel_library: the library that runs; None for the portable graphs.
-        tokens: the token ids that the KV cache holds.
+        tokenizer: as given.
         trace: the record of the last `stream`.
 
     Raises:
-        PmpdError: a precision or accuracy that does not exist, a context beyond the model's, no threads.
+        PmpdError: a precision or accuracy that does not exist, a context beyond the model's, a number of threads out of
+            range.
         BundleError: ONNX Runtime refuses a graph.
-        KernelError: the given library does not load, or fast kernels are required and not there.
+        KernelError: the given library does not load, or fast kernels are required and there are none.
     """
 
     def __init__(
@@ -73,80 +68,141 @@ class Generator:
         accuracy: str | None = None,
         require_fast_kernels: bool = False,
     ) -> None:
-        manifest = bundle.manifest
-        capacity = min(manifest.context_length, DEFAULT_CONTEXT_LENGTH) if context_length is None else context_length
-        if not 1 <= capacity <= manifest.context_length:
-            raise PmpdError(f"context length {capacity}: the model allows 1 to {manifest.context_length}")
-        threads = available_threads() if threads is None else threads
-        self.bundle = bundle
+        engine = Engine(
+            bundle,
+            threads=threads,
+            precisions=precisions,
+            kernels=kernels,
+            accuracy=accuracy,
+            require_fast_kernels=require_fast_kernels,
+        )
+        self._attach(engine, context_length, tokenizer)
+
+    @classmethod
+    def on(cls, engine: Engine, *, context_length: int | None = None, tokenizer: Tokenizer | None = None) -> Self:
+        """Return a generator for one more conversation on a loaded engine. Arguments and errors as above."""
+        generator = cls.__new__(cls)
+        generator._attach(engine, context_length, tokenizer)
+        return generator
+
+    def _attach(self, engine: Engine, context_length: int | None, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
-        self.tokens: list[int] = []
         self.trace = Trace(prompt_tokens=0)
-        self.cache = KvCache(manifest.kv_cache, capacity)
+        self._default = parse_schedule(engine.bundle.manifest.schedule, engine.bundle.manifest.precisions)
+        self._open: sequence.Sequence | None = sequence.Sequence(engine, context_length=context_length)
 
-        decoded = [manifest.graph("decode", p) for p in (manifest.precisions if precisions is None else precisions)]
-        prefill = manifest.graph("prefill", manifest.prefill_precision)
-        accuracy = accuracy or manifest.accuracy
-        self.kernel_library = choose_library(bundle, kernels, accuracy=accuracy, required=require_fast_kernels)
-        if require_fast_kernels and self.kernel_library is not None:
-            require_fast(self.kernel_library, manifest, [prefill, *decoded])
-        self._graphs: dict[str, Graph] = {}  # by the tag of its session
+    def close(self) -> None:
+        """Free sessions and KV cache. The generator cannot be used afterwards; an engine it shares stays open."""
+        if self._open is not None:
+            self._open.close()
+        self._open = None
 
-        def runner(graph: Graph) -> GraphRunner:
-            tag = f"{graph.file}#{next(_numbers)}"
-            self._graphs[tag] = graph
-            session = open_session(bundle, graph, threads=threads, kernels=self.kernel_library, tag=tag)
-            return GraphRunner(session, self.cache, manifest.architecture.vocab_size, path=bundle.path / graph.file)
+    def __enter__(self) -> Self:
+        return self
 
-        self._prefill = runner(prefill)
-        self._decode = {graph.precision: runner(graph) for graph in decoded}
-        self._schedule = parse_schedule(manifest.schedule, manifest.precisions)
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def sequence(self) -> sequence.Sequence:
+        """The conversation: its tokens and KV cache."""
+        if self._open is None:
+            raise PmpdError("this generator is closed: make another")
+        return self._open
+
+    @property
+    def engine(self) -> Engine:
+        """What is loaded."""
+        return self.sequence.engine
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle."""
+        return self.engine.bundle
+
+    @property
+    def kernel_library(self) -> KernelLibrary | None:
+        """The library that runs; None for the portable graphs."""
+        return self.engine.kernel_library
+
+    @property
+    def cache(self) -> KvCache:
+        """The conversation's KV cache."""
+        return self.sequence.cache
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token ids that the KV cache holds."""
+        return self.sequence.tokens
 
     def kernels(self, *, reset: bool = False) -> list[NodeKernel]:
-        """Return what ran for every node of every loaded graph that a kernel can run: kernel, calls, time.
-
-        Without a library these are the `BitplaneMatMul` nodes. With `reset`, counting starts again after this.
-        """
-        library, nodes = self.kernel_library, list[NodeKernel]()
-        for tag, graph in self._graphs.items():
-            nodes += portable_kernels(self.bundle.manifest, graph) if library is None else library.report(tag, graph)
-            if library is not None and reset:
-                library.reset(tag)
-        return nodes
+        """Return what ran for every node that a kernel can run, as `Engine.kernels`."""
+        return self.engine.kernels(reset=reset)
 
     def reset(self) -> None:
         """Empty the KV cache."""
-        self._rewind(0)
+        self.sequence.reset()
 
     def prefill(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Append prompt tokens at the prefill precision; return the logits ``[V]`` of the last position.
 
         Raises:
             ContextLengthError: the cache has no room for them.
-            PmpdError: no tokens, or one that is not in the vocabulary.
+            PmpdError: no tokens, one that is not in the vocabulary, or another thread is using the generator.
         """
-        self._check(ids)
-        for start in range(0, len(ids), PREFILL_CHUNK):
-            logits = self._append(self._prefill, ids[start : start + PREFILL_CHUNK])
-        last: npt.NDArray[np.float32] = logits[-1].copy()
-        return last
+        return self.sequence.prefill(ids)
+
+    def begin(self, schedule: Schedule, logits: npt.NDArray[np.float32]) -> Plan:
+        """Return the schedule's plan for the prompt that was prefilled and gave `logits` ``[V]``."""
+        return self.sequence.begin(schedule, logits)
 
     def decode(self, ids: Sequence[int], *, precision: int) -> npt.NDArray[np.float32]:
         """Append tokens at `precision` bits; return the logits ``[len(ids), V]`` of every position.
 
         Raises:
             ContextLengthError: the cache has no room for them.
-            PmpdError: no tokens, one that is not in the vocabulary, or a precision that is not loaded.
+            PmpdError: no tokens, one that is not in the vocabulary, a precision that is not loaded, or another thread
+                is using the generator.
         """
-        self._check(ids)
-        if precision not in self._decode:
-            raise PmpdError(unknown_choice("precision", precision, self._decode))
-        return self._append(self._decode[precision], ids).copy()
+        return self.sequence.decode(ids, precision=precision)
 
     def decode_step(self, token_id: int, *, precision: int) -> npt.NDArray[np.float32]:
         """Append one token at `precision` bits; return the logits ``[V]`` that follow it. Raises as `decode` does."""
-        logits: npt.NDArray[np.float32] = self.decode([token_id], precision=precision)[0]
-        return logits
+        with self.sequence.exclusive():
+            return self.sequence.step(token_id, precision=precision).copy()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int | None = None,
+        schedule: Schedule | str | None = None,
+        sampling: Sampling | None = None,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        keep_cache: bool = False,
+    ) -> Trace:
+        """Generate a whole answer: its `text`, `tokens` and `finish_reason` are in the trace that is returned.
+
+        `prompt` is text, which needs a tokenizer, or token ids. Other arguments and errors as in `stream`.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise PmpdError("a prompt as text needs a tokenizer: give token ids, or Generator(…, tokenizer=…)")
+            prompt = self.tokenizer.encode(prompt)
+        tokens = self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            schedule=schedule,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            keep_cache=keep_cache,
+        )
+        trace = self.trace
+        for _ in tokens:
+            pass
+        return trace
 
     def stream(
         self,
@@ -161,9 +217,11 @@ class Generator:
     ) -> abc.Generator[Token, None, None]:
         """Generate tokens after a prompt, one by one; closing the iterator cancels.
 
+        Why it ended is in `trace.finish_reason`.
+
         Args:
             prompt_ids: the whole text so far, as token ids.
-            max_new_tokens: at most so many tokens; default as many as the cache has room for.
+            max_new_tokens: the most tokens to generate; default as many as the cache has room for.
             schedule: the precision of each decode step, also as text (``static:3@16,2@32``); default the bundle's.
             sampling: how tokens are chosen; default greedy.
             stop_ids: tokens that end the answer (not yielded); default those of the bundle.
@@ -173,124 +231,48 @@ class Generator:
 
         Raises:
             ContextLengthError: prompt and `max_new_tokens` together do not fit the cache.
-            PmpdError: an empty prompt, an unknown token, a precision that is not loaded; or, from the iterator, another
-                stream was started on this generator.
+            PmpdError: an empty prompt, an unknown token, a precision that is not loaded, another thread is using the
+                generator; or, from the iterator: the conversation changed meanwhile (another stream, reset, prefill,
+                decode), or the model's logits are not numbers.
         """
-        self._check(prompt_ids, room=self.cache.capacity)
-        room = self.cache.capacity - len(prompt_ids) + 1  # the last token needs no place in the cache
+        conversation = self.sequence
+        capacity = conversation.cache.capacity
+        conversation.check(prompt_ids, room=capacity)
+        room = capacity - len(prompt_ids) + 1  # the last token needs no place in the cache
         limit = room if max_new_tokens is None else max_new_tokens
         if limit < 1:
             raise PmpdError(f"max_new_tokens must be 1 or more, got {limit}")
         if limit > room:
             raise ContextLengthError(
-                f"{len(prompt_ids)} prompt and {limit} new tokens do not fit the KV cache of {self.cache.capacity}: "
-                f"{self._remedy()}, or ask for at most {room} new tokens"
+                f"{len(prompt_ids)} prompt and {limit} new tokens do not fit the KV cache of {capacity}: "
+                f"{conversation.remedy()}, or ask for at most {room} new tokens"
             )
         if isinstance(schedule, str):
             schedule = parse_schedule(schedule, self.bundle.manifest.precisions)
-        schedule = schedule or self._schedule
+        schedule = schedule or self._default
         for precision in schedule.precisions:
-            if precision not in self._decode:
-                raise PmpdError(f"schedule {schedule}: {unknown_choice('precision', precision, self._decode)}")
+            if precision not in conversation.precisions:
+                raise PmpdError(
+                    f"schedule {schedule}: {unknown_choice('precision', precision, conversation.precisions)}"
+                )
         stop_strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
         if stop_strings and self.tokenizer is None:
             raise PmpdError("stop strings need a tokenizer: Generator(bundle, tokenizer=Tokenizer.from_bundle(bundle))")
-        stop = set(self.bundle.stop_ids if stop_ids is None else stop_ids)
-        prompt, sampler, trace = list(prompt_ids), Sampler(sampling or Sampling()), Trace(prompt_tokens=len(prompt_ids))
-        self.trace = trace
-        tokens = self._stream(trace, prompt, limit, schedule, sampler, stop, keep_cache)
-        if self.tokenizer is None:
-            return tokens
-        return _with_text(trace, tokens, TextStream(self.tokenizer, prompt), StopStrings(stop_strings))
-
-    def _stream(
-        self,
-        trace: Trace,
-        prompt: list[int],
-        limit: int,
-        schedule: Schedule,
-        sampler: Sampler,
-        stop: set[int],
-        keep_cache: bool,
-    ) -> abc.Generator[Token, None, None]:
-        self._check_current(trace)
-        begin = time.perf_counter()
-        if keep_cache:
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, prompt, strict=False)))
-            trace.reused_tokens = min(same, len(prompt) - 1)  # the last token is run again, for its logits
-        self._rewind(trace.reused_tokens)
-        logits = self.prefill(prompt[trace.reused_tokens :])
-        trace.prefill_seconds = time.perf_counter() - begin
-        precision = self.bundle.manifest.prefill_precision
-        for index in range(limit):
-            token_id = sampler(logits, prompt)
-            if token_id in stop:
-                trace.finish_reason = "stop_id"
-                return
-            now = time.perf_counter()
-            trace.tokens.append(Token(token_id, index, precision, now - begin))
-            yield trace.tokens[-1]
-            self._check_current(trace)
-            if index + 1 == limit:
-                break
-            begin = time.perf_counter()  # time between two yields is the caller's
-            prompt.append(token_id)
-            precision = schedule.precision(index)
-            logits = self._append(self._decode[precision], [token_id])[0]
-        trace.finish_reason = "length"
-
-    def _append(self, runner: GraphRunner, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        length = self.cache.length
-        try:
-            logits = runner(ids)
-        except BaseException:  # an interrupt too: what the cache holds must stay what `tokens` says
-            self._rewind(length)
-            raise
-        self.tokens.extend(ids)
-        return logits
-
-    def _rewind(self, length: int) -> None:
-        self.cache.truncate(length)
-        del self.tokens[length:]
-
-    def _check_current(self, trace: Trace) -> None:
-        if self.trace is not trace:
-            raise PmpdError("another stream was started on this generator: finish one before the next")
-
-    def _check(self, ids: Sequence[int], *, room: int | None = None) -> None:
-        vocab_size = self.bundle.manifest.architecture.vocab_size
-        if len(ids) == 0:
-            raise PmpdError("there are no tokens to run: give at least one token id")
-        for token_id in ids:
-            if not 0 <= token_id < vocab_size:
-                raise PmpdError(f"token id {token_id} is not in the model's vocabulary (0 to {vocab_size - 1})")
-        room = self.cache.capacity - self.cache.length if room is None else room
-        if len(ids) > room:
-            raise ContextLengthError(
-                f"{len(ids)} tokens do not fit the KV cache, which has room for {room} of {self.cache.capacity}: "
-                f"{self._remedy()}"
-            )
-
-    def _remedy(self) -> str:
-        longest = self.bundle.manifest.context_length
-        if self.cache.capacity < longest:
-            return f"make it larger (context_length up to {longest}) or shorten the text"
-        return "shorten the text (this is all the model allows)"
-
-
-def _with_text(
-    trace: Trace, tokens: Iterator[Token], text: TextStream, stop: StopStrings
-) -> abc.Generator[Token, None, None]:
-    """Give tokens their text, in the trace too, and end at a stop string."""
-
-    def record(ready: list[Token]) -> list[Token]:
-        for token in ready:
-            trace.tokens[token.index] = token
-        return ready
-
-    for token in tokens:
-        yield from record(stop.push(replace(token, text=text.push(token.id))))
-        if stop.found:
-            trace.finish_reason = "stop_string"
-            return
-    yield from record(stop.flush(text.flush()))
+        stops = StopStrings(stop_strings)
+        with conversation.exclusive():  # ends other streams
+            epoch = conversation.epoch
+            trace = self.trace = Trace(prompt_tokens=len(prompt_ids))
+        tokens = decode_tokens(
+            conversation,
+            prompt_ids,
+            epoch=epoch,
+            limit=limit,
+            schedule=schedule,
+            sampler=Sampler(sampling or Sampling()),
+            stop=frozenset(self.bundle.stop_ids if stop_ids is None else stop_ids),
+            keep_cache=keep_cache,
+            trace=trace,
+        )
+        if self.tokenizer is not None:
+            tokens = with_text(tokens, TextStream(self.tokenizer, prompt_ids), stops, trace=trace)
+        return recorded(tokens, trace=trace)

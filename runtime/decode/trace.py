@@ -30,10 +30,15 @@ class Token:
 
 @dataclass
 class Trace:
-    """The record of one `Generator.stream`, complete as far as the stream has run.
+    """The record of one answer, complete as far as its stream has run.
 
-    `finish_reason` is ``stop_id``, ``stop_string``, ``length`` or, while the stream runs and after it was cancelled,
-    ``None``. `reused_tokens` of the prompt were in the cache already.
+    Attributes:
+        prompt_tokens: length of the prompt.
+        reused_tokens: how many of them were in the cache already.
+        prefill_seconds: time that the others took.
+        tokens: the tokens of the answer, as the stream yielded them: none of a stop string.
+        finish_reason: ``stop_id``, ``stop_string``, ``length`` (`max_new_tokens` or the cache's end) or, while the
+            stream runs and after it was cancelled, None.
     """
 
     prompt_tokens: int
@@ -41,6 +46,11 @@ class Trace:
     prefill_seconds: float = 0.0
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of the answer; empty when the generator has no tokenizer."""
+        return "".join(token.text or "" for token in self.tokens)
 
     @property
     def decode_seconds(self) -> float:

@@ -29,14 +29,15 @@ __all__ = [
     "machine_targets",
     "portable_kernels",
     "require_fast",
+    "slow_kernels",
 ]
 
 log = logging.getLogger(__name__)
 
 MATMUL = "BitplaneMatMul"
 PORTABLE = "portable"
-# What the name of the kernel says that takes anything and is fast at nothing.
-_ANY = "any"
+# Marker in the name of the generic kernel, which takes any bits and any number of codebooks per row, slowly.
+_GENERIC = "any"
 # Best first. A library holds the kernels of the levels below its own and takes what the processor has: all of them run.
 _TARGETS = {
     ("Linux", "x86_64"): ("x86-64-v4", "x86-64-v3"),
@@ -196,17 +197,31 @@ def _bundle_library(bundle: Bundle, *, accuracy: str) -> KernelLibrary:
 
 
 def require_fast(library: KernelLibrary, manifest: Manifest, graphs: Iterable[Graph]) -> None:
-    """Raise KernelError if a node of the graphs would run the library's kernel for anything."""
-    if any(tensor.role == "codebook" and tensor.shape[1] > 1 for tensor in manifest.tensors):
-        raise KernelError("no fast kernel has several codebooks per row: export the model with --groups 1")
+    """Raise KernelError if a product of the graphs would run the library's generic kernel."""
+    if slow := slow_kernels(library, manifest, graphs):
+        raise KernelError(slow)
+
+
+def slow_kernels(library: KernelLibrary, manifest: Manifest, graphs: Iterable[Graph]) -> str | None:
+    """Return in one line which products of the graphs would run the library's generic, slow kernel, and what to do.
+
+    None where all of them run fast kernels.
+    """
+    groups = [tensor.shape[1] for tensor in manifest.tensors if tensor.role == "codebook"]
+    if max(groups, default=1) > 1:
+        return (
+            f"no fast kernel has several codebooks per row, and this bundle has {max(groups)}: its products run the "
+            "slow kernel 'pmpd_any'; export the model with --groups 1"
+        )
     for graph in graphs:
         for node in portable_kernels(manifest, graph):
             for rows in ("one", "many"):
-                if _ANY in (kernel := library.kernel(node.bits, rows=rows)).split("_"):
-                    raise KernelError(
+                if _GENERIC in (kernel := library.kernel(node.bits, rows=rows)).split("_"):
+                    return (
                         f"{graph.file}: {library.path} has only the slow kernel {kernel!r} for {node.node} "
                         f"({node.bits} bits, {library.accuracy}) on this processor: export with other precisions"
                     )
+    return None
 
 
 def portable_kernels(manifest: Manifest, graph: Graph) -> list[NodeKernel]:

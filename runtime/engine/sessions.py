@@ -1,49 +1,53 @@
-"""ONNX Runtime sessions of a bundle: one per graph, over one mapping of the weights."""
+"""ONNX Runtime sessions of a bundle, one per graph over one mapping of the weights, and running them."""
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pmpd.runtime.engine.device import Cpu, Device
 from pmpd.runtime.engine.kernels import KernelLibrary
 from pmpd.runtime.engine.kv_cache import KvCache
 from pmpd.runtime.engine.onnxruntime import onnxruntime
-from pmpd.runtime.errors import BundleError, PmpdError
+from pmpd.runtime.engine.threads import check_threads
+from pmpd.runtime.errors import BundleError, PmpdError, one_line
 from pmpd.runtime.format.bundle import Bundle
 from pmpd.runtime.format.manifest import Graph
 
-__all__ = ["GraphRunner", "available_threads", "open_session"]
-
-
-def available_threads() -> int:
-    """Return the number of processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+__all__ = ["GraphRunner", "LoadedGraph", "StepBuffers", "open_session"]
 
 
 def open_session(
-    bundle: Bundle, graph: Graph, *, threads: int, kernels: KernelLibrary | None = None, tag: str = ""
+    bundle: Bundle,
+    graph: Graph,
+    *,
+    threads: int,
+    kernels: KernelLibrary | None = None,
+    tag: str = "",
+    device: Device | None = None,
 ) -> Any:
     """Open an `onnxruntime.InferenceSession` for one graph of a bundle.
 
     Weights are handed over as views of the bundle's mapping, so that further sessions cost no further weight memory.
     With `kernels` they run for `BitplaneMatMul` and report under `tag`; without, its portable body does. Threads stop
-    spinning when a run returns: sessions used in turn would otherwise fight for the processors.
+    spinning when a run returns: sessions used in turn would otherwise fight for the processors. Several threads may run
+    one session at once, each with a binding of its own.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
-        PmpdError: `threads` is not positive, or ONNX Runtime refuses the kernels.
+        PmpdError: `threads` is out of range, or ONNX Runtime refuses the kernels.
     """
-    if threads < 1:
-        raise PmpdError(f"threads must be 1 or more, got {threads}")
+    device = Cpu() if device is None else device
     ort = onnxruntime()
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = check_threads(threads)
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # The graphs are fused already: optimizing them again doubles the time to load and changes no speed.
@@ -53,68 +57,117 @@ def open_session(
         kernels.register(options, tag=tag)
     path = bundle.path / graph.file
     weights = []
-    with _refusals(path):
+    with _load_errors(path):
         for tensor in bundle.manifest.tensors_at(graph.precision):
             view = bundle.tensor(tensor, planes=graph.precision)
-            weights.append(ort.OrtValue.ortvalue_from_numpy(view))
+            weights.append(device.wrap(view).value)
             options.add_initializer(tensor.name, weights[-1])
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, options, providers=device.providers)
     session.weights = weights  # ONNX Runtime does not keep them alive
     return session
 
 
-@contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """Say in one line what ONNX Runtime, or numpy of a tensor, finds wrong: their errors share no base class."""
-    try:
-        yield
-    except BundleError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise BundleError(
-            f"ONNX Runtime {onnxruntime().__version__} refuses {path}: upgrade it, or export again ({reason})"
-        ) from None
+@dataclass(frozen=True)
+class LoadedGraph:
+    """A graph and its session, shared by all sequences of an engine.
+
+    Attributes:
+        graph: as the manifest lists it.
+        path: its file.
+        session: `onnxruntime.InferenceSession`.
+        tag: the name under which the kernel library reports what ran.
+    """
+
+    graph: Graph
+    path: Path
+    session: Any
+    tag: str
+
+
+class StepBuffers:
+    """What every decode step of one sequence reads and writes, whatever its precision: a token id and its logits."""
+
+    def __init__(self, vocab_size: int, *, device: Device | None = None) -> None:
+        device = Cpu() if device is None else device
+        self.token_id = device.allocate((1, 1), np.int64)
+        self.logits = device.allocate((1, 1, vocab_size), np.float32)
 
 
 class GraphRunner:
-    """A session bound to the KV cache: token ids in, logits out, cache extended in place."""
+    """A loaded graph bound to one sequence's cache: token ids in, logits out, keys and values appended in place.
 
-    def __init__(self, session: Any, cache: KvCache, vocab_size: int, *, path: Path) -> None:
-        self.session = session
-        self._path = path
+    It writes the last positions of the cache: the caller extends the cache first.
+    """
+
+    def __init__(self, loaded: LoadedGraph, cache: KvCache, step: StepBuffers, *, device: Device | None = None) -> None:
+        self.loaded = loaded
         self._cache = cache
-        # Decoding feeds one token at a time: its binding and buffers are made once and reused.
-        self._id = np.zeros((1, 1), dtype=np.int64)
-        self._logits = np.zeros((1, 1, vocab_size), dtype=np.float32)
-        ort = onnxruntime()
-        self._values = [ort.OrtValue.ortvalue_from_numpy(array) for array in (self._id, self._logits)]
-        self._step = session.io_binding()
-        with _refusals(path):
-            self._step.bind_ortvalue_input("input_ids", self._values[0])
-            self._step.bind_ortvalue_output("logits", self._values[1])
+        self._buffers = step
+        # Decoding feeds one token at a time: its binding is made once and reused.
+        self._step = loaded.session.io_binding()
+        with _load_errors(loaded.path):
+            (Cpu() if device is None else device).bind(
+                self._step, inputs={"input_ids": step.token_id}, outputs={"logits": step.logits}
+            )
             cache.bind(self._step)
 
-    def __call__(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append `ids` to the cache; return logits ``[rows, V]``.
+    def step(self, token_id: int) -> npt.NDArray[np.float32]:
+        """Run one token; return logits ``[V]``: a view that the sequence's next step at any precision overwrites."""
+        self._buffers.token_id.array[0, 0] = token_id
+        self._run(self._step)
+        row: npt.NDArray[np.float32] = self._buffers.logits.array[0, 0]
+        return row
 
-        A prefill graph gives one row, for the last position; a decode graph a row per id. After a single id the row is
-        a view that the next call overwrites.
+    def run(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Run tokens together; return their logits ``[rows, V]`` as a new array.
+
+        A prefill graph gives one row, for the last position; a decode graph a row per token.
         """
-        self._cache.extend(len(ids))
-        if len(ids) == 1:
-            self._id[0, 0] = ids[0]
-            self._run(self._step)
-            row: npt.NDArray[np.float32] = self._logits[0]
-            return row
-        binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", np.array([ids], dtype=np.int64))
-        binding.bind_output("logits")
-        self._cache.bind(binding)
+        binding = self.loaded.session.io_binding()
+        with _load_errors(self.loaded.path):
+            binding.bind_cpu_input("input_ids", np.array([ids], dtype=np.int64))
+            binding.bind_output("logits")
+            self._cache.bind(binding)
         self._run(binding)
         logits: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()[0]
         return logits
 
     def _run(self, binding: Any) -> None:
-        with _refusals(self._path):
-            self.session.run_with_iobinding(binding)
+        with _run_errors(self.loaded.path):
+            self.loaded.session.run_with_iobinding(binding)
+
+
+@contextmanager
+def _load_errors(path: Path) -> Iterator[None]:
+    """Say in one line what ONNX Runtime, or numpy of a tensor, finds wrong: their errors share no base class."""
+    try:
+        yield
+    except PmpdError:
+        raise
+    except Exception as error:
+        raise _refusal(path, error) from None
+
+
+@contextmanager
+def _run_errors(path: Path) -> Iterator[None]:
+    """Say in one line why a graph that loaded does not run, and what helps: not a new bundle, as a rule."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "InvalidArgument":  # what the manifest promised is not what the graph takes
+            raise _refusal(path, error) from None
+        reason = _reason(error)
+        if isinstance(error, MemoryError) or re.search(r"alloc|out of memory", reason, re.IGNORECASE):
+            remedy = "there is not enough memory; use a smaller context_length, or stop other programs"
+        else:
+            remedy = "see whether it runs without kernels (kernels=False, pmpd-run --no-kernels), and report it"
+        raise PmpdError(f"{path} failed while running ({reason}): {remedy}") from None
+
+
+def _refusal(path: Path, error: Exception) -> BundleError:
+    version = onnxruntime().__version__
+    return BundleError(f"ONNX Runtime {version} refuses {path}: upgrade it, or export again ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    return one_line(str(error).strip() or repr(error))

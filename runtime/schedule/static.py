@@ -1,31 +1,18 @@
-"""Precision-switching schedules: which precision each decode step runs at (PMPD paper, Sections 4.2 and 4.3)."""
+"""Static schedules: the same switch points for every prompt (PMPD paper, Section 4.2)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Self
 
-from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.errors import PmpdError, one_line
+from pmpd.runtime.schedule.base import Prefill, Schedule
 
-__all__ = ["Schedule", "StaticSchedule", "parse_schedule"]
+__all__ = ["StaticSchedule", "parse_static", "parse_uniform", "step_precisions"]
 
-
-class Schedule(Protocol):
-    """What decides the precision of each decode step.
-
-    Step i (from 0) feeds output token i and yields token i + 1; token 0 comes from prefill and belongs to no step.
-    """
-
-    @property
-    def precisions(self) -> tuple[int, ...]:
-        """Every precision the schedule may ask for, in bits."""
-        ...
-
-    def precision(self, step: int) -> int:
-        """Return the precision of decode step `step`, in bits."""
-        ...
+_NUMBER = "([0-9]{1,9})"
 
 
 @dataclass(frozen=True)
@@ -33,7 +20,7 @@ class StaticSchedule:
     """Switch points that hold for every prompt: ``((4, 0), (3, 16), (2, 32))`` goes to 3 bits at step 16.
 
     `switches` pairs each precision p with its starting point st(p) (Algorithm 1). Precisions fall and starting points
-    do not (Eq. 3); the first precision starts at step 0. A uniform schedule has one pair.
+    do not (Eq. 3); the first precision starts at step 0. A uniform schedule has one pair. It is its own plan.
 
     Raises:
         PmpdError: no switch at step 0, rising precisions, or starting points out of order.
@@ -42,19 +29,17 @@ class StaticSchedule:
     switches: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        bits = [precision for precision, _ in self.switches]
-        starts = [start for _, start in self.switches]
-        if not starts or starts[0] != 0:
-            raise PmpdError(f"schedule {self}: the first precision must start at step 0")
-        if bits != sorted(set(bits), reverse=True):
-            raise PmpdError(f"schedule {self}: precisions must fall, never rise or repeat (Eq. 3 of the PMPD paper)")
-        if starts != sorted(starts):
-            raise PmpdError(f"schedule {self}: a lower precision cannot start before a higher one (Eq. 3)")
+        if fault := _fault(self.switches):
+            raise PmpdError(f"schedule {self}: {fault}")
 
     @property
     def precisions(self) -> tuple[int, ...]:
         """Every precision the schedule uses, high to low."""
         return tuple(precision for precision, _ in self.switches)
+
+    def begin(self, prefill: Prefill | None = None) -> Self:
+        """Return the schedule itself: the prompt changes nothing."""
+        return self
 
     def precision(self, step: int) -> int:
         """Return the precision of decode step `step`, in bits."""
@@ -66,29 +51,56 @@ class StaticSchedule:
         return "static:" + ",".join(f"{precision}@{start}" for precision, start in self.switches)
 
 
-def parse_schedule(text: str, precisions: Sequence[int]) -> StaticSchedule:
-    """Read a schedule as users write it, for a model that has `precisions`.
-
-    ``uniform:P`` decodes every token at P bits. ``static:P@STEP,…`` switches to P bits at decode step STEP; where no
-    precision is given for step 0, the highest one starts.
+def step_precisions(schedule: Schedule, steps: int) -> tuple[int, ...]:
+    """Return the bits of the first `steps` decode steps, for callers that have no prompt to begin a plan with.
 
     Raises:
-        PmpdError: the text is no schedule, a precision is not in the model, or the order breaks Eq. 3.
+        PmpdError: the schedule is not static.
     """
-    kind, _, rest = text.strip().partition(":")
-    if kind not in ("uniform", "static"):
-        raise PmpdError(f"{unknown_choice('schedule', text, ['uniform:4', 'static:3@16,2@32'])} (these are examples)")
-    pattern = r"(\d+)" if kind == "uniform" else r"(\d+)@(\d+)"
+    if not isinstance(schedule, StaticSchedule):
+        raise PmpdError(
+            f"schedule {one_line(schedule, 100)} decides by the prompt, and here is none: give a static schedule, "
+            "such as uniform:4 or static:3@16"
+        )
+    return tuple(map(schedule.precision, range(steps)))
+
+
+def parse_uniform(text: str, precisions: Sequence[int]) -> StaticSchedule:
+    """Read ``BITS``. Raises PmpdError with the reason alone."""
+    match = re.fullmatch(_NUMBER, text.strip())
+    if match is None:
+        raise PmpdError(f"{one_line(repr(text), 100)} does not fit the form uniform:BITS")
+    return StaticSchedule(((int(match[1]), 0),))
+
+
+def parse_static(text: str, precisions: Sequence[int]) -> StaticSchedule:
+    """Read ``BITS@STEP,BITS@STEP,…``; the highest precision starts where none is given for step 0.
+
+    Raises PmpdError with the reason alone.
+    """
     switches = []
-    for item in [rest] if kind == "uniform" else rest.split(","):
-        match = re.fullmatch(pattern, item.strip())
+    for item in text.split(","):
+        match = re.fullmatch(f"{_NUMBER}@{_NUMBER}", item.strip())
         if match is None:
-            form = "uniform:BITS" if kind == "uniform" else "static:BITS@STEP,BITS@STEP,…"
-            raise PmpdError(f"schedule {text!r}: {item!r} does not fit the form {form}")
-        switches.append((int(match[1]), int(match[2]) if kind == "static" else 0))
-    if switches[0][1] != 0:
+            raise PmpdError(f"{one_line(repr(item), 100)} does not fit the form static:BITS@STEP,BITS@STEP,…")
+        switches.append((int(match[1]), int(match[2])))
+    implied = switches[0][1] != 0
+    if implied:
         switches.insert(0, (max(precisions), 0))
-    for precision, _ in switches:
-        if precision not in precisions:
-            raise PmpdError(f"schedule {text!r}: {unknown_choice('precision', precision, precisions)}")
+    if fault := _fault(tuple(switches)):
+        start = f"; step 0 starts at {max(precisions)} bits, the highest, as no precision is given for it"
+        raise PmpdError(fault + (start if implied else ""))
     return StaticSchedule(tuple(switches))
+
+
+def _fault(switches: tuple[tuple[int, int], ...]) -> str | None:
+    """Return why switch points are not a schedule, or None."""
+    bits = [precision for precision, _ in switches]
+    starts = [start for _, start in switches]
+    if not starts or starts[0] != 0:
+        return "the first precision must start at step 0"
+    if bits != sorted(set(bits), reverse=True):
+        return "precisions must fall, never rise or repeat (Eq. 3 of the PMPD paper)"
+    if starts != sorted(starts):
+        return "a lower precision cannot start before a higher one (Eq. 3 of the PMPD paper)"
+    return None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pmpd.eval.measure.models import Scheduled, precision_runs
 from pmpd.eval.measure.reference import Reference, ReferenceCheckpoint
-from pmpd.runtime import Bundle, PmpdError, Token, Trace, parse_schedule
+from pmpd.runtime import Bundle, Plan, PmpdError, Prefill, Schedule, Token, Trace, parse_schedule
 
 BITS = (4, 3, 2)
 V = 11
@@ -35,6 +35,9 @@ class FakeGenerator:
     def prefill(self, ids: Sequence[int]) -> np.ndarray:
         self.calls.append(("prefill", tuple(ids)))
         return np.zeros(V, np.float32)
+
+    def begin(self, schedule: Schedule, logits: np.ndarray) -> Plan:
+        return schedule.begin(Prefill(tokens=(), logits=logits, kv=None))  # type: ignore[arg-type]
 
     def decode(self, ids: Sequence[int], *, precision: int) -> np.ndarray:
         self.calls.append(("decode", tuple(ids), precision))

@@ -19,7 +19,7 @@ from pmpd.npu_backend.study.breakdown import GROUPINGS, phases
 from pmpd.npu_backend.study.report import Report, study
 from pmpd.runtime.console.output import amount, csv_text, markdown_table
 from pmpd.runtime.errors import PmpdError
-from pmpd.runtime.schedule.static import parse_schedule
+from pmpd.runtime.schedule.registry import parse_schedule
 
 NPU = read_hardware("npu-4k")
 MIXED = "static:3@10,2@25"

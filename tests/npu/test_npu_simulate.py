@@ -22,7 +22,7 @@ from pmpd.npu_backend.machine.cost import STREAMS, Piece, energy, matrix_cycles,
 from pmpd.npu_backend.machine.instructions import Load, Matrix, Operator, Program, Special, Store
 from pmpd.npu_backend.machine.simulate import Pipeline
 from pmpd.runtime import PmpdError
-from pmpd.runtime.schedule.static import parse_schedule
+from pmpd.runtime.schedule.registry import parse_schedule
 
 NPU = read_hardware("npu-4k")
 # Large enough for tiles, small enough for thousands of runs; grouped heads, and rows that fill no unit.

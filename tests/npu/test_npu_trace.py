@@ -15,7 +15,7 @@ from pmpd.exporter import ExportConfig, export_skeleton
 from pmpd.npu_backend import Generation, Hardware, Model, generate, read_hardware
 from pmpd.npu_backend.study.trace import TRACKS, trace
 from pmpd.runtime.errors import PmpdError
-from pmpd.runtime.schedule.static import parse_schedule
+from pmpd.runtime.schedule.registry import parse_schedule
 
 NPU = read_hardware("npu-4k")
 PROMPT, TOKENS = 40, 12

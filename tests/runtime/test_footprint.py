@@ -27,7 +27,7 @@ MEMORY = """
 import json, os, sys
 from pmpd.runtime import Bundle
 from pmpd.runtime.engine.kv_cache import KvCache
-from pmpd.runtime.engine.sessions import GraphRunner, open_session
+from pmpd.runtime.engine.sessions import GraphRunner, LoadedGraph, StepBuffers, open_session
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -35,13 +35,14 @@ def resident():
 
 bundle = Bundle.open(sys.argv[1])
 manifest = bundle.manifest
-cache = KvCache(manifest.kv_cache, 16)
+cache, step = KvCache(manifest.kv_cache, 16), StepBuffers(manifest.architecture.vocab_size)
 runners, sizes = [], [resident()]
 for precision in manifest.precisions:
     graph = manifest.graph("decode", precision)
     session = open_session(bundle, graph, threads=2)
-    runners.append(GraphRunner(session, cache, manifest.architecture.vocab_size, path=bundle.path / graph.file))
-    runners[-1]([1])
+    runners.append(GraphRunner(LoadedGraph(graph, bundle.path / graph.file, session, ""), cache, step))
+    cache.extend(1)
+    runners[-1].step(1)
     sizes.append(resident())
 json.dump(sizes, sys.stdout)
 """

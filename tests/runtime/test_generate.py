@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,13 @@ from pmpd.runtime import (
     ContextLengthError,
     Generator,
     PmpdError,
+    Prefill,
     Sampling,
     Token,
     Tokenizer,
     parse_schedule,
 )
-from pmpd.runtime.decode import generate
+from pmpd.runtime.decode import sequence
 from pmpd.runtime.decode.sampling import Sampler
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
@@ -91,6 +93,9 @@ def test_any_object_with_precisions_is_a_schedule(generator: Generator, prompt: 
     class UpAndDown:
         precisions = (4, 2)
 
+        def begin(self, prefill: Prefill) -> Self:
+            return self
+
         def precision(self, step: int) -> int:
             return 2 if step % 2 == 0 else 4
 
@@ -100,18 +105,18 @@ def test_any_object_with_precisions_is_a_schedule(generator: Generator, prompt: 
 
 def test_precision_switch_stays_in_the_same_memory(generator: Generator, prompt: list[int]) -> None:
     cache = generator.cache
-    pointers = {key: buffer.data_ptr() for key, buffer in cache.buffers.items()}
+    pointers = {key: buffer.value.data_ptr() for key, buffer in cache.buffers.items()}
     generator.prefill(prompt)
     for position, precision in enumerate((4, 3, 2, 4), start=len(prompt)):
-        before = {key: buffer.numpy().copy() for key, buffer in cache.buffers.items()}
+        before = {key: buffer.array.copy() for key, buffer in cache.buffers.items()}
         generator.decode_step(5, precision=precision)
-        runner = generator._decode[precision]
-        names = [output.name for output in runner.session.get_outputs()]
+        runner = generator.sequence._decode[precision]
+        names = [output.name for output in runner.loaded.session.get_outputs()]
         outputs = dict(zip(names, runner._step.get_outputs(), strict=True))
         for (layer, part), buffer in cache.buffers.items():
-            assert buffer.data_ptr() == pointers[layer, part]
+            assert buffer.value.data_ptr() == pointers[layer, part] == buffer.array.ctypes.data
             assert outputs[f"present.{layer}.{part}"].data_ptr() == pointers[layer, part]
-            changed = (buffer.numpy() != before[layer, part]).any(axis=(0, 1, 3))
+            changed = (buffer.array != before[layer, part]).any(axis=(0, 1, 3))
             assert np.flatnonzero(changed).tolist() == [position]  # the new token's place and no other
 
 
@@ -147,7 +152,7 @@ def test_prompt_in_pieces_is_the_prompt_at_once(
 ) -> None:
     whole = generator.prefill(prompt)
     generator.reset()
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(sequence, "PREFILL_CHUNK", chunk)
     np.testing.assert_allclose(generator.prefill(prompt), whole, atol=ROUNDING)
     assert generator.tokens == prompt
     assert generator.cache.length == generator.cache.mask.sum() == len(prompt)
@@ -183,7 +188,7 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(generator._decode[3], "_run", interrupt)
+        patch.setattr(generator.sequence._decode[3], "_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             generator.decode_step(5, precision=3)
     assert generator.tokens == prompt

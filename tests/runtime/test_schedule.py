@@ -69,7 +69,6 @@ def test_explicit_start_replaces_the_highest_precision() -> None:
         ("static:3@2;2@4", "does not fit"),
         ("", "unknown schedule ''"),
         ("unifrom:4", "unknown schedule 'unifrom:4': choose one of uniform:4"),
-        ("4", "unknown schedule '4'"),
     ],
 )
 def test_bad_text_gets_one_clear_line(text: str, message: str) -> None:

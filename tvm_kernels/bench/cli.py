@@ -16,7 +16,7 @@ except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[tune]'`")
 
 from pmpd.runtime.console.output import json_text, write_atomically
-from pmpd.runtime.engine.sessions import available_threads
+from pmpd.runtime.engine.threads import available_threads
 from pmpd.tvm_kernels.bench.shapes import SUPPORTED, Shape, model_shapes, parse_shape
 from pmpd.tvm_kernels.command import local_target, read_list, user_errors
 

@@ -13,7 +13,7 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[tune]'`")
 
-from pmpd.runtime.engine.sessions import available_threads
+from pmpd.runtime.engine.threads import available_threads
 from pmpd.tvm_kernels.bench.shapes import SUPPORTED, model_shapes, parse_shape
 from pmpd.tvm_kernels.command import local_target, read_list, user_errors
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from pmpd.runtime import Bundle, Generator
+from pmpd.runtime import Bundle, Generator, Prefill
 from pmpd.runtime.engine.kernels import MATMUL
 
 __all__ = ["BundleContender", "load"]
@@ -21,6 +21,9 @@ class _Steps:
     @property
     def precisions(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.bits), reverse=True))
+
+    def begin(self, prefill: Prefill) -> Self:
+        return self
 
     def precision(self, step: int) -> int:
         return self.bits[step]

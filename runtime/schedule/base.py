@@ -1,0 +1,65 @@
+"""The contract between a schedule and whatever decodes with it (PMPD paper, Sections 4.2 and 4.3).
+
+Step i (from 0) feeds output token i and yields token i + 1; token 0 comes from prefill and belongs to no step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from pmpd.runtime.engine.kv_cache import KvView
+
+__all__ = ["AdaptivePlan", "Plan", "Prefill", "Schedule"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefill:
+    """What is known of a prompt once its prefill has run: all that a schedule may decide by.
+
+    Attributes:
+        tokens: the prompt's token ids, those included whose keys and values were reused.
+        logits: float32 ``[V]``, after the last of them.
+        kv: views of their keys and values, ``[kv_heads, len(tokens), head_dim]`` each.
+    """
+
+    tokens: tuple[int, ...]
+    logits: npt.NDArray[np.float32]
+    kv: KvView
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """The precision of each decode step of one answer. It is asked once per step, in order."""
+
+    def precision(self, step: int) -> int:
+        """Return the precision of decode step `step`, in bits: one of its schedule's `precisions`."""
+        ...
+
+
+@runtime_checkable
+class AdaptivePlan(Plan, Protocol):
+    """A plan that also looks at what the model says.
+
+    A plan without `observe` lets teacher forcing run consecutive steps of one precision in one call.
+    """
+
+    def observe(self, step: int, logits: npt.NDArray[np.float32]) -> None:
+        """See the logits ``[V]`` of decode step `step`, before step + 1 is asked for. The array is only lent."""
+        ...
+
+
+class Schedule(Protocol):
+    """What a user names: it makes a plan for each prompt. Immutable, so that many answers may share it."""
+
+    @property
+    def precisions(self) -> tuple[int, ...]:
+        """Every precision that its plans may ask for, in bits."""
+        ...
+
+    def begin(self, prefill: Prefill) -> Plan:
+        """Return the plan of one answer. Called once, after prefill; what it keeps of `prefill` it must copy."""
+        ...
