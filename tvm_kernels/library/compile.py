@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pmpd.runtime.engine.sessions import available_threads
+from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.targets import Target
 
