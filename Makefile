@@ -68,5 +68,5 @@ format: $(VENV)/.installed
 
 clean:
 	rm -rf $(VENV) .typecheck .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
-	rm -rf demo-pmpd demo-report.html demo-report.json *.partial-* *.replaced-*
+	rm -rf demo-pmpd demo-report.html demo-report.json *.partial
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

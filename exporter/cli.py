@@ -47,7 +47,8 @@ def _targets(_context: click.Context, _parameter: click.Parameter, value: str | 
     "--precisions", default="4,3,2", show_default=True, callback=_bits, help="Bits to decode at, high to low."
 )
 @click.option("--parent", type=int, help="Bits of the nested codes.  [default: the highest precision]")
-@click.option("--seed-precision", type=int, default=2, show_default=True, help="Bits that are clustered from scratch.")
+@click.option("--method", default="anyprecision", show_default=True, help="How weights are quantized.")
+@click.option("--seed-precision", type=int, default=2, show_default=True, help="Bits of the first clustering.")
 @click.option("--prefill", type=int, help="Bits to prefill at.  [default: the highest precision]")
 @click.option("--head-precision", type=int, help="Bits of the output layer, in every graph.  [default: 6]")
 @click.option("--groups", type=int, default=1, show_default=True, help="Codebooks per row.")
@@ -100,13 +101,13 @@ def main(
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
     try:
-        from pmpd.exporter.config import DEFAULT_ACCURACY, DEFAULT_HEAD_PRECISION, ExportConfig
+        from pmpd.exporter.config import DEFAULT_HEAD_PRECISION, ExportConfig
 
         config = ExportConfig(
             model=model,
             output=output or Path(f"{Path(model).resolve().name}-{'skeleton' if skeleton else 'pmpd'}"),
             head_precision=DEFAULT_HEAD_PRECISION if head_precision is None else head_precision,
-            accuracy=DEFAULT_ACCURACY if accuracy is None else accuracy,
+            accuracy=accuracy,
             **options,
         )
         export = _prepare(config, skeleton=skeleton)

@@ -1,21 +1,66 @@
-"""What to export and how: every choice of an export in one checked, immutable value."""
+"""What to export and how: what the user asked for, and what follows from it, in two checked, immutable values."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from pmpd.exporter.quantize import METHODS
+from pmpd.exporter.source.models import published_name
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bitplanes import MAX_PRECISION
 from pmpd.runtime.format.manifest import ACCURACIES
 from pmpd.runtime.schedule.registry import parse_schedule
-from pmpd.tvm_kernels.targets import find_target
+from pmpd.tvm_kernels.targets import find_target, host_target
 
-__all__ = ["DEFAULT_ACCURACY", "DEFAULT_HEAD_PRECISION", "ExportConfig"]
+__all__ = ["DEFAULT_HEAD_PRECISION", "DEFAULT_METHOD", "ExportConfig", "ResolvedConfig"]
 
-DEFAULT_ACCURACY = "int8"
 DEFAULT_HEAD_PRECISION = 6
+DEFAULT_METHOD = "anyprecision"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """Every choice of an export that does not depend on the model's own configuration.
+
+    Attributes: as in `ExportConfig`, with every default filled in, and
+
+        targets: machines to build kernels for.
+        kernels_required: whether a target that cannot be built for is an error; otherwise the bundle goes without.
+        context_length: longest text in tokens; None: what the checkpoint allows.
+    """
+
+    model: str
+    output: Path
+    revision: str | None
+    precisions: tuple[int, ...]
+    parent: int
+    method: str
+    seed_precision: int
+    prefill: int
+    head_precision: int
+    groups: int
+    schedule: str
+    context_length: int | None
+    calibration: Path | None
+    calibration_samples: int
+    calibration_length: int
+    targets: tuple[str, ...]
+    kernels_required: bool
+    accuracy: str
+    overwrite: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides the bundle's contents, as JSON-ready data; of local paths only the last part."""
+        document = asdict(self)
+        for name in ("output", "overwrite", "kernels_required"):
+            del document[name]
+        document["model"] = published_name(self.model)
+        document["precisions"] = list(self.precisions)
+        document["targets"] = list(self.targets)
+        document["calibration"] = self.calibration and self.calibration.name
+        return document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +73,8 @@ class ExportConfig:
         revision: branch, tag or commit on the hub.
         precisions: bits to decode at; one graph each.
         parent: bits of the nested codes; default the highest precision.
-        seed_precision: bits that are clustered from scratch; each further one splits clusters in two.
+        method: how weights are quantized, one of `METHODS`.
+        seed_precision: bits of the first clustering; each further bit splits the clusters in two.
         prefill: bits to prefill at; default the highest precision.
         head_precision: bits of the output layer, the same in every graph.
         groups: codebooks per row.
@@ -36,9 +82,10 @@ class ExportConfig:
         context_length: longest text in tokens; default what the checkpoint allows.
         calibration: text whose gradients weight the clustering; default none, all weights count alike.
         calibration_samples: sequences of that text.
-        calibration_length: tokens of each.
-        targets: machines to build kernels for; default this one, if TVM and a compiler are there.
-        accuracy: how kernels compute, ``exact`` or ``int8``.
+        calibration_length: tokens of each sequence.
+        targets: machines to build kernels for; default this one, if TVM and a compiler are installed.
+        accuracy: how kernels compute, ``exact`` or ``int8``; default int8, or exact with more than one group per row,
+            for which there is only a slow kernel, in float32.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -50,6 +97,7 @@ class ExportConfig:
     revision: str | None = None
     precisions: tuple[int, ...] = (4, 3, 2)
     parent: int | None = None
+    method: str = DEFAULT_METHOD
     seed_precision: int = 2
     prefill: int | None = None
     head_precision: int = DEFAULT_HEAD_PRECISION
@@ -60,13 +108,13 @@ class ExportConfig:
     calibration_samples: int = 64
     calibration_length: int = 256
     targets: tuple[str, ...] | None = None
-    accuracy: str = DEFAULT_ACCURACY
+    accuracy: str | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name, bits in (
             *(("precision", bits) for bits in self.precisions),
-            ("parent precision", self.parent or 1),
+            ("parent precision", 1 if self.parent is None else self.parent),
             ("seed precision", self.seed_precision),
             ("head precision", self.head_precision),
         ):
@@ -89,26 +137,44 @@ class ExportConfig:
             parse_schedule(self.schedule, self.precisions)
         for target in self.targets or ():
             find_target(target)
-        if self.accuracy not in ACCURACIES:
+        if self.accuracy is not None and self.accuracy not in ACCURACIES:
             raise PmpdError(unknown_choice("accuracy", self.accuracy, ACCURACIES))
+        if self.accuracy == "int8" and self.groups > 1:
+            raise PmpdError(f"groups {self.groups}: int8 kernels take one codebook per row: use --accuracy exact")
         if self.calibration is not None and not self.calibration.is_file():
             raise PmpdError(f"calibration text {self.calibration} is not a file")
+        if self.method not in METHODS:
+            raise PmpdError(unknown_choice("method", self.method, METHODS))
+        method = METHODS[self.method]
+        if self.calibration is None and method.requires:
+            raise PmpdError(f"method {self.method} needs a calibration text: add --calibration FILE")
+        if self.calibration is not None and not method.needs:
+            raise PmpdError(f"method {self.method} uses no calibration text: leave out --calibration")
 
-    def resolved(self) -> Self:
-        """Return the configuration with every default filled in that does not depend on the model."""
-        high = self.precisions[0]
-        return replace(
-            self,
-            parent=self.parent or high,
-            prefill=self.prefill or high,
+    def resolve(self) -> ResolvedConfig:
+        """Return the configuration with every default filled in."""
+        high, host = self.precisions[0], host_target()
+        targets = self.targets
+        if targets is None:
+            targets = () if host is None else (host,)
+        return ResolvedConfig(
+            model=self.model,
+            output=self.output,
+            revision=self.revision,
+            precisions=self.precisions,
+            parent=high if self.parent is None else self.parent,
+            method=self.method,
+            seed_precision=self.seed_precision,
+            prefill=high if self.prefill is None else self.prefill,
+            head_precision=self.head_precision,
+            groups=self.groups,
             schedule=str(parse_schedule(self.schedule or f"uniform:{high}", self.precisions)),
+            context_length=self.context_length,
+            calibration=self.calibration,
+            calibration_samples=self.calibration_samples,
+            calibration_length=self.calibration_length,
+            targets=targets,
+            kernels_required=self.targets is not None,
+            accuracy=self.accuracy or ("int8" if self.groups == 1 else "exact"),
+            overwrite=self.overwrite,
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what decides the bundle's contents, as JSON-ready data; of paths only the last part."""
-        document = asdict(self)
-        del document["output"], document["overwrite"]
-        document["precisions"] = list(self.precisions)
-        document["targets"] = self.targets and list(self.targets)
-        document["calibration"] = self.calibration and self.calibration.name
-        return document

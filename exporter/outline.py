@@ -7,41 +7,50 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import onnx_ir as ir
 
 from pmpd.exporter.arch import Decoder, Family, read_family
 from pmpd.exporter.bundle.plan import WeightPlan, external_tensor, plan_weights
-from pmpd.exporter.config import ExportConfig
+from pmpd.exporter.config import ResolvedConfig
 from pmpd.exporter.graph.build import Phase, build_graph
 from pmpd.exporter.graph.operators import BITPLANE_MATMUL
 from pmpd.exporter.nn import BitplaneLinear
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import Architecture, FileEntry, Graph, KvContract, Manifest, Source
 
-__all__ = ["Outline", "plan_bundle"]
+__all__ = ["Outline", "file_entry"]
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A bundle as far as its model's configuration decides it.
+    """A bundle as far as its model's configuration decides it. Use `Outline.of`.
 
     Attributes:
-        config: the resolved configuration of the export.
+        config: the configuration of the export.
         source: where the model comes from.
         family: its architecture.
+        network: its network at the highest precision; it holds no weights.
         plan: the layout of the weight file.
     """
 
-    config: ExportConfig
+    config: ResolvedConfig
     source: Source
     family: Family
+    network: Decoder
     plan: WeightPlan
 
-    def network(self, precision: int) -> Decoder:
-        """Return the network whose nested layers run at `precision` bits; it holds no weights."""
-        return _network(self.config, self.family, precision)
+    @classmethod
+    def of(cls, config: ResolvedConfig, source: Source, document: Mapping[str, Any]) -> Self:
+        """Outline the bundle of a model with a `config.json`.
+
+        Raises:
+            PmpdError: an architecture or an option of one that cannot be exported.
+        """
+        family = read_family(document, context_length=config.context_length)
+        network = _network(config, family, config.precisions[0])
+        return cls(config, source, family, network, plan_weights(network, config.precisions, config.parent))
 
     @property
     def parameters(self) -> int:
@@ -72,14 +81,14 @@ class Outline:
     def graphs(self) -> tuple[Graph, ...]:
         """The bundle's graphs: prefill, then decode from high to low."""
         return (
-            Graph(file="prefill.onnx", phase="prefill", precision=self.config.prefill or 0),
+            Graph(file="prefill.onnx", phase="prefill", precision=self.config.prefill),
             *(Graph(file=f"decode-{p}.onnx", phase="decode", precision=p) for p in self.config.precisions),
         )
 
     def model(self, graph: Graph) -> ir.Model:
         """Build one of `graphs`; its weights are references into the weight file, which need not exist."""
         phase: Phase = "prefill" if graph.phase == "prefill" else "decode"
-        model = build_graph(self.network(graph.precision), phase=phase, producer=_producer())
+        model = build_graph(_network(self.config, self.family, graph.precision), phase=phase, producer=_producer())
         for name, value in model.graph.initializers.items():
             if name in self.plan.tensors:
                 value.const_value = external_tensor(self.plan.tensors[name], planes=graph.precision)
@@ -90,8 +99,17 @@ class Outline:
         for graph in self.graphs:
             (folder / graph.file).write_bytes(ir.to_proto(self.model(graph)).SerializeToString())
 
-    def manifest(self, folder: Path, files: Iterable[Path], **rest: Any) -> Manifest:
-        """Return the manifest of a bundle with some files in `folder`, which are hashed; `rest` are further fields."""
+    def manifest(
+        self, folder: Path, files: Iterable[Path], *, kernels: Mapping[str, str] | None = None, skeleton: bool = False
+    ) -> Manifest:
+        """Return the manifest of a bundle with some files in `folder`, which are hashed.
+
+        Args:
+            folder: the bundle's.
+            files: those to list, without the manifest.
+            kernels: paths of operator libraries within the bundle, by target.
+            skeleton: whether the weights are left out.
+        """
         config, shape = self.config, self.family.shape
         return Manifest(
             producer=_producer(),
@@ -108,34 +126,27 @@ class Outline:
             ),
             context_length=shape.context_length,
             precisions=config.precisions,
-            parent_precision=config.parent or 0,
-            prefill_precision=config.prefill or 0,
-            schedules={"default": config.schedule or ""},
+            parent_precision=config.parent,
+            prefill_precision=config.prefill,
+            schedules={"default": config.schedule},
             default_schedule="default",
             kv_cache=KvContract(layers=shape.layers, heads=shape.kv_heads, head_dim=shape.head.slots, dtype="float16"),
             graphs=self.graphs,
             tensors=tuple(self.plan.tensors.values()),
-            files={
-                file.relative_to(folder).as_posix(): FileEntry(size=file.stat().st_size, sha256=sha256_of(file))
-                for file in files
-            },
+            files={file.relative_to(folder).as_posix(): file_entry(file) for file in files},
             configuration=config.to_json(),
             accuracy=config.accuracy,
-            **rest,
+            kernels=dict(kernels or {}),
+            skeleton=skeleton,
         )
 
 
-def plan_bundle(config: ExportConfig, document: Mapping[str, Any]) -> tuple[Family, WeightPlan]:
-    """Return the architecture that a `config.json` describes, and the layout of its weight file.
-
-    Raises:
-        PmpdError: an architecture or an option of one that cannot be exported.
-    """
-    family = read_family(document, context_length=config.context_length)
-    return family, plan_weights(_network(config, family, config.precisions[0]), config.precisions, config.parent or 0)
+def file_entry(file: Path) -> FileEntry:
+    """Return what a manifest says of a file, which is read to the end."""
+    return FileEntry(size=file.stat().st_size, sha256=sha256_of(file))
 
 
-def _network(config: ExportConfig, family: Family, precision: int) -> Decoder:
+def _network(config: ResolvedConfig, family: Family, precision: int) -> Decoder:
     linear = partial(BitplaneLinear, precision=precision, groups=config.groups)
     head = partial(BitplaneLinear, precision=config.head_precision, groups=config.groups, nested=False)
     return family.decoder(linear, head, embedding_type=ir.DataType.FLOAT16)

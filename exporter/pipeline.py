@@ -8,14 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from pmpd.exporter.bundle.card import model_card
-from pmpd.exporter.bundle.kernels import build_kernels, built_kernels, wanted_targets
+from pmpd.exporter.bundle.card import CARD, model_card
+from pmpd.exporter.bundle.destination import check_output
+from pmpd.exporter.bundle.fingerprint import WEIGHTS_CODE, code_digest, fingerprint
+from pmpd.exporter.bundle.kernels import build_kernels, built_kernels
 from pmpd.exporter.bundle.layers import checkpoint_shapes, plain_tensors
-from pmpd.exporter.bundle.workspace import Workspace, check_output, fingerprint
-from pmpd.exporter.calibrate.store import sensitivities
-from pmpd.exporter.config import ExportConfig
-from pmpd.exporter.outline import Outline, plan_bundle
-from pmpd.exporter.quantize import AnyPrecisionQuantizer
+from pmpd.exporter.bundle.plan import WeightPlan
+from pmpd.exporter.bundle.workspace import Workspace, bytes_on_disk
+from pmpd.exporter.calibrate.collect import collect_statistics
+from pmpd.exporter.config import ExportConfig, ResolvedConfig
+from pmpd.exporter.outline import Outline, file_entry
+from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
 from pmpd.exporter.verify.bundle import (
@@ -26,8 +29,9 @@ from pmpd.exporter.verify.bundle import (
     verify_bundle,
     verify_float_graph,
 )
+from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.console.progress import track
-from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.runtime.format.bundle import Bundle, sha256_of
 from pmpd.runtime.format.manifest import MANIFEST_NAME, Manifest
 from pmpd.tvm_kernels import require_toolchain
@@ -39,14 +43,18 @@ _PLAIN = "plain tensors"
 
 
 @dataclass(frozen=True)
-class Export(Outline):
+class Export:
     """An export that has been planned and not yet done; nothing is written before `run`.
 
     Attributes:
+        outline: the bundle, as far as it is decided without weights.
         checkpoint: the opened checkpoint.
+        fingerprint: names the unfinished work of this export, and of no other one.
     """
 
+    outline: Outline
     checkpoint: Checkpoint
+    fingerprint: str
 
     @classmethod
     def prepare(cls, config: ExportConfig) -> Export:
@@ -56,20 +64,54 @@ class Export(Outline):
             MissingExtraError: TVM or a compiler for a target that was asked for is not installed.
             PmpdError: the model is not found or not supported, the output exists, or the disk is too small.
         """
-        config = config.resolved()
-        check_output(config.output, overwrite=config.overwrite)
-        for target in config.targets or ():
+        resolved = config.resolve()
+        check_output(resolved.output, overwrite=resolved.overwrite)
+        for target in resolved.targets if resolved.kernels_required else ():
             require_toolchain(target)
-        checkpoint = Checkpoint.open(config.model, revision=config.revision)
-        family, plan = plan_bundle(config, checkpoint.config)
-        export = cls(config, checkpoint.source, family, plan, checkpoint)
-        for name, shape in checkpoint_shapes(export.network(config.precisions[0])):
+        checkpoint = Checkpoint.open(resolved.model, revision=resolved.revision)
+        outline = Outline.of(resolved, checkpoint.source, checkpoint.config)
+        for name, shape in checkpoint_shapes(outline.network):
             checkpoint.tensor(name, shape)  # a missing one is better found now than in an hour
-        existing = next((folder for folder in config.output.absolute().parents if folder.exists()), Path("/"))
-        free = shutil.disk_usage(existing).free
-        if free < plan.size:
-            raise PmpdError(f"{existing} has {free / 1e9:.1f} GB free, the bundle takes {plan.size / 1e9:.1f} GB")
+        export = cls(outline, checkpoint, _fingerprint(outline, checkpoint))
+        export._require_room()
+        export._warn()
         return export
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """The configuration."""
+        return self.outline.config
+
+    @property
+    def plan(self) -> WeightPlan:
+        """The layout of the weight file."""
+        return self.outline.plan
+
+    def _require_room(self) -> None:
+        output = self.config.output
+        folder = next((folder for folder in output.absolute().parents if folder.exists()), Path("/"))
+        free, need = shutil.disk_usage(folder).free, self.plan.size - bytes_on_disk(output, self.fingerprint)
+        if free < need:
+            raise PmpdError(
+                f"{folder} has {byte_text(free)} free, the bundle takes {byte_text(need)} more: make room, or choose "
+                "another --output"
+            )
+
+    def _warn(self) -> None:
+        """Say what the user may not expect of this export."""
+        size, before = self.plan.size, self.checkpoint.nbytes
+        if size > before:
+            log.warning(
+                "warning   the bundle (%s) is larger than the checkpoint (%s): choose lower precisions",
+                byte_text(size),
+                byte_text(before),
+            )
+        if self.config.targets and self.config.groups > 1:
+            log.warning(
+                "warning   groups %d: only the generic kernel takes several codebooks per row, and it is many times "
+                "slower than the others",
+                self.config.groups,
+            )
 
     @property
     def peak_memory(self) -> int:
@@ -79,15 +121,15 @@ class Export(Outline):
         too, mapped from its files; in the calibration the weights and their sensitivities in float32.
         """
         largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
-        calibrating = 12 * self.parameters if self.config.calibration else 0
+        calibrating = 12 * self.outline.parameters if self.config.calibration else 0
         return int(700e6 + max(12 * largest + self.checkpoint.nbytes, calibrating))
 
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
         return [
-            *super().describe(),
+            *self.outline.describe(),
             f"kernels   {self._kernels()}",
-            f"needs     {self.plan.size / 1e9:.2f} GB of disk, about {self.peak_memory / 1e9:.1f} GB of memory",
+            f"needs     {byte_text(self.plan.size)} of disk, about {byte_text(self.peak_memory)} of memory",
         ]
 
     @property
@@ -96,36 +138,35 @@ class Export(Outline):
         return tuple(sorted({*self.config.precisions, self.config.head_precision}, reverse=True))
 
     def _kernels(self) -> str:
-        targets = ", ".join(wanted_targets(self.config.targets))
+        config = self.config
         bits = "/".join(map(str, self.kernel_precisions))
-        return f"{targets}: {self.config.accuracy}, {bits} bits" if targets else "none"
+        speed = "" if config.groups == 1 else ", generic (slow)"
+        return f"{', '.join(config.targets)}: {config.accuracy}{speed}, {bits} bits" if config.targets else "none"
 
     def run(self, *, quiet: bool = False) -> Manifest:
-        """Do the export; what an earlier, interrupted one has done is not done again.
+        """Do the export; steps that an earlier, interrupted one finished are not done again.
 
         Raises:
             PmpdError: the checkpoint is damaged, or the verification fails; nothing is published then.
         """
-        config = self.config
-        text = config.calibration and sha256_of(config.calibration)
-        # Kernels are no part of the work that a folder is named after: whoever wants others keeps his weights.
-        kernels = {"targets": None, "accuracy": None}
-        mark = fingerprint(config.to_json() | kernels, text, self.checkpoint.identity(), version("pmpd"))
-        with Workspace.open(config.output, mark, self.plan) as workspace:
+        config, outline = self.config, self.outline
+        with Workspace.open(config.output, self.fingerprint, self.plan, overwrite=config.overwrite) as workspace:
             if workspace.done:
-                steps = len(self.plan.linears) + 1 + len(wanted_targets(config.targets))
-                log.info("resuming: %d of %d steps are done", len(workspace.done), steps)
-            build_kernels(config.targets, self.kernel_precisions, self.family.shape.head.slots, workspace, quiet=quiet)
+                steps = len(self.plan.linears) + 1 + len(config.targets)
+                log.info("resuming  %d of %d steps are done", len(workspace.done), steps)
+            self._build_kernels(workspace, quiet=quiet)
             copy_text_files(self.checkpoint, workspace.path)
             self._quantize(workspace, quiet=quiet)
-            self.write_graphs(workspace.path)
-            manifest = self._manifest(workspace)
-            results = self._verify(Bundle(workspace.path, manifest), quiet=quiet)
-            (workspace.path / "README.md").write_text(
-                model_card(manifest, results, name=config.output.name), encoding="utf-8"
-            )
+            outline.write_graphs(workspace.path)
+            kernels = built_kernels(config.targets, workspace)
+            card = workspace.path / CARD
+            card.unlink(missing_ok=True)  # of an earlier run; it lists the other files
+            manifest = outline.manifest(workspace.path, workspace.files(), kernels=kernels)
+            results = self._verify(Bundle(workspace.path, manifest), workspace, quiet=quiet)
+            card.write_text(model_card(manifest, results, name=config.output.name), encoding="utf-8")
             manifest = replace(
-                self._manifest(workspace),
+                manifest,
+                files=manifest.files | {CARD: file_entry(card)},
                 verified=True,
                 verification={check: asdict(agreement) for check, agreement in results.items()},
             )
@@ -133,18 +174,27 @@ class Export(Outline):
             workspace.publish()
         return manifest
 
+    def _build_kernels(self, workspace: Workspace, *, quiet: bool) -> None:
+        head_dim = self.outline.family.shape.head.slots
+        try:
+            build_kernels(self.config.targets, self.kernel_precisions, head_dim, workspace, quiet=quiet)
+        except MissingExtraError as error:
+            if self.config.kernels_required:
+                raise
+            log.warning("kernels   skipped, the bundle will run slowly: %s, then export again with --overwrite", error)
+
     def _quantize(self, workspace: Workspace, *, quiet: bool) -> None:
         config, checkpoint = self.config, self.checkpoint
         if _PLAIN not in workspace.done:
-            workspace.write(_PLAIN, plain_tensors(self.network(config.precisions[0]), checkpoint))
+            workspace.write(_PLAIN, plain_tensors(self.outline.network, checkpoint))
         left = [layer for layer in self.plan.linears if layer.name not in workspace.done]
         if not left:
             return
-        weights = None
+        statistics = None
         if config.calibration is not None:
-            weights = sensitivities(config, checkpoint, self.plan, workspace.scratch, quiet=quiet)
+            statistics = collect_statistics(config, config.calibration, checkpoint, self.plan.linears, quiet=quiet)
         for layer in track(left, step="quantize", total=len(left), quiet=quiet):
-            quantizer = AnyPrecisionQuantizer(
+            method = METHODS[config.method](
                 precisions=layer.precisions,
                 parent=layer.parent,
                 # A layer with one precision is best clustered at it; the others must have room to be cut.
@@ -153,26 +203,39 @@ class Export(Outline):
             )
             parts = {name: checkpoint.tensor(name) for name in layer.weight_names}
             try:
-                quantized = quantizer.quantize(layer.weight(parts), None if weights is None else layer.weight(weights))
+                quantized = method.quantize(layer.weight(parts), {} if statistics is None else statistics.of(layer))
             except PmpdError as error:
                 raise PmpdError(f"layer {layer.name}: {error}") from None
             workspace.write(layer.name, layer.tensors(quantized, checkpoint))
 
-    def _verify(self, bundle: Bundle, *, quiet: bool) -> dict[str, Agreement]:
+    def _verify(self, bundle: Bundle, workspace: Workspace, *, quiet: bool) -> dict[str, Agreement]:
+        family = self.outline.family
         ids = verification_ids(bundle)
-        results = {"float32 graph against transformers": verify_float_graph(self.checkpoint, self.family, ids)}
-        checks = verify_bundle(bundle, self.checkpoint, self.family, self.plan, ids)
-        runs = kernel_checks(bundle.manifest)
-        total = len(self.config.precisions) * (1 + len(runs)) + 1
-        results |= dict(track(checks, step="verify", total=total, quiet=quiet))
-        if unchecked := sorted(bundle.manifest.kernels.keys() - {target for target, _ in runs}):
-            log.info("not checked, as this machine cannot run them: kernels for %s", ", ".join(unchecked))
-        require_agreement(results)
+        try:
+            results = {"float32 graph against transformers": verify_float_graph(self.checkpoint, family, ids)}
+            checks = verify_bundle(bundle, self.checkpoint, family, self.plan, ids)
+            runs = kernel_checks(bundle.manifest)
+            total = len(self.config.precisions) * (1 + len(runs)) + 1
+            results |= dict(track(checks, step="verify", total=total, quiet=quiet))
+            if unchecked := sorted(bundle.manifest.kernels.keys() - {target for target, _ in runs}):
+                log.info("not checked, as this machine cannot run them: kernels for %s", ", ".join(unchecked))
+            require_agreement(results)
+        except PmpdError as error:
+            raise PmpdError(
+                f"{error}; {workspace.folder} keeps the quantized weights ({byte_text(self.plan.size)}) for the next "
+                "run of this export: delete it if there will be none"
+            ) from None
         return results
 
-    def _manifest(self, workspace: Workspace) -> Manifest:
-        kernels = built_kernels(self.config.targets, workspace)
-        return self.manifest(workspace.path, workspace.files(), kernels=kernels)
+
+def _fingerprint(outline: Outline, checkpoint: Checkpoint) -> str:
+    """Return what tells exports apart whose unfinished work must not be mixed."""
+    config = outline.config
+    # What does not change the weights is not part of it, so that another choice of it reuses them.
+    choices = config.to_json() | dict.fromkeys(("targets", "accuracy", "schedule", "prefill"))
+    text = config.calibration and sha256_of(config.calibration)
+    table = [asdict(tensor) for tensor in outline.plan.tensors.values()]
+    return fingerprint(choices, text, checkpoint.identity(), table, code_digest(WEIGHTS_CODE), version("pmpd"))
 
 
 def export_bundle(config: ExportConfig, *, quiet: bool = True) -> Manifest:

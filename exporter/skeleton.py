@@ -6,20 +6,23 @@ weights nor kernels nor tokenizer. It takes no checkpoint, no network, no torch,
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from pmpd.exporter.bundle.card import skeleton_card
-from pmpd.exporter.bundle.workspace import check_output, put_in_place
+import onnx_ir as ir
+
+from pmpd.exporter.bundle.card import CARD, skeleton_card
+from pmpd.exporter.bundle.destination import Destination, check_output
+from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.config import ExportConfig
-from pmpd.exporter.outline import Outline, plan_bundle
-from pmpd.exporter.source.checkpoint import DEMO, read_json, resolve_model
+from pmpd.exporter.outline import Outline, file_entry
+from pmpd.exporter.source.checkpoint import read_json
+from pmpd.exporter.source.models import DEMO, published_name, resolve_model
 from pmpd.runtime.errors import PmpdError, unknown_choice
-from pmpd.runtime.format.manifest import MANIFEST_NAME, Manifest, Source
+from pmpd.runtime.format.manifest import MANIFEST_NAME, Graph, Manifest, Source
 
 __all__ = ["Skeleton", "export_skeleton", "shipped_models"]
 
@@ -27,6 +30,7 @@ _CONFIGS = Path(__file__).parent / "source" / "configs"
 # Options of an export that say how weights are fetched, quantized and computed with.
 _OF_WEIGHTS = (
     "revision",
+    "method",
     "seed_precision",
     "calibration",
     "calibration_samples",
@@ -41,8 +45,15 @@ def shipped_models() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in _CONFIGS.glob("*.json")))
 
 
-class Skeleton(Outline):
-    """The export of a skeleton; nothing is written before `run`, and `graphs`, `model` and `plan` need no files."""
+@dataclass(frozen=True)
+class Skeleton:
+    """The export of a skeleton; nothing is written before `run`, and the graphs and the plan need no files.
+
+    Attributes:
+        outline: the bundle, as far as it is decided without weights.
+    """
+
+    outline: Outline
 
     @classmethod
     def of(cls, config: ExportConfig) -> Self:
@@ -56,9 +67,9 @@ class Skeleton(Outline):
             if getattr(config, name) != defaults[name]:
                 option = "target" if name == "targets" else name.replace("_", "-")
                 raise PmpdError(f"a skeleton has no weights to use --{option} for: leave out --{option} or --skeleton")
-        config = config.resolved()
-        family, plan = plan_bundle(config, _read_config(config.model))
-        return cls(config, Source(model=config.model), family, plan)
+        resolved = replace(config, targets=()).resolve()
+        source = Source(model=published_name(resolved.model))
+        return cls(Outline.of(resolved, source, _read_config(resolved.model)))
 
     @classmethod
     def prepare(cls, config: ExportConfig) -> Self:
@@ -66,9 +77,23 @@ class Skeleton(Outline):
         check_output(config.output, overwrite=config.overwrite)
         return cls.of(config)
 
+    @property
+    def plan(self) -> WeightPlan:
+        """The layout of the weight file, which the skeleton goes without."""
+        return self.outline.plan
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """Its graphs: prefill, then decode from high to low."""
+        return self.outline.graphs
+
+    def model(self, graph: Graph) -> ir.Model:
+        """Build one of `graphs`; its weights are references into a file that need not exist."""
+        return self.outline.model(graph)
+
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
-        return [*super().describe(), "skeleton  graphs and tensor table, without the weights"]
+        return [*self.outline.describe(), "skeleton  graphs and tensor table, without the weights"]
 
     def run(self, *, quiet: bool = False) -> Manifest:
         """Write the skeleton and return its manifest; it appears at the output when it is complete, or not at all.
@@ -78,25 +103,28 @@ class Skeleton(Outline):
         Raises:
             PmpdError: the output cannot be written.
         """
-        output = self.config.output
-        folder = output.with_name(f"{output.name}.partial-{os.getpid()}")
+        config = self.outline.config
         try:
-            folder.mkdir(parents=True)
-            manifest = self._write(folder)
-            put_in_place(folder, output)
+            with Destination.claim(config.output, overwrite=config.overwrite) as destination:
+                folder = destination.work / "skeleton"
+                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    folder.mkdir()
+                    manifest = self._write(folder)
+                    destination.publish(folder)
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
-            raise PmpdError(f"cannot write {output} ({error.strerror}): choose another --output") from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            raise PmpdError(f"cannot write {config.output} ({error.strerror}): choose another --output") from None
         return manifest
 
     def _write(self, folder: Path) -> Manifest:
-        self.write_graphs(folder)
-        graphs = [folder / graph.file for graph in self.graphs]
-        card = folder / "README.md"
-        manifest = self.manifest(folder, graphs, skeleton=True)
-        card.write_text(skeleton_card(manifest, name=self.config.output.name), encoding="utf-8")
-        manifest = self.manifest(folder, [card, *graphs], skeleton=True)
+        outline = self.outline
+        outline.write_graphs(folder)
+        manifest = outline.manifest(folder, [folder / graph.file for graph in outline.graphs], skeleton=True)
+        card = folder / CARD
+        card.write_text(skeleton_card(manifest, name=outline.config.output.name), encoding="utf-8")
+        manifest = replace(manifest, files=manifest.files | {CARD: file_entry(card)})
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 

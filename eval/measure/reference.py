@@ -78,7 +78,7 @@ class ReferenceCheckpoint:
 
 def _resolve(model: str, revision: str | None) -> Path:
     try:
-        from pmpd.exporter.source.checkpoint import resolve_model
+        from pmpd.exporter.source.models import resolve_model
     except ImportError as error:
         raise MissingExtraError(error.name or "pmpd.exporter", "export") from None
     try:

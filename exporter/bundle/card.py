@@ -9,7 +9,9 @@ from pmpd.runtime.format.manifest import Manifest
 if TYPE_CHECKING:
     from pmpd.exporter.verify.bundle import Agreement
 
-__all__ = ["model_card", "skeleton_card"]
+__all__ = ["CARD", "model_card", "skeleton_card"]
+
+CARD = "README.md"
 
 
 def model_card(manifest: Manifest, results: dict[str, Agreement], *, name: str) -> str:

@@ -2,66 +2,47 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pmpd.exporter.bundle.workspace import Workspace
 from pmpd.runtime.console.progress import track
-from pmpd.runtime.errors import MissingExtraError
-from pmpd.tvm_kernels import build_library, host_target
+from pmpd.tvm_kernels import build_library
 
-__all__ = ["build_kernels", "built_kernels", "wanted_targets"]
-
-log = logging.getLogger(__name__)
-
-
-def wanted_targets(targets: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the targets to build for; by default that of this machine, if there is one."""
-    if targets is not None:
-        return tuple(targets)
-    host = host_target()
-    return () if host is None else (host,)
+__all__ = ["build_kernels", "built_kernels"]
 
 
 def build_kernels(
-    targets: Sequence[str] | None, precisions: Sequence[int], head_dim: int, workspace: Workspace, *, quiet: bool
+    targets: Sequence[str], precisions: Sequence[int], head_dim: int, workspace: Workspace, *, quiet: bool
 ) -> None:
-    """Build a library per target for some precisions (bits), but those that an earlier run has built.
-
-    Where no targets are given, a missing TVM or compiler is no error: the bundle then has its portable graphs alone.
+    """Build a library per target for some precisions (bits), unless an earlier run has built it.
 
     Raises:
-        MissingExtraError: targets are given, and TVM or a compiler is not installed.
+        MissingExtraError: TVM or a compiler is not installed.
         PmpdError: a library cannot be built.
     """
     built = built_kernels(targets, workspace)
     _remove_others(workspace.path, keep={workspace.path / file for file in built.values()})
-    try:
-        for target in wanted_targets(targets):
-            if target in built:
-                continue
-            file = workspace.path / _file(target)
+    for target in targets:
+        if target in built:
+            continue
+        file = workspace.path / _file(target)
 
-            def progress(done: Iterable[str], total: int, step: str = _step(target)) -> Iterator[str]:
-                return track(done, step=step, total=total, quiet=quiet)
+        def progress(done: Iterable[str], total: int, step: str = _step(target)) -> Iterator[str]:
+            return track(done, step=step, total=total, quiet=quiet)
 
-            build_library(target, precisions=precisions, head_dims=[head_dim], output=file, progress=progress)
-            with file.open("r+b") as library:
-                os.fsync(library.fileno())
-            workspace.record(_step(target))
-    except MissingExtraError as error:
-        if targets is not None:
-            raise
-        log.warning("kernels   skipped, the bundle will run slowly: %s, then export again with --overwrite", error)
+        build_library(target, precisions=precisions, head_dims=[head_dim], output=file, progress=progress)
+        with file.open("r+b") as library:
+            os.fsync(library.fileno())
+        workspace.record(_step(target))
 
 
-def built_kernels(targets: Sequence[str] | None, workspace: Workspace) -> dict[str, str]:
+def built_kernels(targets: Sequence[str], workspace: Workspace) -> dict[str, str]:
     """Return the libraries that have been built: paths within the bundle by target."""
     return {
         target: _file(target)
-        for target in wanted_targets(targets)
+        for target in targets
         if _step(target) in workspace.done and (workspace.path / _file(target)).exists()
     }
 

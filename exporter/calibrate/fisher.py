@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pmpd.exporter.bundle.layers import LinearLayer
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["squared_gradients"]
+__all__ = ["Fisher", "squared_gradients"]
+
+
+class Fisher:
+    """The diagonal of the empirical Fisher information, as `squared_gradients` gives it: for a layer, ``[N, K]``."""
+
+    name: ClassVar[str] = "fisher"
+
+    def compute(
+        self,
+        model: torch.nn.Module,
+        batches: Iterable[torch.Tensor],
+        weights: Collection[str],
+        write: Callable[[str, npt.NDArray[np.float32]], None],
+    ) -> None:
+        """Write the squared gradients of each weight, in the weight's shape. Raises as `squared_gradients`."""
+        sums = squared_gradients(model, batches, weights)
+        for name in weights:
+            write(name, sums.pop(name))
+
+    def merge(self, layer: LinearLayer, arrays: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        """Stack them as the weights are stacked: ``[N, K]``."""
+        return layer.weight(arrays)
 
 
 def squared_gradients(
     model: torch.nn.Module,
     batches: Iterable[torch.Tensor],
     parameters: Collection[str],
-    *,
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, npt.NDArray[np.float32]]:
     """Return the diagonal of the empirical Fisher information of the named parameters.
 
@@ -31,7 +53,6 @@ def squared_gradients(
         model: a causal language model of transformers, on any device.
         batches: token ids, int64 ``[B, T]`` with T >= 2, no padding.
         parameters: names as in `model.named_parameters`; either name of a tied parameter.
-        progress: called with the number of sequences done, after each.
 
     Returns:
         Float32 arrays of the parameters' shapes.
@@ -64,8 +85,6 @@ def squared_gradients(
         sequences = (ids for batch in batches for ids in batch)
         for count, ids in enumerate(sequences, start=1):
             _next_token_loss(model, ids, count).backward()  # type: ignore[no-untyped-call]
-            if progress is not None:
-                progress(count)
     finally:
         for hook in hooks:
             hook.remove()

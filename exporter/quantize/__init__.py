@@ -1,7 +1,8 @@
-"""Post-training quantizers with nested codes, and the sensitivities that weight their errors."""
+"""Post-training quantization with nested codes. A new method is a file here and a name in `METHODS`."""
 
-from pmpd.exporter.calibrate.fisher import squared_gradients
-from pmpd.exporter.quantize.anyprecision import AnyPrecisionQuantizer
-from pmpd.exporter.quantize.nested import NestedCodes, Quantizer
+from pmpd.exporter.quantize.anyprecision import AnyPrecision
+from pmpd.exporter.quantize.base import Method, NestedCodes
 
-__all__ = ["AnyPrecisionQuantizer", "NestedCodes", "Quantizer", "squared_gradients"]
+__all__ = ["METHODS", "AnyPrecision", "Method", "NestedCodes"]
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (AnyPrecision,)}

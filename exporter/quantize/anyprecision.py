@@ -1,21 +1,23 @@
-"""Any-Precision LLM's quantizer: weighted k-means at a seed precision, then clusters cut in two, bit by bit."""
+"""Any-Precision LLM's method: weighted k-means at a seed precision, then clusters cut in two, bit by bit."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from pmpd.exporter.quantize.base import NestedCodes
 from pmpd.exporter.quantize.kmeans import GRID, SortedRows
-from pmpd.exporter.quantize.nested import NestedCodes
+from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bitplanes import MAX_PRECISION, group_size
 
-__all__ = ["AnyPrecisionQuantizer"]
+__all__ = ["AnyPrecision"]
 
 TILE = 1 << 17
 """Weights that a thread works on at once, with some 15 MB of temporaries."""
@@ -29,8 +31,8 @@ SENSITIVITY_FLOOR = 2.0**-20
 """Added to sensitivities whose mean is one: every weight counts for something, and all zeros become uniform."""
 
 
-@dataclass(frozen=True)
-class AnyPrecisionQuantizer:
+@dataclass(frozen=True, kw_only=True)
+class AnyPrecision:
     """Nested non-uniform quantization by incremental upscaling (Any-Precision LLM, Park et al., ICML 2024, Section 4).
 
     Per row and group of columns: sensitivity-weighted one-dimensional k-means at the seed precision, then each cluster
@@ -46,6 +48,10 @@ class AnyPrecisionQuantizer:
     Raises:
         PmpdError: a value out of its range, or a precision given twice.
     """
+
+    name: ClassVar[str] = "anyprecision"
+    needs: ClassVar[frozenset[str]] = frozenset({"fisher"})
+    requires: ClassVar[frozenset[str]] = frozenset()
 
     precisions: tuple[int, ...] = (4, 3, 2)
     parent: int = 4
@@ -64,20 +70,22 @@ class AnyPrecisionQuantizer:
             raise PmpdError(f"groups must be 1 or more, got {self.groups}")
 
     def quantize(
-        self, weight: npt.NDArray[np.floating], sensitivity: npt.NDArray[np.floating] | None = None
+        self, weight: npt.NDArray[np.floating], statistics: Mapping[str, npt.NDArray[np.floating]] | None = None
     ) -> NestedCodes:
         """Quantize one linear layer, on all cores; the result does not depend on how many there are.
 
         Args:
             weight: ``[N, K]``, any floating dtype; taken as float32.
-            sensitivity: ``[N, K]``, at least 0. None, or zeros all over a row and group: all weights count alike.
+            statistics: ``fisher`` ``[N, K]``, at least 0: how much an error of each weight matters. Without it, or
+                where it is zero all over a row and group, all weights count alike.
 
         Raises:
             PmpdError: a weight that is not finite or too large for float16; a sensitivity negative or not finite.
-            ValueError: no matrix, or not one sensitivity per weight.
+            ValueError: the weight is not a matrix, or there is not one sensitivity per weight.
         """
         if weight.ndim != 2 or not weight.size:
             raise ValueError(f"weight must be a matrix [N, K], got {list(weight.shape)}")
+        sensitivity = (statistics or {}).get("fisher")
         if sensitivity is not None and sensitivity.shape != weight.shape:
             raise ValueError(f"sensitivity must be {list(weight.shape)} as the weight, got {list(sensitivity.shape)}")
         N, K = weight.shape
@@ -105,7 +113,7 @@ class AnyPrecisionQuantizer:
         # Freed once, a block of this size makes glibc keep that much memory for the temporaries; by default it hands
         # every one of them back to the system, and page faults take as long as the arithmetic.
         np.empty(24 << 20, dtype=np.uint8)
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+        with ThreadPoolExecutor(min(available_threads(), MAX_THREADS)) as pool:
             list(pool.map(quantize_tile, product(range(0, N, rows), range(0, K, columns))))
         return NestedCodes(codes, codebooks)
 

@@ -1,8 +1,9 @@
-"""Reading a Hugging Face checkpoint: from the hub, an alias or a folder; tensor by tensor, never all at once."""
+"""Reading a Hugging Face checkpoint: tensor by tensor, never all at once."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,59 +11,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 import safetensors
 
-from pmpd.exporter.demo import demo_model_path
-from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.exporter.source.models import published_name, resolve_model
+from pmpd.runtime.errors import PmpdError, one_line
 from pmpd.runtime.format.manifest import Source
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ALIASES", "DEMO", "Checkpoint", "read_json", "resolve_model"]
+__all__ = ["Checkpoint", "read_json"]
 
-ALIASES = {
-    "phi-1": "microsoft/phi-1",
-    "phi-1.5": "microsoft/phi-1_5",
-    "phi-2": "microsoft/phi-2",
-    "vicuna-7b": "lmsys/vicuna-7b-v1.5",
-    "vicuna-13b": "lmsys/vicuna-13b-v1.5",
-    "mobilellama-1.4b": "mtgv/MobileLLaMA-1.4B-Chat",
-    "stablelm-zephyr-3b": "stabilityai/stablelm-zephyr-3b",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "longchat-13b": "lmsys/longchat-13b-16k",
-}
-DEMO = "demo"
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
-
-
-def resolve_model(model: str, *, revision: str | None = None) -> Path:
-    """Return the local folder of a model: a folder as given, ``demo``, or a snapshot of an alias or hub id.
-
-    The hub is asked only for what is not in its cache; `HF_HUB_OFFLINE=1` keeps it from asking at all.
-
-    Raises:
-        PmpdError: no such folder, alias or hub model, or the hub cannot be reached.
-    """
-    if model == DEMO:
-        return demo_model_path()
-    if Path(model).is_dir():
-        return Path(model)
-    hub_id = ALIASES.get(model, model)
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        raise PmpdError(
-            f"{unknown_choice('model', model, [DEMO, *ALIASES])}, or give a hub id (owner/name) or a folder"
-        )
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PmpdError(
-            f"{hub_id} cannot be fetched from the Hugging Face hub ({reason}): "
-            "check the name, your network and login, or give a local folder"
-        ) from None
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +43,7 @@ class Checkpoint:
         if not (path / "config.json").is_file():
             raise PmpdError(f"{path} has no config.json: give a Hugging Face checkpoint's folder")
         config = read_json(path / "config.json")
-        source = Source(model=model, revision=_revision(path, revision), license=_license(path))
+        source = Source(model=published_name(model), revision=_revision(path, revision), license=_license(path))
         return cls(path, source, config, _find_tensors(path))
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -177,16 +135,16 @@ def _revision(path: Path, asked: str | None) -> str | None:
 
 
 def _license(path: Path) -> str | None:
-    """Return the licence that a model card's front matter names."""
+    """Return the licence that a model card's front matter names, several of them separated by commas."""
+    from huggingface_hub import metadata_load
+
     card = path / "README.md"
     if not card.is_file():
         return None
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines or lines[0].strip() != "---":
+    try:
+        names = (metadata_load(card) or {}).get("license")
+    except Exception as error:  # of the YAML reader, of decoding, of the hub's own checks
+        log.warning("warning   no licence read from %s (%s)", card, one_line(error, 100))
         return None
-    for line in lines[1:]:
-        if line.strip() == "---":
-            break
-        if line.startswith("license:"):
-            return line.partition(":")[2].strip() or None
-    return None
+    names = names if isinstance(names, list) else [names]
+    return ", ".join(name for name in names if isinstance(name, str)) or None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["amount", "csv_text", "json_text", "markdown_table", "write_atomically"]
+__all__ = ["amount", "byte_text", "csv_text", "json_text", "markdown_table", "write_atomically"]
 
 # A list of numbers on lines of its own, as `json.dumps` indents it (no JSON text holds a raw line break).
 _NUMBERS = re.compile(r"\[\n[\d\s.,eE+-]+\]")
@@ -27,6 +27,15 @@ def amount(value: float, *, digits: int = 3) -> str:
         return "–"
     decimals = min(max(0, digits - 1 - floor(log10(abs(value)))), 3)
     return f"{value:,.{decimals}f}"
+
+
+def byte_text(count: float) -> str:
+    """Return a number of bytes in the unit that suits it, with three significant digits: ``9.35 MB``."""
+    if count < 999.5:
+        return f"{count:.0f} bytes"
+    power = min(int(log10(count / 999.5) / 3) + 1, 3)
+    scaled = count / 1000**power
+    return f"{scaled:.{max(0, 2 - int(log10(scaled)))}f} {'_kMG'[power]}B"
 
 
 def markdown_table(table: Sequence[Sequence[str]], *, left: int = 1) -> str:

@@ -70,7 +70,9 @@ class Bundle:
         manifest_path = root / MANIFEST_NAME
         if not manifest_path.is_file():
             hint = (
-                "an export is unfinished here, run it again" if ".partial-" in root.name else "give a bundle's folder"
+                "an export is unfinished here, run it again"
+                if any(part.endswith(".partial") for part in root.absolute().parts)
+                else "give a bundle's folder"
             )
             raise BundleError(f"{root} has no {MANIFEST_NAME}: {hint} (pmpd-export makes one)")
         try:

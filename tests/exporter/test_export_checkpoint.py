@@ -19,7 +19,8 @@ from tiny_models import BASE, FAMILIES, TINY_MODELS
 from pmpd.exporter import Export, ExportConfig, export_bundle
 from pmpd.exporter.arch import read_family
 from pmpd.exporter.demo import demo_model_path
-from pmpd.exporter.source.checkpoint import ALIASES, Checkpoint, resolve_model
+from pmpd.exporter.source.checkpoint import Checkpoint
+from pmpd.exporter.source.models import ALIASES, resolve_model
 from pmpd.runtime.errors import PmpdError
 
 Damage = Callable[[Path], None]

@@ -250,7 +250,7 @@ def test_overwrite_replaces_nothing_but_bundles(kind: str, tiny: Path, tmp_path:
     precious = tmp_path / "out" if kind == "file" else tmp_path / "out" / "thesis.txt"
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("mine")
-    with pytest.raises(PmpdError, match="is no bundle, and --overwrite replaces nothing else"):
+    with pytest.raises(PmpdError, match="is not a bundle, and --overwrite replaces only bundles"):
         export_bundle(small(tiny, tmp_path / "out", overwrite=True))
     assert precious.read_text() == "mine"
 
@@ -277,7 +277,7 @@ def test_overwrite_keeps_the_old_bundle_until_the_new_one_is_complete(
 def test_a_small_disk_is_noticed_before_work(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = Export.prepare(small(tiny, tmp_path / "bundle")).plan.size
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size - 1))
-    with pytest.raises(PmpdError, match=r"GB free, the bundle takes"):
+    with pytest.raises(PmpdError, match=r"has \d+ kB free, the bundle takes \d+ kB more: make room, or "):
         export_bundle(small(tiny, tmp_path / "new" / "bundle"))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size))
@@ -328,4 +328,4 @@ def test_the_plan_adds_up(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureF
     assert export.plan.plane_bytes == sum(parts)
     # Every weight matrix of the model, and the embedding, once.
     layer = 4 * 48 * 48 + 3 * 48 * 77
-    assert export.parameters == manifest.architecture.parameters == 2 * layer + 2 * 131 * 48
+    assert export.outline.parameters == manifest.architecture.parameters == 2 * layer + 2 * 131 * 48

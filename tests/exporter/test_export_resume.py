@@ -22,8 +22,9 @@ from tiny_models import save_with_tokenizer
 
 from pmpd.exporter import ExportConfig, export_bundle, outline, pipeline
 from pmpd.exporter.bundle.workspace import Workspace
-from pmpd.exporter.calibrate import store as calibrate
-from pmpd.exporter.quantize import AnyPrecisionQuantizer
+from pmpd.exporter.calibrate import fisher
+from pmpd.exporter.calibrate.batches import calibration_batches
+from pmpd.exporter.quantize import AnyPrecision
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import PmpdError
 
@@ -80,7 +81,7 @@ def interrupted(owner: Any, name: str, *, after: int = 0) -> Iterator[None]:
 def quantized_layers(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> int:
     """Return how many layers are quantized while `run` runs."""
     count = 0
-    quantize = AnyPrecisionQuantizer.quantize
+    quantize = AnyPrecision.quantize
 
     def counting(*arguments: Any) -> Any:
         nonlocal count
@@ -88,15 +89,20 @@ def quantized_layers(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object])
         return quantize(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnyPrecisionQuantizer, "quantize", counting)
+        patch.setattr(AnyPrecision, "quantize", counting)
         run()
     return count
 
 
 def partial(config: ExportConfig) -> Path:
-    """Return the only unfinished export beside the output."""
-    (folder,) = config.output.parent.glob("*.partial-*")
+    """Return the folder of the only unfinished export to the output."""
+    (folder,) = unfinished(config.output)
     return folder
+
+
+def unfinished(output: Path) -> list[Path]:
+    """Return the folders of all unfinished exports to an output."""
+    return [path for path in output.with_name(f"{output.name}.partial").iterdir() if path.is_dir()]
 
 
 def assert_published(config: ExportConfig, weights: bytes) -> None:
@@ -114,7 +120,7 @@ def assert_published(config: ExportConfig, weights: bytes) -> None:
         (Workspace, "write", 1, LINEARS),
         (Workspace, "write", 4, LINEARS - 3),
         (os, "fsync", 4, LINEARS - 1),  # the bytes of the second layer are written and not on record
-        (AnyPrecisionQuantizer, "quantize", LINEARS - 1, 1),
+        (AnyPrecision, "quantize", LINEARS - 1, 1),
         (outline, "build_graph", 0, 0),
         (pipeline, "verify_bundle", 0, 0),
         (pipeline, "model_card", 0, 0),
@@ -143,13 +149,13 @@ def test_a_line_cut_short_in_the_journal_does_not_count(
 ) -> None:
     with interrupted(Workspace, "write", after=2):
         export_bundle(small)
-    with (partial(small) / "export.journal").open("a") as journal:
+    with (partial(small) / "journal").open("a") as journal:
         journal.write("head_proj")
     assert quantized_layers(monkeypatch, lambda: export_bundle(small)) == LINEARS - 1
     assert_published(small, undisturbed)
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "export.journal"])
+@pytest.mark.parametrize("name", ["bundle/weights.bin", "journal"])
 def test_damaged_work_is_done_again(
     name: str, small: ExportConfig, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,18 +206,18 @@ def test_old_work_serves_the_same_export_only(
         calibration=calibration,
         targets=(),
     )
-    with interrupted(pipeline, "sensitivities"):
+    with interrupted(pipeline, "collect_statistics"):
         export_bundle(config)
-    with interrupted(pipeline, "sensitivities"):
+    with interrupted(pipeline, "collect_statistics"):
         export_bundle(change(config))
-    assert len(list((tmp_path / "out").iterdir())) == (1 if reused else 2)
+    assert len(unfinished(config.output)) == (1 if reused else 2)
 
 
 def test_an_export_keeps_another_one_out_of_its_folder(small: ExportConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     verify_bundle = pipeline.verify_bundle
 
     def export_again(*arguments: Any) -> Any:
-        with pytest.raises(PmpdError, match=r"another export is writing .*: wait for it or end it"):
+        with pytest.raises(PmpdError, match=r"another export is writing .*/bundle: wait for it or end it"):
             export_bundle(small)
         return verify_bundle(*arguments)
 
@@ -231,14 +237,14 @@ def test_calibration_changes_the_codes_and_is_not_done_twice(
     shutil.rmtree(small.output)
     with interrupted(Workspace, "write", after=3):
         export_bundle(calibrated)
-    monkeypatch.setattr(calibrate, "squared_gradients", None)
+    monkeypatch.setattr(fisher, "squared_gradients", None)
     export_bundle(calibrated)
     assert_published(small, weights)
 
 
 @pytest.mark.parametrize(("ids", "samples", "length", "wanted"), [(10, 3, 4, 2), (10, 2, 4, 2), (8, 64, 8, 1)])
 def test_calibration_sequences_are_pieces_of_the_text(ids: int, samples: int, length: int, wanted: int) -> None:
-    batches = calibrate.calibration_batches(list(range(ids)), samples, length)
+    batches = calibration_batches(list(range(ids)), samples, length)
     assert len(batches) == wanted
     for batch in batches:
         assert batch.tolist() == [list(range(int(batch[0, 0]), int(batch[0, 0]) + length))]
@@ -261,7 +267,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
         "none",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (work := list(tmp_path.glob("*.partial-*/export.journal"))) or not work[0].read_text():
+        while not (work := list(tmp_path.glob("*.partial/*/journal"))) or not work[0].read_text():
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

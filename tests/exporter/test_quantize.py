@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pmpd.exporter.quantize import AnyPrecisionQuantizer, NestedCodes, Quantizer, anyprecision, squared_gradients
+from pmpd.exporter.calibrate.fisher import squared_gradients
+from pmpd.exporter.quantize import AnyPrecision, Method, NestedCodes, anyprecision
 from pmpd.exporter.quantize.kmeans import GRID
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bitplanes import dequantize, group_size, pack
@@ -48,6 +49,11 @@ def sample(values: str, sensitivity: str, shape: tuple[int, int], seed: int = 0)
     weight = VALUES[values](rng, shape).astype(np.float32)
     importance = SENSITIVITIES[sensitivity](rng, shape)
     return weight, None if importance is None else importance.astype(np.float32)
+
+
+def fisher(importance: npt.NDArray[np.floating] | None) -> dict[str, npt.NDArray[np.floating]]:
+    """Return an importance as the statistics that the method takes."""
+    return {} if importance is None else {"fisher": importance}
 
 
 def weights_of(sensitivity: Array | None, shape: tuple[int, ...]) -> Array:
@@ -98,9 +104,9 @@ def test_any_matrix_keeps_the_contract(
     parent, seed_precision = bits
     precisions = tuple(range(parent, 0, -1))
     weight, importance = sample(values, sensitivity, (N, K), seed)
-    quantizer = AnyPrecisionQuantizer(precisions=precisions, parent=parent, seed=seed_precision, groups=groups)
-    nested = quantizer.quantize(weight, importance)
-    again = quantizer.quantize(weight, importance)
+    quantizer = AnyPrecision(precisions=precisions, parent=parent, seed=seed_precision, groups=groups)
+    nested = quantizer.quantize(weight, fisher(importance))
+    again = quantizer.quantize(weight, fisher(importance))
     assert (nested.codes == again.codes).all()
     assert nested.codes.max() < 2**parent
     planes = pack(nested.codes, parent)
@@ -131,7 +137,7 @@ def test_any_matrix_keeps_the_contract(
 @pytest.mark.parametrize("values", sorted(VALUES))
 def test_error_falls_with_every_bit(values: str, sensitivity: str) -> None:
     weight, importance = sample(values, sensitivity, (8, 300))
-    nested = AnyPrecisionQuantizer(precisions=(1, 2, 3, 4, 5), parent=5).quantize(weight, importance)
+    nested = AnyPrecision(precisions=(1, 2, 3, 4, 5), parent=5).quantize(weight, fisher(importance))
     errors = []
     for p, codebook in nested.codebooks.items():
         residual = weight - dequantize(pack(nested.codes, 5)[:p], codebook, 300).astype(np.float64)
@@ -149,7 +155,7 @@ def test_error_falls_with_every_bit(values: str, sensitivity: str) -> None:
 def test_seed_clusters_are_nearly_optimal(values: str, sensitivity: str, seed: int, K: int, excess: float) -> None:
     """Rows as long as the search grid are clustered exactly, longer ones to one per cent."""
     weight, importance = sample(values, sensitivity, (6, K))
-    codes = AnyPrecisionQuantizer(precisions=(seed,), parent=seed, seed=seed).quantize(weight, importance).codes
+    codes = AnyPrecision(precisions=(seed,), parent=seed, seed=seed).quantize(weight, fisher(importance)).codes
     error = least = 0.0
     for n, row in enumerate(weight.astype(np.float64)):
         w = weights_of(None if importance is None else importance[n], row.shape)
@@ -163,7 +169,7 @@ def test_seed_clusters_are_nearly_optimal(values: str, sensitivity: str, seed: i
 @pytest.mark.parametrize("values", sorted(VALUES))
 def test_every_split_is_the_best_one(values: str, sensitivity: str) -> None:
     weight, importance = sample(values, sensitivity, (5, 90))
-    codes = AnyPrecisionQuantizer(parent=4, seed=2).quantize(weight, importance).codes
+    codes = AnyPrecision(parent=4, seed=2).quantize(weight, fisher(importance)).codes
     for n, row in enumerate(weight.astype(np.float64)):
         w = weights_of(None if importance is None else importance[n], row.shape)
         for p in (3, 4):
@@ -177,9 +183,9 @@ def test_every_split_is_the_best_one(values: str, sensitivity: str) -> None:
 
 def test_precisions_below_the_seed_merge_neighbours() -> None:
     weight, importance = sample("normal", "chi squared", (3, 64))
-    nested = AnyPrecisionQuantizer(precisions=(3, 1), parent=3, seed=3).quantize(weight, importance)
+    nested = AnyPrecision(precisions=(3, 1), parent=3, seed=3).quantize(weight, fisher(importance))
     assert (
-        nested.codes == AnyPrecisionQuantizer(precisions=(3,), parent=3, seed=3).quantize(weight, importance).codes
+        nested.codes == AnyPrecision(precisions=(3,), parent=3, seed=3).quantize(weight, fisher(importance)).codes
     ).all()
     assert importance is not None
     lower = nested.codes[0] < 4
@@ -190,15 +196,15 @@ def test_precisions_below_the_seed_merge_neighbours() -> None:
 def test_rows_and_tiles_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, importance = sample("normal", "chi squared", (37, 130))
     assert importance is not None
-    quantizer = AnyPrecisionQuantizer(groups=2)
-    whole = quantizer.quantize(weight, importance)
+    quantizer = AnyPrecision(groups=2)
+    whole = quantizer.quantize(weight, fisher(importance))
     rows = [17, 3, 30]
-    some = quantizer.quantize(weight[rows], importance[rows])
+    some = quantizer.quantize(weight[rows], fisher(importance[rows]))
     assert (some.codes == whole.codes[rows]).all()
     assert all((some.codebooks[p] == whole.codebooks[p][rows]).all() for p in (4, 3, 2))
     monkeypatch.setattr(anyprecision, "TILE", 1)
     monkeypatch.setattr(anyprecision, "MAX_THREADS", 1)
-    one_by_one = quantizer.quantize(weight, importance)
+    one_by_one = quantizer.quantize(weight, fisher(importance))
     assert (one_by_one.codes == whole.codes).all()
     assert all((one_by_one.codebooks[p] == whole.codebooks[p]).all() for p in (4, 3, 2))
 
@@ -206,8 +212,8 @@ def test_rows_and_tiles_are_independent(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
 def test_weights_of_any_float_type(dtype: npt.DTypeLike) -> None:
     weight = sample("normal", "none", (4, 100))[0].astype(dtype)
-    quantizer: Quantizer = AnyPrecisionQuantizer()
-    got, want = quantizer.quantize(weight, None), quantizer.quantize(weight.astype(np.float32), None)
+    quantizer: Method = AnyPrecision()
+    got, want = quantizer.quantize(weight, {}), quantizer.quantize(weight.astype(np.float32), {})
     assert (got.codes == want.codes).all()
     assert (got.codebooks[4] == want.codebooks[4]).all()
 
@@ -216,24 +222,24 @@ def test_zero_sensitivity_counts_all_alike() -> None:
     weight, _ = sample("normal", "none", (3, 150))
     importance = np.zeros_like(weight)
     importance[1] = np.arange(150)
-    got = AnyPrecisionQuantizer().quantize(weight, importance)
-    want = AnyPrecisionQuantizer().quantize(weight, None)
+    got = AnyPrecision().quantize(weight, fisher(importance))
+    want = AnyPrecision().quantize(weight, {})
     assert [(a == b).all() for a, b in zip(got.codes, want.codes, strict=True)] == [True, False, True]
 
 
 def test_distinct_values_survive_while_there_are_codes() -> None:
     weight = np.array([[3.0, -1.0, 3.0, 0.5, 0.5, -2.0, 3.0]], dtype=np.float32)
-    nested = AnyPrecisionQuantizer().quantize(weight, None)
+    nested = AnyPrecision().quantize(weight, {})
     assert (dequantize(pack(nested.codes, 4), nested.codebooks[4], 7) == weight).all()
     assert (dequantize(pack(nested.codes, 4)[:2], nested.codebooks[2], 7) == weight).all()
 
 
 def test_largest_float16_is_kept_and_larger_refused() -> None:
     weight = np.array([[65504.0, -65504.0, 0.0]], dtype=np.float32)
-    assert AnyPrecisionQuantizer().quantize(weight, None).codebooks[4].max() == 65504
+    assert AnyPrecision().quantize(weight, {}).codebooks[4].max() == 65504
     weight[0, 1] = -65505
     with pytest.raises(PmpdError, match=re.escape("weight [0, 1] is -65505.0, not a number from -65504 to 65504")):
-        AnyPrecisionQuantizer().quantize(weight, None)
+        AnyPrecision().quantize(weight, {})
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
@@ -241,7 +247,7 @@ def test_weights_that_are_no_numbers_are_refused(bad: float) -> None:
     weight = np.ones((70, 3000))
     weight[65, 2999] = bad
     with pytest.raises(PmpdError, match=re.escape(f"weight [65, 2999] is {bad}")):
-        AnyPrecisionQuantizer(groups=3).quantize(weight, None)
+        AnyPrecision(groups=3).quantize(weight, {})
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1e-9])
@@ -249,15 +255,15 @@ def test_impossible_sensitivities_are_refused(bad: float) -> None:
     sensitivity = np.ones((2, 9))
     sensitivity[1, 8] = bad
     with pytest.raises(PmpdError, match=re.escape(f"sensitivity [1, 8] is {bad}")):
-        AnyPrecisionQuantizer().quantize(np.ones((2, 9)), sensitivity)
+        AnyPrecision().quantize(np.ones((2, 9)), fisher(sensitivity))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    quantizer = AnyPrecisionQuantizer()
+    quantizer = AnyPrecision()
     with pytest.raises(ValueError, match=re.escape("weight must be a matrix [N, K], got [3]")):
-        quantizer.quantize(np.ones(3), None)
+        quantizer.quantize(np.ones(3), {})
     with pytest.raises(ValueError, match=re.escape("sensitivity must be [2, 3] as the weight, got [3, 2]")):
-        quantizer.quantize(np.ones((2, 3)), np.ones((3, 2)))
+        quantizer.quantize(np.ones((2, 3)), fisher(np.ones((3, 2))))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +280,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PmpdError, match=re.escape(message)):
-        AnyPrecisionQuantizer(**options)
+        AnyPrecision(**options)
 
 
 @pytest.mark.parametrize(
@@ -315,9 +321,7 @@ def test_squared_gradients_are_those_of_autograd(tied: bool) -> None:
     batches = [torch.randint(50, (2, 12)), torch.randint(50, (1, 7))]
     model = tiny_llama(tied=tied).train()
     model.model.norm.weight.requires_grad_(False)
-    done: list[int] = []
-    got = squared_gradients(model, batches, PARAMETERS, progress=done.append)
-    assert done == [1, 2, 3]
+    got = squared_gradients(model, batches, PARAMETERS)
     assert model.training
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -16,7 +16,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "runtime": ("errors", "console", "format", "schedule", "engine", "text", "decode", "__init__", "cli"),
     "tvm_kernels": ("targets", "command", "codegen", "ops", "library", "__init__", "bench", "tuning"),
     "exporter": (
-        *("config", "demo", "source", "graph", "nn", "arch", "quantize", "bundle", "calibrate", "outline"),
+        *("demo", "source", "graph", "nn", "arch", "quantize", "bundle", "config", "calibrate", "outline"),
         *("verify", "skeleton", "pipeline", "__init__", "cli"),
     ),
     "eval": ("data", "measure", "report", "speed", "tasks", "runner", "__init__", "cli"),
@@ -28,7 +28,6 @@ AGAINST_THE_ORDER: dict[str, set[str]] = {
     "exporter/demo/train.py": {"source"},
     "exporter/graph/build.py": {"arch"},
     "exporter/bundle/card.py": {"verify"},
-    "exporter/quantize/__init__.py": {"calibrate"},
 }
 
 

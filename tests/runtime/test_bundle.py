@@ -115,11 +115,11 @@ def test_bit_flip_in_the_weights_is_found_when_asked(bundle_copy: Path) -> None:
 
 def test_folders_that_are_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    (tmp_path / "x.partial-abc").mkdir()
+    (tmp_path / "x.partial").mkdir()
     assert "has no bundle.json: give a bundle's folder" in one_error(tmp_path)
     assert "has no bundle.json" in one_error(tmp_path / "absent")
     assert "has no bundle.json" in one_error(tmp_path / "file")
-    assert "an export is unfinished here, run it again" in one_error(tmp_path / "x.partial-abc")
+    assert "an export is unfinished here, run it again" in one_error(tmp_path / "x.partial")
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "sub/../../outside.txt", "{root}/outside.txt"])
@@ -174,7 +174,7 @@ def test_manifest_that_does_not_fit_the_graphs(bundle_copy: Path, edit: Callable
         generator.prefill([1, 5])
         generator.decode_step(7, precision=2)
 
-    with pytest.raises(PmpdError, match=r"refuses|failed while running|not an ONNX|disagree about") as caught:
+    with pytest.raises(PmpdError, match=r"refuses|failed while running") as caught:
         use()
     assert "\n" not in str(caught.value)
 

@@ -1,14 +1,15 @@
-"""What every quantizer of the exporter returns: one parent code per weight, and a codebook per precision."""
+"""Quantization methods: the contract of one, and what it returns. Methods themselves are in files of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NestedCodes", "Quantizer"]
+__all__ = ["Method", "NestedCodes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +40,42 @@ class NestedCodes:
                 raise ValueError(f"the {p}-bit codebook must be float16 [{rows}, G, {2**p}] with one G, got {got}")
 
 
-class Quantizer(Protocol):
-    """A post-training quantization method whose codes are nested."""
+class Method(Protocol):
+    """A post-training quantization method whose codes are nested. An instance quantizes layers of one kind.
 
-    def quantize(self, weight: npt.NDArray[np.floating], sensitivity: npt.NDArray[np.floating] | None) -> NestedCodes:
+    Attributes:
+        name: as in ``pmpd-export --method``.
+        needs: the statistics it uses, by their names in `pmpd.exporter.calibrate.STATISTICS`.
+        requires: those of them that it cannot do without. The others are missing from an export without calibration.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    requires: ClassVar[frozenset[str]]
+
+    def __init__(self, *, precisions: tuple[int, ...], parent: int, seed: int, groups: int) -> None:
+        """Prepare for layers of one kind.
+
+        Args:
+            precisions: bits to make codebooks for, each 1 to `parent`.
+            parent: P, bits of the codes, 1 to 8.
+            seed: bits of the first clustering, for methods that refine one bit by bit, 1 to `parent`.
+            groups: G, runs of columns of a row with codebooks of their own.
+
+        Raises:
+            pmpd.runtime.errors.PmpdError: a value that the method cannot work with.
+        """
+
+    def quantize(
+        self, weight: npt.NDArray[np.floating], statistics: Mapping[str, npt.NDArray[np.floating]]
+    ) -> NestedCodes:
         """Quantize one linear layer.
 
         Args:
             weight: ``[N, K]``, N outputs and K inputs, any floating dtype.
-            sensitivity: ``[N, K]``, how much an error of each weight matters, at least 0; None: all the same.
+            statistics: those of `needs` that there are, each in the shape that its docstring gives.
 
         Raises:
-            pmpd.runtime.errors.PmpdError: a weight or a sensitivity that cannot be quantized.
+            pmpd.runtime.errors.PmpdError: a weight or a statistic that cannot be quantized with.
         """
         ...

@@ -1,0 +1,67 @@
+"""What `--model` may be: the demo model, an alias, a hub id, or a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pmpd.exporter.demo import demo_model_path
+from pmpd.runtime.errors import PmpdError, one_line, unknown_choice
+
+__all__ = ["ALIASES", "DEMO", "published_name", "resolve_model"]
+
+ALIASES = {
+    "phi-1": "microsoft/phi-1",
+    "phi-1.5": "microsoft/phi-1_5",
+    "phi-2": "microsoft/phi-2",
+    "vicuna-7b": "lmsys/vicuna-7b-v1.5",
+    "vicuna-13b": "lmsys/vicuna-13b-v1.5",
+    "mobilellama-1.4b": "mtgv/MobileLLaMA-1.4B-Chat",
+    "stablelm-zephyr-3b": "stabilityai/stablelm-zephyr-3b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "longchat-13b": "lmsys/longchat-13b-16k",
+}
+DEMO = "demo"
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
+
+
+def resolve_model(model: str, *, revision: str | None = None) -> Path:
+    """Return the local folder of a model: ``demo``, a folder, or a snapshot of an alias or hub id.
+
+    The hub is asked only for what is not in its cache; `HF_HUB_OFFLINE=1` keeps it from asking at all.
+
+    Raises:
+        PmpdError: no such folder, alias or hub model, or the hub cannot be reached.
+    """
+    if model == DEMO:
+        return demo_model_path()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        what = "a GGUF file, whose weights are quantized already" if path.suffix == ".gguf" else "a file"
+        raise PmpdError(f"{path} is {what}: give the folder of a Hugging Face checkpoint (config.json, *.safetensors)")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise PmpdError(f"there is no folder {path}: give the folder of a Hugging Face checkpoint, or a hub id")
+    hub_id = ALIASES.get(model, model)
+    if hub_id.count("/") != 1:
+        raise PmpdError(
+            f"{unknown_choice('model', model, [DEMO, *ALIASES])}, or give a hub id (owner/name) or a folder"
+        )
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PmpdError(
+            f"{hub_id} cannot be fetched from the Hugging Face hub ({one_line(reason)}): "
+            "check the name, your network and login, or give a local folder"
+        ) from None
+
+
+def published_name(model: str) -> str:
+    """Return a model as a bundle names it: of a local folder only the last part, which says nothing of its owner."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if model != DEMO and folder.is_dir() else model
