@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include "cpu.h"
-#include "kernels.h"
+#include "attention.h"
 
 /* As attention_cases.py writes it; qkv, keys, values, cos and sin follow. */
 struct header {
@@ -54,8 +54,17 @@ static void run(const struct header *h) {
   const float *cos = input(angles), *sin = input(angles);
   float *y = array(m * heads * dim * 4);
   float *scratch = array(PMPD_ATTENTION_SCRATCH(kernel, h->past + h->m) * 4);
-  kernel->attention(qkv, keys, values, cos, sin, y, scratch, h->scale, h->m, h->past, h->capacity, h->heads,
-                    h->kv_heads, h->pairs, h->begin, h->end);
+  kernel->append(qkv, keys, values, cos, sin, h->m, h->past, h->capacity, h->heads, h->kv_heads, h->pairs, h->begin,
+                 h->end);
+  /* In two parts, as the operator may do it. */
+  const int32_t queries = h->m * (h->heads / h->kv_heads), middle = queries / 2 / kernel->queries * kernel->queries;
+  for (int32_t head = h->begin; head < h->end; head++) {
+    kernel->attend(qkv, keys, values, cos, sin, y, scratch, h->scale, h->past, h->capacity, h->heads, h->kv_heads,
+                   h->pairs, head, middle, queries);
+    if (middle)
+      kernel->attend(qkv, keys, values, cos, sin, y, scratch, h->scale, h->past, h->capacity, h->heads, h->kv_heads,
+                     h->pairs, head, 0, middle);
+  }
   fwrite(y, 4, m * heads * dim, stdout);
   fwrite(keys, 1, cache, stdout);
   fwrite(values, 1, cache, stdout);

@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #include "cpu.h"
-#include "kernels.h"
+#include "matmul.h"
 
 /* As kernel_programs.py writes it; x, planes and codebook follow. */
 struct header {
@@ -93,8 +93,7 @@ static void run_kernel(const struct header *h, const struct pmpd_kernel *kernel,
   const int front = h->front;
   void *packed = place(PACKED, "packed", vectors * 512 * kernel->element_bytes, 0, front);
   float *scale = place(SCALE, "scale", vectors * 64, 0, front), *sum = place(SUM, "sum", (size_t)m * 4, 0, front);
-  const int64_t scratch_bytes = kernel->scratch_bytes + lines * kernel->scratch_bytes_per_line;
-  uint8_t *scratch = place(SCRATCH, "scratch", (size_t)(scratch_bytes + 63) / 64 * 64, 0, front);
+  uint8_t *scratch = place(SCRATCH, "scratch", (size_t)(kernel->scratch_bytes + 63) / 64 * 64, 0, front);
   for (int32_t i = 0; i < h->m; i += m) {
     const float *rows = x + (int64_t)i * h->k;
     kernel->pack(rows, packed, scale, sum, h->k, lines, m / 3, m);

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kernel_programs import UNTOUCHED, Case
 
 from pmpd.runtime.format.bitplanes import row_stride, unpack
-from pmpd.tvm_kernels.ops.kernel import Kernel
+from pmpd.tvm_kernels.ops.matmul.kernel import MatmulKernel
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -31,7 +31,7 @@ SMALLEST_RANGE = 1e-30  # narrower codebooks and smaller activations count as co
 TIE = 1e-3  # of a step: more than the rounding of the position, less than anything a test needs
 
 
-def check(kernel: Kernel | None, case: Case, y: Floats) -> None:
+def check(kernel: MatmulKernel | None, case: Case, y: Floats) -> None:
     """Hold y [M, N] to the oracle: near enough in rows [begin, end), and not written elsewhere. None is `pmpd_any`."""
     want, bound = expected(kernel, case)
     rows = slice(case.begin, case.end)
@@ -44,7 +44,7 @@ def check(kernel: Kernel | None, case: Case, y: Floats) -> None:
     assert not len(wrong), f"off by {worst:.3g} of what rounding explains, first at {wrong[0]}"
 
 
-def expected(kernel: Kernel | None, case: Case) -> tuple[Doubles, Doubles]:
+def expected(kernel: MatmulKernel | None, case: Case) -> tuple[Doubles, Doubles]:
     """Return y [M, N] and how far float32 may be from it, for a kernel's order of summation; None is `pmpd_any`."""
     S = row_stride(case.x.shape[1])
     if kernel is None:  # 16 lanes and up to 15 columns of every line, lines, products

@@ -17,9 +17,11 @@ import pytest
 
 from pmpd.runtime.format.bitplanes import dequantize, pack
 from pmpd.tvm_kernels.codegen.isa import AvxVnni
-from pmpd.tvm_kernels.library.compile import compile_kernels, kernels_of
-from pmpd.tvm_kernels.library.link import SOURCES
-from pmpd.tvm_kernels.ops.kernel import Kernel, Tuning
+from pmpd.tvm_kernels.library.compile import compile_kernels
+from pmpd.tvm_kernels.library.link import INCLUDE, SOURCES
+from pmpd.tvm_kernels.ops.matmul.kernel import MatmulKernel
+from pmpd.tvm_kernels.ops.matmul.tuned import tuned_kernels
+from pmpd.tvm_kernels.ops.matmul.tuning import Tuning
 from pmpd.tvm_kernels.targets import TARGETS, Target
 
 Floats = npt.NDArray[np.float32]
@@ -34,7 +36,7 @@ PROCESSORS = {"neon": "cortex-a53", "dotprod": "neoverse-n1", "any": "cortex-a53
 class EvexVnni(AvxVnni):
     """AVX-VNNI's kernels with its one instruction in the encoding of AVX-512, which more processors have."""
 
-    feature = ("PMPD_AVX512", "PMPD_AVX512_VNNI")
+    needs = ("avx512", "avx512vnni")
     attributes = ("+avx512vl", "+avx512vnni")
 
 
@@ -86,7 +88,7 @@ class Program:
     target: Target
     path: Path
 
-    def run(self, kernel: Kernel | None, cases: Sequence[Case]) -> list[Floats]:
+    def run(self, kernel: MatmulKernel | None, cases: Sequence[Case]) -> list[Floats]:
         """Return y [M, N] of every case; without a kernel those of `pmpd_any`. What was not written is `UNTOUCHED`."""
         name, isa = (kernel.name, kernel.isa.name) if kernel else ("pmpd_any", "any")
         done = subprocess.run(
@@ -115,18 +117,18 @@ def emulator(target: Target, isa: str) -> list[str]:
     return [found, "-cpu", PROCESSORS[isa]]
 
 
-def target_of(kernel: Kernel) -> Target:
+def target_of(kernel: MatmulKernel) -> Target:
     """Return the first target whose library has a kernel's instruction set."""
     return next(target for target in TARGETS.values() if kernel.isa.name in target.isa)
 
 
-def shipped_kernels(target: Target) -> list[Kernel]:
+def shipped_kernels(target: Target) -> list[MatmulKernel]:
     """Return the kernels of a target's library that can be tested: AVX-VNNI's in the other encoding."""
-    kernels = kernels_of(target, range(1, 9))
+    kernels = tuned_kernels(target, target.isa, precisions=range(1, 9))
     return [replace(kernel, isa=EVEX_VNNI) if kernel.isa.name == "avxvnni" else kernel for kernel in kernels]
 
 
-def other_tunings(target: Target) -> list[Kernel]:
+def other_tunings(target: Target) -> list[MatmulKernel]:
     """Return kernels as a search may try them, for one instruction set of each vector width.
 
     Their tiles range from the smallest to one that does not fit the registers.
@@ -142,7 +144,7 @@ def other_tunings(target: Target) -> list[Kernel]:
     return [replace(kernel, tuning=tuning) for kernel in kernels for tuning in tunings]
 
 
-def build_program(kernels: Sequence[Kernel], target: Target, directory: Path) -> Program:
+def build_program(kernels: Sequence[MatmulKernel], target: Target, directory: Path) -> Program:
     """Compile kernels and link them, for the least processor of the architecture, with the driver."""
     for kernel in kernels:
         emulator(target, kernel.isa.name)  # skips before the work is done
@@ -150,8 +152,8 @@ def build_program(kernels: Sequence[Kernel], target: Target, directory: Path) ->
     # A program for another architecture brings its C library along, so that qemu needs none.
     platform_ = [target.zig] if platform.machine() == target.arch else [f"{target.arch}-linux-musl", "-static"]
     compiler = [sys.executable, "-m", "ziglang", "cc", "-target", *platform_, "-mcpu=baseline"]
-    options = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-o", str(path)]
-    objects = compile_kernels(target, precisions=(), directory=directory, kernels=kernels)
+    options = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", *INCLUDE, "-o", str(path)]
+    objects = compile_kernels(target, kernels, directory=directory)
     sources = [DRIVER, SOURCES / "cpu.c", *objects]
     subprocess.run([*compiler, *options, *map(str, sources)], check=True)
     return Program(target, path)

@@ -2,7 +2,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "attention.h"
+#include "matmul.h"
 
 static float from_half(uint16_t half) {
   const int exponent = half >> 10 & 31, mantissa = half & 1023;
@@ -17,7 +18,7 @@ void pmpd_any(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebo
     for (int32_t i = 0; i < m; i++) y[i * ldy + row] = 0;
     for (int32_t column = 0; column < k; column++) {
       const int32_t byte = column / 8;
-      uint32_t entry = (uint32_t)(row * groups + byte / group_bytes);
+      int64_t entry = (int64_t)row * groups + byte / group_bytes;
       for (int32_t plane = 0; plane < bits; plane++)
         entry = entry << 1 | (planes[plane * plane_bytes + (int64_t)row * lines * 64 + byte] >> column % 8 & 1);
       const float weight = from_half(codebook[entry]);
@@ -55,9 +56,9 @@ MATMUL(4)
 MATMUL(6)
 
 #define KERNELS(p)                                                                  \
-  {"plain_exact_" #p, 0, p, PMPD_EXACT, 1, 4, 1, 64, 0, 0, pack, matmul_##p},       \
-      {"plain_one_int8_" #p, 0, p, PMPD_INT8, 0, 4, 1, 64, 0, 0, pack_int8, matmul_##p}, \
-      {"plain_int8_" #p, 0, p, PMPD_INT8, 1, 4, 1, 64, 0, 0, pack_int8, matmul_##p}
+  {"plain_exact_" #p, 0, p, PMPD_EXACT, 1, 4, 1, 64, 0, pack, matmul_##p},       \
+      {"plain_one_int8_" #p, 0, p, PMPD_INT8, 0, 4, 1, 64, 0, pack_int8, matmul_##p}, \
+      {"plain_int8_" #p, 0, p, PMPD_INT8, 1, 4, 1, 64, 0, pack_int8, matmul_##p}
 const struct pmpd_kernel pmpd_kernels[] = {KERNELS(3), KERNELS(4), KERNELS(6)};
 const size_t pmpd_kernel_count = sizeof pmpd_kernels / sizeof *pmpd_kernels;
 const char pmpd_any_name[] = "pmpd_any";
@@ -95,37 +96,55 @@ static void attend(const float *query, const uint16_t *keys, const uint16_t *val
   for (int32_t i = 0; i < dim; i++) y[i] /= total;
 }
 
-static void attention(int32_t dim, const float *qkv, uint16_t *keys, uint16_t *values, const float *cos,
-                      const float *sin, float *y, float *rotated, float scale, int32_t m, int32_t past,
-                      int32_t capacity, int32_t heads, int32_t kv_heads, int32_t pairs, int32_t head) {
-  keys += (int64_t)head * capacity * dim;
-  values += (int64_t)head * capacity * dim;
-  for (int32_t token = 0; token < m; token++) {
-    const float *row = qkv + (int64_t)token * (heads + 2 * kv_heads) * dim;
-    const float *key = row + (heads + head) * dim, *value = key + kv_heads * dim;
-    const int32_t place = past + token, group = heads / kv_heads;
-    rotate(key, cos + place * pairs, sin + place * pairs, dim, pairs, rotated);
-    for (int32_t i = 0; i < dim; i++) {
-      keys[place * dim + i] = to_half(rotated[i]);
-      values[place * dim + i] = to_half(value[i]);
+enum { MAX_DIM = 64 };
+
+static void append_dim(int32_t dim, const float *qkv, uint16_t *keys, uint16_t *values, const float *cos,
+                       const float *sin, int32_t m, int32_t past, int32_t capacity, int32_t heads, int32_t kv_heads,
+                       int32_t pairs, int32_t begin, int32_t end) {
+  float rotated[MAX_DIM];
+  for (int32_t head = begin; head < end; head++)
+    for (int32_t token = 0; token < m; token++) {
+      const float *key = qkv + ((int64_t)token * (heads + 2 * kv_heads) + heads + head) * dim;
+      const float *value = key + kv_heads * dim;
+      const int64_t place = past + token, at = ((int64_t)head * capacity + place) * dim;
+      rotate(key, cos + place * pairs, sin + place * pairs, dim, pairs, rotated);
+      for (int32_t i = 0; i < dim; i++) {
+        keys[at + i] = to_half(rotated[i]);
+        values[at + i] = to_half(value[i]);
+      }
     }
-    for (int32_t query = head * group; query < (head + 1) * group; query++) {
-      rotate(row + query * dim, cos + place * pairs, sin + place * pairs, dim, pairs, rotated);
-      attend(rotated, keys, values, y + ((int64_t)token * heads + query) * dim, scale, dim, place + 1);
-    }
+}
+
+static void attend_dim(int32_t dim, const float *qkv, const uint16_t *keys, const uint16_t *values, const float *cos,
+                       const float *sin, float *y, float *rotated, float scale, int32_t past, int32_t capacity,
+                       int32_t heads, int32_t kv_heads, int32_t pairs, int32_t kv_head, int32_t begin, int32_t end) {
+  const int32_t group = heads / kv_heads;
+  keys += (int64_t)kv_head * capacity * dim;
+  values += (int64_t)kv_head * capacity * dim;
+  for (int32_t query = begin; query < end; query++) {
+    const int32_t token = query / group, head = kv_head * group + query % group, place = past + token;
+    const float *row = qkv + ((int64_t)token * (heads + 2 * kv_heads) + head) * dim;
+    rotate(row, cos + place * pairs, sin + place * pairs, dim, pairs, rotated);
+    attend(rotated, keys, values, y + ((int64_t)token * heads + head) * dim, scale, dim, place + 1);
   }
 }
 
-#define ATTENTION(dim)                                                                                                 \
-  static void attention_##dim(const float *qkv, uint16_t *keys, uint16_t *values, const float *cos, const float *sin,  \
-                              float *y, float *scratch, float scale, int32_t m, int32_t past, int32_t capacity,        \
-                              int32_t heads, int32_t kv_heads, int32_t pairs, int32_t begin, int32_t end) {            \
-    for (int32_t head = begin; head < end; head++)                                                                     \
-      attention(dim, qkv, keys, values, cos, sin, y, scratch, scale, m, past, capacity, heads, kv_heads, pairs, head); \
+#define ATTENTION(dim)                                                                                                \
+  static void append_##dim(const float *qkv, uint16_t *keys, uint16_t *values, const float *cos, const float *sin,     \
+                           int32_t m, int32_t past, int32_t capacity, int32_t heads, int32_t kv_heads, int32_t pairs,  \
+                           int32_t begin, int32_t end) {                                                               \
+    append_dim(dim, qkv, keys, values, cos, sin, m, past, capacity, heads, kv_heads, pairs, begin, end);               \
+  }                                                                                                                    \
+  static void attend_##dim(const float *qkv, const uint16_t *keys, const uint16_t *values, const float *cos,           \
+                           const float *sin, float *y, float *scratch, float scale, int32_t past, int32_t capacity,    \
+                           int32_t heads, int32_t kv_heads, int32_t pairs, int32_t kv_head, int32_t begin,             \
+                           int32_t end) {                                                                              \
+    attend_dim(dim, qkv, keys, values, cos, sin, y, scratch, scale, past, capacity, heads, kv_heads, pairs, kv_head,   \
+               begin, end);                                                                                            \
   }
 ATTENTION(16)
 ATTENTION(64)
 
-const struct pmpd_attention pmpd_attentions[] = {{"plain_attention_16", 0, 16, 1, attention_16},
-                                                 {"plain_attention_64", 0, 64, 1, attention_64}};
+const struct pmpd_attention pmpd_attentions[] = {{"plain_attention_16", 0, 16, 1, append_16, attend_16},
+                                                 {"plain_attention_64", 0, 64, 1, append_64, attend_64}};
 const size_t pmpd_attention_count = sizeof pmpd_attentions / sizeof *pmpd_attentions;

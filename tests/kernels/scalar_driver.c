@@ -3,7 +3,7 @@
 #include <stddef.h>
 
 #include "cpu.h"
-#include "dispatch.h"
+#include "matmul.h"
 
 #if defined(__x86_64__)
 __asm__(".globl _start\n_start:\n mov %rsp, %rdi\n and $-16, %rsp\n call run\n");
@@ -62,7 +62,7 @@ void run(long *start) {
   for (int i = 0; i < N << P; i++) codebook[i] = (uint16_t)(0x3000 + i * 77);
   for (int i = 0; i < K; i++) x[i] = (float)(i % 7 - 3);
   pmpd_any(planes, N * 64 * LINES, codebook, x, wanted, N, P, 1, K / 8, K, LINES, 1, 0, N);
-  const struct pmpd_kernel *kernel = pmpd_choose(features).kernels[PMPD_INT8][0][P - 1];
+  const struct pmpd_kernel *kernel = pmpd_choose_matmul(features, PMPD_INT8, 0, P);
   kernel->pack(x, packed, scale, sum, K, LINES, 0, 1);
   kernel->matmul(planes, N * 64 * LINES, codebook, packed, scale, sum, found, N, scratch, LINES, 1, 0, N);
   int agree = 1;

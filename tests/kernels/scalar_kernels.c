@@ -1,11 +1,13 @@
-/* Kernels for tests as kernels.h wants them, in plain C; each gives NaN if what it was promised does not hold.
+/* Kernels for tests as matmul.h wants them, in plain C; each gives NaN if what it was promised does not hold.
  *
  * There is an exact one per precision for one row of activations and one for many, except: 7 bits have none for one,
  * and 8 bits none at all. int8 kernels are exact ones under another name: at 3 bits for many rows only, at 4 bits for
  * one row, first one that needs what no machine of the architecture has, then one that needs what most have. */
-#include "kernels.h"
+#include "attention.h"
+#include "cpu.h"
+#include "matmul.h"
 
-enum { ROWS = 4, CHUNK = 12, SCRATCH = 100, SCRATCH_PER_LINE = 28 };
+enum { ROWS = 4, CHUNK = 12, SCRATCH = 100 };
 
 const char pmpd_any_name[] = "any_scalar";
 __attribute__((visibility("default"))) int stray(void) { return 1; }
@@ -55,10 +57,10 @@ static void reverse(const float *x, void *packed, float *scale, float *sum, int3
 static void multiply(int32_t bits, const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebook,
                      const void *packed, const float *scale, const float *sum, float *y, int64_t ldy, uint8_t *scratch,
                      int32_t lines, int32_t m, int32_t begin, int32_t end) {
-  const int32_t columns = 512 * lines, bytes = SCRATCH + SCRATCH_PER_LINE * lines;
+  const int32_t columns = 512 * lines;
   int promised = begin % ROWS == 0 && end - begin <= CHUNK && begin < end && (uintptr_t)scratch % 64 == 0 &&
                  (uintptr_t)packed % 64 == 0;
-  for (int32_t i = 0; i < bytes; i++) scratch[i] = (uint8_t)(begin + i);
+  for (int32_t i = 0; i < SCRATCH; i++) scratch[i] = (uint8_t)(begin + i);
   for (int32_t i = 0; i < m; i++) {
     const float *row = (const float *)packed + (int64_t)i * columns, *scales = scale + (int64_t)i * 16 * lines;
     promised &= sum[i] == (float)i && scales[0] == (float)i && scales[16 * lines - 1] == (float)(i + 16 * lines - 1);
@@ -70,7 +72,7 @@ static void multiply(int32_t bits, const uint8_t *planes, int64_t plane_bytes, c
       y[i * ldy + n] = (float)total;
     }
   }
-  for (int32_t i = 0; i < bytes; i++) promised &= scratch[i] == (uint8_t)(begin + i);
+  for (int32_t i = 0; i < SCRATCH; i++) promised &= scratch[i] == (uint8_t)(begin + i);
   if (!promised) y[begin] = 0.0f / 0.0f;
 }
 
@@ -81,15 +83,15 @@ static void multiply(int32_t bits, const uint8_t *planes, int64_t plane_bytes, c
     multiply(p, planes, plane_bytes, codebook, packed, scale, sum, y, ldy, scratch, lines, m, begin, end);         \
   }
 #define KERNEL(name, features, p, accuracy, many) \
-  {name, features, p, accuracy, many, 4, ROWS, CHUNK, SCRATCH, SCRATCH_PER_LINE, reverse, multiply_##p}
+  {name, features, p, accuracy, many, 4, ROWS, CHUNK, SCRATCH, reverse, multiply_##p}
 #define EXACT(p) KERNEL("exact_" #p "_one", 0, p, PMPD_EXACT, 0), KERNEL("exact_" #p "_many", 0, p, PMPD_EXACT, 1)
 
 MULTIPLY(1) MULTIPLY(2) MULTIPLY(3) MULTIPLY(4) MULTIPLY(5) MULTIPLY(6) MULTIPLY(7)
 
 #ifdef __x86_64__
-enum { OTHERS = PMPD_DOTPROD, COMMON = PMPD_AVX2 };
+enum { OTHERS = PMPD_dotprod, COMMON = PMPD_avx2 };
 #else
-enum { OTHERS = PMPD_AVX2, COMMON = PMPD_NEON };
+enum { OTHERS = PMPD_avx2, COMMON = PMPD_neon };
 #endif
 
 const struct pmpd_kernel pmpd_kernels[] = {

@@ -15,8 +15,10 @@ import pytest
 from attention_cases import NAN, Case, Floats, Result, check, random_case
 from kernel_programs import LACKS_FEATURES, UNTOUCHED, emulator
 
-from pmpd.tvm_kernels.library.compile import attentions_of, compile_kernels
-from pmpd.tvm_kernels.library.link import SOURCES
+from pmpd.tvm_kernels.library.compile import compile_kernels
+from pmpd.tvm_kernels.library.link import INCLUDE, SOURCES
+from pmpd.tvm_kernels.ops.attention.operator import GroupQueryAttention
+from pmpd.tvm_kernels.ops.base import Demand
 from pmpd.tvm_kernels.targets import TARGETS, Target
 
 pytest.importorskip("tvm")
@@ -27,7 +29,11 @@ SUBNORMAL = 2.0**-24  # a unit of its subnormal numbers
 DIMS = (16, 64, 80, 128)
 # x86-64-v3 has some of x86-64-v4's kernels.
 PROGRAMS = {"x86-64-v4": DIMS, "aarch64-linux": (80,)}
-KERNELS = [(name, kernel) for name, dims in PROGRAMS.items() for kernel in attentions_of(TARGETS[name], dims)]
+KERNELS: list[tuple[str, Any]] = [
+    (name, kernel)
+    for name, dims in PROGRAMS.items()
+    for kernel in GroupQueryAttention().kernels(TARGETS[name], Demand(head_dims=dims))
+]
 
 
 def kernels(dims: Sequence[int] = DIMS) -> pytest.MarkDecorator:
@@ -48,11 +54,12 @@ class Programs:
         if path.exists():
             return path
         path.parent.mkdir()
-        files = compile_kernels(target, precisions=(), head_dims=PROGRAMS[target.name], directory=path.parent)
+        kernels = [kernel for name, kernel in KERNELS if name == target.name]
+        files = compile_kernels(target, kernels, directory=path.parent)
         platform_ = [target.zig] if platform.machine() == target.arch else [f"{target.arch}-linux-musl", "-static"]
         compiler = [sys.executable, "-m", "ziglang", "cc", "-target", *platform_, "-mcpu=baseline", "-std=c11", "-O2"]
         sources = [Path(__file__).with_name("attention_driver.c"), SOURCES / "cpu.c", *files]
-        subprocess.run([*compiler, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", "-o", path, *sources], check=True)
+        subprocess.run([*compiler, "-Wall", "-Wextra", "-Werror", *INCLUDE, "-o", path, *sources], check=True)
         return path
 
     def run(self, name: str, kernel: Any, cases: Sequence[Case]) -> list[Result]:

@@ -121,8 +121,8 @@ def call(session: Any, case: Case, *, in_place: bool = True) -> Result:
     return Result(y.reshape(len(case.qkv), case.heads, case.dim), keys, values)
 
 
-def op_case(M: int, past: int, *, seed: int = 0) -> Case:
-    case = random_case(D, H, G, M, past, PAIRS, seed=seed)
+def op_case(M: int, past: int, *, heads: int = H, kv_heads: int = G, seed: int = 0) -> Case:
+    case = random_case(D, heads, kv_heads, M, past, PAIRS, seed=seed)
     return replace(case, scale=float(np.float32(D**-0.5)))
 
 
@@ -135,14 +135,20 @@ def reports(library: Path) -> Any:
     return functions
 
 
-@pytest.mark.parametrize("limit", ["", "avx2", "portable"])
-def test_operator_agrees_with_numpy(library: Path, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("limit", "heads", "kv_heads"), [("", H, G), ("avx2", H, G), ("portable", H, G), ("", 9, 3), ("", 9, 1), ("", 5, 5)]
+)
+def test_operator_agrees_with_numpy(
+    library: Path, limit: str, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers with one thread and two, however the work is shared: 9 heads over 1 are split among threads."""
     if limit == "avx2" and platform.machine() != "x86_64":
         pytest.skip("is a level of x86_64")
     monkeypatch.setenv("PMPD_MAX_ISA", limit)
-    sessions = [open_session(library, model(), threads=threads) for threads in (1, 2)]
+    graph = model(heads=heads, kv_heads=kv_heads)
+    sessions = [open_session(library, graph, threads=threads) for threads in (1, 2)]
     for M, past in ((1, 0), (1, 77), (5, 3), (33, 0), (20, 40)):
-        case = op_case(M, past)
+        case = op_case(M, past, heads=heads, kv_heads=kv_heads)
         bound, *others = [call(session, case, in_place=place) for session in sessions for place in (True, False)]
         check(case, bound)
         for other in others:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 import struct
 import subprocess
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 
 from pmpd.runtime.errors import PmpdError
+from pmpd.tvm_kernels.codegen.isa import ISAS, Isa
 from pmpd.tvm_kernels.library import compile as compile_module
-from pmpd.tvm_kernels.library.compile import _compile_all, _Unit, compile_kernels, kernels_of
-from pmpd.tvm_kernels.library.link import build_library
+from pmpd.tvm_kernels.library.compile import _compile_all, _Unit, compile_kernels
+from pmpd.tvm_kernels.library.link import SOURCES, build_library
+from pmpd.tvm_kernels.ops import OPERATORS, kernels_of
+from pmpd.tvm_kernels.ops.base import Demand
 from pmpd.tvm_kernels.targets import TARGETS
 
 pytestmark = pytest.mark.full
@@ -39,7 +43,7 @@ needs_binutils = pytest.mark.skipif(
 )
 
 QUICK = ("any", "avx2", "avx512vbmi")
-ISAS = [
+CHECKED = [
     pytest.param(isa, id=isa, marks=[] if isa in QUICK else pytest.mark.slow)
     for isa in ("any", *TARGETS["x86-64-v4"].isa)
 ]
@@ -61,12 +65,14 @@ def refusals(texts: list[str], processor: str) -> list[str]:
 
 
 @needs_binutils
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", CHECKED)
 def test_objects_keep_to_their_instruction_set(isa: str, tmp_path: Path) -> None:
     target = TARGETS["x86-64-v4"]
     bits = (1, 2, 3, 4, 6) if isa in QUICK else range(1, 9)
-    kernels = [kernel for kernel in kernels_of(target, bits) if kernel.isa.name == isa]
-    paths = compile_kernels(target, precisions=(), directory=tmp_path, head_dims=[64], kernels=kernels)[1:]
+    names = (isa, "portable") if isa == "any" else (isa,)
+    demand = Demand(precisions=bits, head_dims=[64])
+    kernels = [kernel for kernel in kernels_of(target, demand) if kernel.isa.name in names]
+    paths = compile_kernels(target, kernels, directory=tmp_path)[1:]
     endings = ("pmpd_any", "__portable") if isa == "any" else (f"__{isa}",)
     found = [path for path in paths if path.name.partition("-")[0].endswith(endings)]
     assert len(found) > len(kernels)  # and those that lay out activations, and attention
@@ -106,7 +112,7 @@ def test_the_first_failure_ends_all_compiling(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(compile_module.subprocess, "Popen", Worker)
     monkeypatch.setattr(compile_module, "available_threads", lambda: 3)
-    units = {tmp_path / name: _Unit(name, None, "", "", ()) for name in ("pmpd_slow", "pmpd_broken", "pmpd_other")}
+    units = {tmp_path / name: _Unit(name, "", None, "", "", ()) for name in ("pmpd_slow", "pmpd_broken", "pmpd_other")}
     with pytest.raises(PmpdError, match="TVM fails to compile the kernel pmpd_broken"):
         list(_compile_all(units))
     assert len(started) == 3
@@ -115,12 +121,15 @@ def test_the_first_failure_ends_all_compiling(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("file", ["library/worker.py", "codegen/emit.py", "ops/matmul/gemv.py"])
 def test_objects_are_cached_by_the_code_that_makes_them(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    unit = _Unit("pmpd_any", None, "x86_64-linux-gnu", "generic", ())
+    unit = _Unit("pmpd_any", "BitplaneMatMul", None, "x86_64-linux-gnu", "generic", ())
     before = compile_module._cached(unit)
     assert compile_module._cached(unit) == before
+    compile_module._code_digest.cache_clear()
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda self: read_bytes(self) + b"#" * str(self).endswith(file))
-    assert compile_module._cached(unit) != before
+    changed = compile_module._cached(unit)
+    compile_module._code_digest.cache_clear()
+    assert changed != before
 
 
 @pytest.mark.slow
@@ -131,3 +140,25 @@ def test_operator_library_links(name: str, tmp_path: Path) -> None:
     build_library(name, precisions=(3,), output=path)
     (machine,) = struct.unpack_from("<H", path.read_bytes(), 18)  # e_machine of the ELF header
     assert machine == {"x86_64": 62, "aarch64": 183}[TARGETS[name].arch]
+
+
+def test_instruction_sets_are_those_of_the_c_part() -> None:
+    """The names in isa.def, in the same order, least first."""
+    text = (SOURCES / "isa.def").read_text(encoding="utf-8")
+    names = re.findall(r"^ISA\((\w+), (\d+)\)", text, re.MULTILINE)
+    assert [name for name, _ in names] == [isa.name for arch in ("x86_64", "aarch64") for isa in _least_first(arch)]
+    assert len({bit for _, bit in names}) == len(names)
+    assert {need for isa in ISAS for need in isa.needs} == {name for name, _ in names}
+    assert all(isa.name in isa.needs for isa in ISAS)
+
+
+def _least_first(arch: str) -> list[Isa]:
+    return [isa for isa in reversed(ISAS) if isa.arch == arch]
+
+
+def test_operators_are_those_of_the_c_part() -> None:
+    """Each is registered in C under its name, with the header that declares its kernels."""
+    rows = "".join(path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.c")))
+    assert re.findall(r'\.name = "(\w+)"', rows) == sorted(OPERATORS, reverse=True)
+    for operator in OPERATORS.values():
+        assert f"extern const struct {operator.struct} {operator.array}[];" in (SOURCES / operator.header).read_text()

@@ -21,7 +21,7 @@ from kernel_oracle import check, off_ties
 from kernel_programs import Case, Program, build_program, every_half, other_tunings, shipped_kernels, target_of
 
 from pmpd.runtime.format.bitplanes import pack
-from pmpd.tvm_kernels.ops.kernel import Kernel
+from pmpd.tvm_kernels.ops.matmul.kernel import MatmulKernel
 from pmpd.tvm_kernels.targets import TARGETS
 
 # x86-64-v3 has some of x86-64-v4's kernels.
@@ -152,7 +152,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return build_program(kernels, target_of(kernels[0]), tmp_path_factory.mktemp(request.param))
 
 
-def each(kernels: Callable[[str], list[Kernel]]) -> pytest.MarkDecorator:
+def each(kernels: Callable[[str], list[MatmulKernel]]) -> pytest.MarkDecorator:
     """Return what runs a test for each of the kernels of every program."""
     values = [
         pytest.param(name, kernel, id=kernel.name, marks=[] if name == "quick" else pytest.mark.slow)
@@ -172,21 +172,21 @@ def cases_of(scenario: str, bits: int) -> list[Case]:
 
 @each(PROGRAMS.__getitem__)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_agrees_with_numpy(program: Program, kernel: Kernel, scenario: str) -> None:
+def test_agrees_with_numpy(program: Program, kernel: MatmulKernel, scenario: str) -> None:
     cases = cases_of(scenario, kernel.bits)
     for case, y in zip(cases, program.run(kernel, cases), strict=True):
         check(kernel, case, y)
 
 
 @each(lambda name: [kernel for kernel in PROGRAMS[name] if kernel.accuracy == "exact"])
-def test_single_weights_are_exact(program: Program, kernel: Kernel) -> None:
+def test_single_weights_are_exact(program: Program, kernel: MatmulKernel) -> None:
     cases = [every_half(kernel.bits), *cases_of("columns", kernel.bits)]
     for case, y in zip(cases, program.run(kernel, cases), strict=True):
         assert np.array_equal(y, case.weight.T)
 
 
 @each(PROGRAMS.__getitem__)
-def test_not_a_finite_activation_gives_not_a_finite_result(program: Program, kernel: Kernel) -> None:
+def test_not_a_finite_activation_gives_not_a_finite_result(program: Program, kernel: MatmulKernel) -> None:
     """In its own row of activations, and in no other."""
     cases = not_finite(np.random.default_rng(kernel.bits), kernel.bits)
     for case, y in zip(cases, program.run(kernel, cases), strict=True):
@@ -200,7 +200,7 @@ def _rows(part: Case | npt.NDArray[np.float32], rows: list[int]) -> Any:
 
 
 @st.composite
-def random_cases(draw: st.DrawFn, kernels: list[Kernel]) -> tuple[Kernel, Case]:
+def random_cases(draw: st.DrawFn, kernels: list[MatmulKernel]) -> tuple[MatmulKernel, Case]:
     kernel = draw(st.sampled_from(kernels))
     N, K, M = draw(st.integers(1, 70)), draw(st.integers(1, 1600)), draw(st.integers(1, 14))
     begin = draw(st.integers(0, N - 1))
@@ -220,7 +220,7 @@ def random_cases(draw: st.DrawFn, kernels: list[Kernel]) -> tuple[Kernel, Case]:
 )
 @settings(max_examples=150)
 @given(st.data())
-def test_agrees_on_any_shape(program: Program, kernels: list[Kernel], data: st.DataObject) -> None:
+def test_agrees_on_any_shape(program: Program, kernels: list[MatmulKernel], data: st.DataObject) -> None:
     kernel, case = data.draw(random_cases(kernels))
     check(kernel, case, *program.run(kernel, [case]))
 

@@ -214,6 +214,41 @@ def test_wrong_types_are_refused(library: Path) -> None:
         open_session(library, model(20, x=TensorProto.FLOAT16))
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("codebook", np.uint8, "input codebook is uint8, wanted float16"),
+        ("codebook", np.int64, "input codebook is int64, wanted float16"),
+        ("planes", np.float32, "input planes is float32, wanted uint8"),
+    ],
+)
+def test_initializers_of_another_type_are_refused(
+    library: Path, tmp_path: Path, name: str, dtype: Any, message: str
+) -> None:
+    """ONNX Runtime takes them: it does not compare what is added to a session with what the graph declares."""
+    weights = layer(5, 40, 3)
+    graph = onnx.load_from_string(model(40))
+    for value in graph.graph.input[1:]:
+        shape = weights[value.name].shape
+        tensor = TensorProto(name=value.name, data_type=value.type.tensor_type.elem_type, dims=shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="weights.bin")
+        graph.graph.initializer.append(tensor)
+    del graph.graph.input[1:]
+    (tmp_path / "graph.onnx").write_bytes(graph.SerializeToString())
+    (tmp_path / "weights.bin").touch()
+    changed = {**weights, name: np.zeros(weights[name].shape, dtype)}
+    values = {key: onnxruntime.OrtValue.ortvalue_from_numpy(array) for key, array in changed.items()}
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    for key, value in values.items():
+        options.add_initializer(key, value)
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx", options, providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match=f"BitplaneMatMul 'node': {message}"):
+        session.run(None, {"X": activations(1, 40)})
+
+
 @pytest.mark.parametrize("K", [0, -1, 2**31])
 def test_wrong_attributes_are_refused(library: Path, K: int) -> None:
     with pytest.raises(Exception, match=f"BitplaneMatMul 'node': attribute K is {K}, wanted a positive 32-bit number"):
@@ -337,3 +372,24 @@ def test_instruction_set_can_be_limited(library: Path, reports: Reports, monkeyp
         session.run(None, {"X": x, **feeds})
         assert [node["kernel"] for node in reports.nodes("limited")] == [kernel]
         del session
+
+
+def test_info_of_many_kernels_is_whole(tmp_path: Path) -> None:
+    """As of a library with attention for 400 sizes of heads, 50 kB of text."""
+    target = host_target()
+    if target is None:
+        pytest.skip("no target is for this machine")
+    source = KERNELS.read_text(encoding="utf-8")
+    rows = ", ".join(f'{{"attention_of_a_rather_long_name_{dim}", 0, {dim}, 1, 0, 0}}' for dim in range(16, 6416, 16))
+    before = "const struct pmpd_attention pmpd_attentions[] = {{0}};\nconst size_t pmpd_attention_count = 0;"
+    assert before in source
+    array = f"const struct pmpd_attention pmpd_attentions[] = {{{rows}}};\nconst size_t pmpd_attention_count = 400;"
+    many = tmp_path / "many.c"
+    many.write_text(source.replace(before, array), encoding="utf-8")
+    output = tmp_path / "libpmpd_ops.so"
+    try:
+        link_library(TARGETS[target], [many], output=output)
+    except MissingExtraError as error:
+        pytest.skip(f"needs a C compiler: {error}")
+    kernels = Reports(output).info()["kernels"]
+    assert [entry["dim"] for entry in kernels if "dim" in entry][::2] == list(range(16, 6416, 16))

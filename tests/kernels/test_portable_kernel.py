@@ -88,7 +88,7 @@ def test_codebooks_beyond_int32(tmp_path: Path) -> None:
     if platform.machine() != target.arch:
         pytest.skip("no target is for this machine")
     row, groups, bits = 70_000, 40_000, 1
-    _, portable = compile_kernels(target, precisions=(), directory=tmp_path, kernels=[])
+    _, portable = compile_kernels(target, [], directory=tmp_path)
     library = tmp_path / "portable.so"
     zig = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig, "-shared", "-o", str(library)]
     subprocess.run([*zig, str(portable)], check=True)

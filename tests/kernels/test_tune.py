@@ -19,11 +19,11 @@ from click.testing import CliRunner
 from pmpd.tvm_kernels.bench import measure
 from pmpd.tvm_kernels.bench.measure import machine_isas
 from pmpd.tvm_kernels.bench.shapes import MODELS, Shape, model_shapes, parse_shape
-from pmpd.tvm_kernels.codegen.isa import ISAS
-from pmpd.tvm_kernels.library.compile import kernels_of
-from pmpd.tvm_kernels.ops.kernel import ACCURACIES, Kernel, Tuning, isa_named
+from pmpd.tvm_kernels.codegen.isa import ISAS, isa_named
 from pmpd.tvm_kernels.ops.matmul import tuned
-from pmpd.tvm_kernels.ops.matmul.tuned import RECORDS, default_tuning, key_of, load_records, tuning
+from pmpd.tvm_kernels.ops.matmul.kernel import ACCURACIES, MatmulKernel
+from pmpd.tvm_kernels.ops.matmul.tuned import RECORDS, default_tuning, key_of, load_records, tuned_kernels, tuning
+from pmpd.tvm_kernels.ops.matmul.tuning import Tuning
 from pmpd.tvm_kernels.targets import TARGETS, find_target, host_target
 from pmpd.tvm_kernels.tuning import search
 from pmpd.tvm_kernels.tuning.cli import main
@@ -33,9 +33,9 @@ from pmpd.tvm_kernels.tuning.tuner import Tuner, TuneSettings
 BEST = {"rows": 2, "batch": 4, "sums": 2, "prefetch": 2048, "chunk": 64, "tokens": 4, "depth": 2}
 
 
-def kernel(isa: str = "avx2", **changes: Any) -> Kernel:
+def kernel(isa: str = "avx2", **changes: Any) -> MatmulKernel:
     values = {"bits": 4, "accuracy": "int8", "phase": "gemv", "tuning": Tuning()} | changes
-    return Kernel(isa=isa_named(isa), **values)
+    return MatmulKernel(isa=isa_named(isa), **values)
 
 
 class Judge:
@@ -46,17 +46,17 @@ class Judge:
         self.tuned = 0
         self.stop_after = stop_after
 
-    def enter(self, entrants: Sequence[Kernel]) -> Scores:
+    def enter(self, entrants: Sequence[MatmulKernel]) -> Scores:
         names = [name for name in BEST if len({getattr(each.tuning, name) for each in entrants}) > 1]
 
-        def scores(kernels: Sequence[Kernel], rounds: int) -> list[float]:
+        def scores(kernels: Sequence[MatmulKernel], rounds: int) -> list[float]:
             assert set(kernels) <= set(entrants)
             self.samples.append((len(kernels), rounds))
             return [-sum(abs(getattr(each.tuning, name) - BEST[name]) for name in names) for each in kernels]
 
         return scores
 
-    def figures(self, best: Kernel) -> dict[str, float]:
+    def figures(self, best: MatmulKernel) -> dict[str, float]:
         if self.tuned == self.stop_after:
             raise KeyboardInterrupt
         self.tuned += 1
@@ -159,7 +159,7 @@ def test_kernels_without_records_are_one_line_a_target(
     monkeypatch.setattr(tuned, "RECORDS", tmp_path)
     write_records(tmp_path, "avx2", 1)
     caplog.set_level(logging.DEBUG, "pmpd")
-    made = kernels_of(find_target("x86-64-v3"), [4])
+    made = tuned_kernels(find_target("x86-64-v3"), find_target("x86-64-v3").isa, precisions=[4])
     assert [(each.isa.name, each.tuning.rows) for each in made if key_of(each) == "gemv-int8-4"] == [
         ("avxvnni", 1),
         ("avx2", 1),
@@ -168,21 +168,21 @@ def test_kernels_without_records_are_one_line_a_target(
     assert [record.levelno for record in details] == [logging.DEBUG] * 7
     assert (line.levelno, line.getMessage()) == (
         logging.INFO,
-        "x86-64-v3: 7 of 8 kernels lack tuning records and go by others (1 avxvnni by avx2, 3 avxvnni by defaults, "
-        "3 avx2 by defaults): `pmpd-tune` makes them on such a machine",
+        "x86-64-v3: 7 of 8 kernels have no tuning record and use another's (1 avxvnni from avx2, "
+        "3 avxvnni from defaults, 3 avx2 from defaults): run `pmpd-tune` on such a machine",
     )
     for isa in ("avxvnni", "avx2"):
         records = {"isa": isa, "kernels": {key_of(each): {"tuning": {}} for each in made}}
         (tmp_path / f"{isa}.json").write_text(json.dumps(records))
     caplog.clear()
-    kernels_of(find_target("x86-64-v3"), [4])
+    tuned_kernels(find_target("x86-64-v3"), find_target("x86-64-v3").isa, precisions=[4])
     assert caplog.messages == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kernels": {"gemv-int8-4": {"tuning": {"row": 1}}}}'])
 def test_a_broken_file_of_records_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "avx2.json").write_text(text)
-    with pytest.raises(PmpdError, match=r"avx2\.json is no file of tuning records .*pmpd-tune"):
+    with pytest.raises(PmpdError, match=r"avx2\.json is not a file of tuning records .*pmpd-tune"):
         tuning(isa_named("avx2"), 4, "int8", "gemv", folder=tmp_path)
 
 

@@ -90,7 +90,7 @@ def _measure(
     # TVM is imported here, where there is someone to say that it is missing.
     from pmpd.tvm_kernels.bench.compare import measure_shape
     from pmpd.tvm_kernels.bench.measure import Rig, best_kernels
-    from pmpd.tvm_kernels.ops.kernel import ACCURACIES
+    from pmpd.tvm_kernels.ops.matmul.kernel import ACCURACIES
 
     def say(text: str) -> None:
         if not quiet:

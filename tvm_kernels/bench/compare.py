@@ -13,7 +13,7 @@ from statistics import median
 from pmpd.tvm_kernels.bench.measure import Rig, Sample, random_weights, take_turns
 from pmpd.tvm_kernels.bench.onnx_graphs import bitplane_graph, float_graph, nbits_graph
 from pmpd.tvm_kernels.bench.shapes import Shape
-from pmpd.tvm_kernels.ops.kernel import Kernel
+from pmpd.tvm_kernels.ops.matmul.kernel import MatmulKernel
 
 __all__ = ["Row", "measure_shape"]
 
@@ -50,7 +50,7 @@ class _Contender:
 
 
 def measure_shape(
-    rig: Rig, kernels: Sequence[Kernel], shape: Shape, *, m: int, threads: int
+    rig: Rig, kernels: Sequence[MatmulKernel], shape: Shape, *, m: int, threads: int
 ) -> tuple[list[Row], float]:
     """Let kernels of a rig and their peers take turns; return rows, and the GB/s of plain reads in between."""
     contenders = [*_ours(rig, kernels, shape, m=m, threads=threads), *_peers(shape, m=m, threads=threads)]
@@ -65,7 +65,7 @@ def measure_shape(
     return rows, median(float(gbs) for samples in taken for gbs in samples.read_gbs)
 
 
-def _ours(rig: Rig, kernels: Sequence[Kernel], shape: Shape, *, m: int, threads: int) -> Iterator[_Contender]:
+def _ours(rig: Rig, kernels: Sequence[MatmulKernel], shape: Shape, *, m: int, threads: int) -> Iterator[_Contender]:
     for kernel in kernels:
         if kernel.phase == ("gemv" if m == 1 else "gemm"):
             (weights,) = random_weights([shape], kernel.bits, m=m)

@@ -29,10 +29,10 @@ import numpy.typing as npt
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bitplanes import CACHE_LINE, row_stride
 from pmpd.tvm_kernels.bench.shapes import Shape
-from pmpd.tvm_kernels.codegen.isa import ISAS, Isa
+from pmpd.tvm_kernels.codegen.isa import ISAS, Isa, isa_named
 from pmpd.tvm_kernels.library.compile import Progress, compile_kernels
 from pmpd.tvm_kernels.library.link import link_library
-from pmpd.tvm_kernels.ops.kernel import Accuracy, Kernel, isa_named
+from pmpd.tvm_kernels.ops.matmul.kernel import Accuracy, MatmulKernel
 from pmpd.tvm_kernels.ops.matmul.tuned import tuned_kernels
 from pmpd.tvm_kernels.targets import Target
 
@@ -121,13 +121,16 @@ class Rig:
     """
 
     def __init__(
-        self, target: Target, kernels: Sequence[Kernel], *, threads: int, progress: Progress = lambda done, _: done
+        self,
+        target: Target,
+        kernels: Sequence[MatmulKernel],
+        *,
+        threads: int,
+        progress: Progress = lambda done, _: done,
     ) -> None:
         self._folder = TemporaryDirectory(prefix="pmpd-")
         self.library = Path(self._folder.name) / "libpmpd_ops.so"
-        files = compile_kernels(
-            target, precisions=(), directory=self.library.parent, kernels=kernels, progress=progress
-        )
+        files = compile_kernels(target, kernels, directory=self.library.parent, progress=progress)
         link_library(target, [*files, _INSTRUMENTS], output=self.library)
         self._functions = ctypes.CDLL(str(self.library))
         self._functions.pmpd_ops_kernel.restype = ctypes.c_void_p
@@ -146,7 +149,7 @@ class Rig:
             known = ", ".join(["portable", *(each.name for each in reversed(ISAS) if each.arch == isa.arch)])
             raise PmpdError(f"PMPD_MAX_ISA is {os.environ.get('PMPD_MAX_ISA')!r}: choose one of {known}")
         features = json.loads(info)["features"]
-        return {name.removeprefix("PMPD_").replace("_", "").lower() for name in isa.feature} <= set(features)
+        return set(isa.needs) <= set(features)
 
     def read(self, threads: int | None = None) -> float:
         """Read memory that no cache holds with all threads, or so many; return GB/s."""
@@ -160,7 +163,9 @@ class Rig:
 
         return READ_BYTES / max(self._together([part], threads)) / 1e9
 
-    def sweep(self, kernel: Kernel, weights: Sequence[Weights], *, m: int = 1, threads: int | None = None) -> Sample:
+    def sweep(
+        self, kernel: MatmulKernel, weights: Sequence[Weights], *, m: int = 1, threads: int | None = None
+    ) -> Sample:
         """Return what multiplies m rows of activations with all matrices, on all threads or so many.
 
         A sample has the seconds of each shape.
@@ -171,7 +176,7 @@ class Rig:
         return lambda: self._together(parts, threads)
 
     def _part(
-        self, found: ctypes.c_void_p, kernel: Kernel, weights: Weights, m: int, threads: int
+        self, found: ctypes.c_void_p, kernel: MatmulKernel, weights: Weights, m: int, threads: int
     ) -> Callable[[int], None]:
         n, k = weights.shape.n, weights.shape.k
         lines = row_stride(k) // CACHE_LINE
@@ -219,7 +224,7 @@ def machine_isas(target: Target) -> tuple[str, ...]:
 
 def best_kernels(
     target: Target, *, precisions: Sequence[int], accuracies: Sequence[Accuracy], records: Path | None = None
-) -> list[Kernel]:
+) -> list[MatmulKernel]:
     """Return the kernels that this machine runs, tuned as recorded, of both phases.
 
     Raises:

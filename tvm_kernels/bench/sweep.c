@@ -1,7 +1,7 @@
 /* Measuring instruments, linked into an operator library only to measure its kernels (`measure.py`). */
 #include <string.h>
 
-#include "kernels.h"
+#include "matmul.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -21,7 +21,7 @@ EXPORT void pmpd_ops_sweep(const struct pmpd_kernel *kernel, const uint8_t *plan
                            const void *packed, const float *scale, const float *sum, float *y, int32_t n,
                            int32_t lines, int32_t m, int32_t copies, int32_t begin, int32_t end) {
   if (begin == end) return; /* kernels want a row at least */
-  uint8_t memory[kernel->scratch_bytes + lines * kernel->scratch_bytes_per_line + 63];
+  uint8_t memory[kernel->scratch_bytes + 63];
   uint8_t *scratch = memory + (-(uintptr_t)memory & 63);
   const int64_t plane_bytes = (int64_t)n * lines * 64;
   for (int32_t i = 0; i < copies; i++)

@@ -1,4 +1,4 @@
-"""Instruction sets: what a kernel generator needs to know of each, as one class a set. Subclass to add one.
+"""Instruction sets: what a kernel generator needs to know about each, one class per set. Subclass to add one.
 
 A kernel is written once, for vectors of `width` bytes; an instruction set says how sixteen-entry tables are looked up
 and how 8-bit products are summed in fours. Names are those of `PMPD_MAX_ISA` and end the kernels' names.
@@ -13,7 +13,7 @@ from tvm import tirx
 
 from pmpd.tvm_kernels.codegen.emit import Emitter, lanes_of, shuffle, vector
 
-__all__ = ["ISAS", "Avx2", "Avx512", "Avx512Vbmi", "Avx512Vnni", "AvxVnni", "Dotprod", "Isa", "Neon", "Portable"]
+__all__ = ["ISAS", "AvxVnni", "Isa", "Portable", "isa_named"]
 
 
 # Bits of float32 numbers: the least that rounds to infinity in float16, and infinity itself. NaN is above both.
@@ -37,7 +37,9 @@ class Isa:
     Attributes:
         name: as in `PMPD_MAX_ISA`.
         arch: the machines that have it: ``x86_64`` or ``aarch64``.
-        feature: bits of ``kernels.h`` that the processor must have.
+        needs: the instruction sets of ``ort_ops/isa.def`` that the processor must have, itself among them.
+        integers_only: it adds nothing to the float arithmetic of the set it extends: kernels without 8-bit products,
+            like attention's, are not made for it.
         width: bytes of a vector register.
         registers: vector registers.
         cpu, attributes: LLVM's names for it.
@@ -47,13 +49,14 @@ class Isa:
 
     name: ClassVar[str]
     arch: ClassVar[str]
-    feature: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]]
     width: ClassVar[int]
     registers: ClassVar[int]
     cpu: ClassVar[str]
     attributes: ClassVar[tuple[str, ...]] = ()
     levels: ClassVar[int] = 256
     signed: ClassVar[bool] = False
+    integers_only: ClassVar[bool] = False
 
     @property
     def words(self) -> int:
@@ -94,7 +97,7 @@ class Portable(Isa):
     """No instruction set in particular: for attention alone, whose arithmetic any compiler vectorizes."""
 
     name = "portable"
-    feature: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
     width, registers, cpu = 16, 16, "generic"
 
     def from_half(self, half: Any) -> Any:
@@ -133,7 +136,7 @@ class Avx2(Isa):
     """256-bit x86, as of 2013: byte shuffles, multiply-add of byte pairs into 16 bits."""
 
     name, arch = "avx2", "x86_64"
-    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX2",)
+    needs: ClassVar[tuple[str, ...]] = ("avx2",)
     width, registers, cpu = 32, 16, "x86-64-v3"
     levels = 128
     shuffle = "llvm.x86.avx2.pshuf.b"
@@ -148,7 +151,7 @@ class Avx2(Isa):
         ]
 
     def lookup(self, e: Emitter, tables: Sequence[Any], index: Any, bits: int) -> Any:
-        """Shuffles; of several tables all but the right one give zero, because a byte above 127 shuffles to zero."""
+        """Shuffles; of several tables, all but the right one give zero, because a byte above 127 shuffles to zero."""
         bytes_, words = vector("uint8", self.width), vector("uint32", self.words)
 
         def shuffled(table: Any, where: Any) -> Any:
@@ -156,13 +159,13 @@ class Avx2(Isa):
 
         if len(tables) == 1:
             return e.bind(shuffled(tables[0], index & tirx.const(0x0F0F0F0F, words)))
-        found: Any = None
+        values: Any = None
         for part, table in enumerate(tables):
-            away = _bits(index ^ tirx.const(part * 0x10101010, words), bytes_)
-            where = tirx.call_llvm_pure_intrin(bytes_, self.saturating_add, away, tirx.const(0x70, bytes_))
-            one = _bits(shuffled(table, where), words)
-            found = one if found is None else found | one
-        return e.bind(_bits(found, bytes_))
+            distance = _bits(index ^ tirx.const(part * 0x10101010, words), bytes_)
+            where = tirx.call_llvm_pure_intrin(bytes_, self.saturating_add, distance, tirx.const(0x70, bytes_))
+            entries = _bits(shuffled(table, where), words)
+            values = entries if values is None else values | entries
+        return e.bind(_bits(values, bytes_))
 
     def dot(self, total: Any, codes: Any, x: Any) -> Any:
         """Pairs in 16 bits, which 7-bit codes cannot overflow, then fours in 32."""
@@ -176,7 +179,8 @@ class AvxVnni(Avx2):
     """AVX2 with the VNNI products in the VEX encoding (2021)."""
 
     name = "avxvnni"
-    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX2", "PMPD_AVX_VNNI")
+    integers_only = True
+    needs: ClassVar[tuple[str, ...]] = ("avx2", "avxvnni")
     attributes: ClassVar[tuple[str, ...]] = ("+avxvnni",)
     levels = 256
     product = "llvm.x86.avx512.vpdpbusd.256"
@@ -190,7 +194,7 @@ class Avx512(Avx2):
     """512-bit x86, as of 2017 (F, BW, DQ, VL)."""
 
     name = "avx512"
-    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX512",)
+    needs: ClassVar[tuple[str, ...]] = ("avx512",)
     width, registers, cpu = 64, 32, "x86-64-v4"
     shuffle = "llvm.x86.avx512.pshuf.b.512"
     pairs, quads = "llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"
@@ -208,7 +212,8 @@ class Avx512Vnni(Avx512):
     """AVX-512 with the VNNI products (2019)."""
 
     name = "avx512vnni"
-    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX512", "PMPD_AVX512_VNNI")
+    integers_only = True
+    needs: ClassVar[tuple[str, ...]] = ("avx512", "avx512vnni")
     attributes: ClassVar[tuple[str, ...]] = ("+avx512vnni",)
     levels = 256
     product = "llvm.x86.avx512.vpdpbusd.512"
@@ -219,7 +224,8 @@ class Avx512Vbmi(Avx512Vnni):
     """AVX-512 with VNNI and the byte permutations of VBMI (2019): tables of 64 entries, and junk above an index."""
 
     name = "avx512vbmi"
-    feature: ClassVar[tuple[str, ...]] = ("PMPD_AVX512", "PMPD_AVX512_VNNI", "PMPD_AVX512_VBMI")
+    integers_only = True
+    needs: ClassVar[tuple[str, ...]] = ("avx512", "avx512vnni", "avx512vbmi")
     attributes: ClassVar[tuple[str, ...]] = ("+avx512vnni", "+avx512vbmi")
 
     def tables(self, e: Emitter, buffer: Any, offset: int, bits: int) -> list[Any]:
@@ -247,7 +253,7 @@ class Neon(Isa):
     """128-bit Arm (Armv8.0): table look-ups of 16 to 64 entries; products widen to 16 bits."""
 
     name, arch = "neon", "aarch64"
-    feature: ClassVar[tuple[str, ...]] = ("PMPD_NEON",)
+    needs: ClassVar[tuple[str, ...]] = ("neon",)
     width, registers, cpu = 16, 32, "generic"
     attributes: ClassVar[tuple[str, ...]] = ("+neon",)
     signed = True
@@ -257,17 +263,17 @@ class Neon(Isa):
         return [e.load(buffer, offset + 16 * part, 16, "table") for part in range(max(1, 2**bits // 16))]
 
     def lookup(self, e: Emitter, tables: Sequence[Any], index: Any, bits: int) -> Any:
-        """Look up 64 entries at a time; an index outside a table keeps what was found before."""
+        """Look up 64 entries at a time; an index outside of a table leaves the value as it was."""
         where = index & tirx.const(0x0F0F0F0F, "uint32x4") if bits <= 4 else index
         where = e.bind(_bits(where, "uint8x16"))
         count = min(len(tables), 4)
-        found = tirx.call_llvm_pure_intrin("uint8x16", f"llvm.aarch64.neon.tbl{count}", *tables[:count], where)
+        values = tirx.call_llvm_pure_intrin("uint8x16", f"llvm.aarch64.neon.tbl{count}", *tables[:count], where)
         for part in range(4, len(tables), 4):
             further = where - tirx.const(16 * part, "uint8x16")
-            found = tirx.call_llvm_pure_intrin(
-                "uint8x16", "llvm.aarch64.neon.tbx4", found, *tables[part : part + 4], further
+            values = tirx.call_llvm_pure_intrin(
+                "uint8x16", "llvm.aarch64.neon.tbx4", values, *tables[part : part + 4], further
             )
-        return e.bind(found)
+        return e.bind(values)
 
     def dot(self, total: Any, codes: Any, x: Any) -> Any:
         """Widening products of both halves, and pairwise sums."""
@@ -287,7 +293,8 @@ class Dotprod(Neon):
     """Arm with the dot products of Armv8.2."""
 
     name = "dotprod"
-    feature: ClassVar[tuple[str, ...]] = ("PMPD_NEON", "PMPD_DOTPROD")
+    integers_only = True
+    needs: ClassVar[tuple[str, ...]] = ("neon", "dotprod")
     attributes: ClassVar[tuple[str, ...]] = ("+neon", "+dotprod")
 
     def dot(self, total: Any, codes: Any, x: Any) -> Any:
@@ -297,5 +304,10 @@ class Dotprod(Neon):
         )
 
 
-# The best first.
+# Best first.
 ISAS: tuple[Isa, ...] = (Avx512Vbmi(), Avx512Vnni(), Avx512(), AvxVnni(), Avx2(), Dotprod(), Neon())
+
+
+def isa_named(name: str) -> Isa:
+    """Return the instruction set of a name (KeyError if there is none)."""
+    return {isa.name: isa for isa in (*ISAS, Portable())}[name]

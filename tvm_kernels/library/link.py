@@ -1,6 +1,6 @@
 """The operator library of a target: compiled kernels and the C code around them, linked into one file.
 
-The C code (`ort_ops`) is compiled for the least processor of the architecture, so that whatever machine loads the
+The C code (`ort_ops`) is compiled for the least processor of the architecture, so that any machine that loads the
 library can run the code that chooses a kernel. The zig compiler comes first even where there is another: it links for
 every target, and against glibc 2.17, so that a library runs on systems older than the one it was made on.
 """
@@ -28,7 +28,8 @@ __all__ = ["build_library", "link_library", "require_toolchain"]
 SOURCES = Path(__file__).parents[1] / "ort_ops"
 # ONNX Runtime fixes what functions take, whether they use it or not.
 _WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
-_OPTIONS = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *_WARNINGS]
+INCLUDE = [f"-I{SOURCES}", "-isystem", str(SOURCES / "third_party")]
+_OPTIONS = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", *_WARNINGS, *INCLUDE]
 _LINK = ["-shared", "-s", "-pthread", "-lm", "-Wl,-z,defs", f"-Wl,--version-script={SOURCES / 'exports.map'}"]
 
 
@@ -44,14 +45,17 @@ def build_library(
 
     Raises:
         MissingExtraError: TVM, or a C compiler that can link for the target, is not installed.
-        PmpdError: there is no such target, or the library cannot be linked or written.
+        PmpdError: there is no such target, TVM fails on a kernel, or the library cannot be linked or written.
     """
     chosen = find_target(target)
     _compiler(chosen)  # if there is none, say so before the kernels take their time
+    require_tvm()
+    from pmpd.tvm_kernels.ops import kernels_of
+    from pmpd.tvm_kernels.ops.base import Demand
+
+    demand = Demand(precisions=sorted(set(precisions)), head_dims=sorted(set(head_dims)))
     with TemporaryDirectory() as directory:
-        files = compile_kernels(
-            chosen, precisions=precisions, head_dims=head_dims, directory=Path(directory), progress=progress
-        )
+        files = compile_kernels(chosen, kernels_of(chosen, demand), directory=Path(directory), progress=progress)
         link_library(chosen, files, output=output)
 
 
@@ -67,7 +71,7 @@ def require_toolchain(target: str) -> None:
 
 
 def link_library(target: Target, kernels: Sequence[Path], *, output: Path) -> None:
-    """Link objects and C files that define what ``kernels.h`` declares into the operator library `output`.
+    """Link objects and C files that define the operators' tables of kernels into the operator library `output`.
 
     The file appears whole, or what was there before stays.
 
@@ -75,7 +79,7 @@ def link_library(target: Target, kernels: Sequence[Path], *, output: Path) -> No
         MissingExtraError: no C compiler that can link for the target is installed.
         PmpdError: the library cannot be linked or written.
     """
-    defines = [f'-DPMPD_VERSION="{version("pmpd")}"', f'-DPMPD_TARGET="{target.name}"', f"-I{SOURCES}"]
+    defines = [f'-DPMPD_VERSION="{version("pmpd")}"', f'-DPMPD_TARGET="{target.name}"']
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     compiler, sources = _compiler(target), map(str, [*sorted(SOURCES.glob("*.c")), *kernels])
     command = [*compiler, *_OPTIONS, *defines, *sources, *_LINK, "-o", str(draft)]

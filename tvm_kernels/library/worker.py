@@ -1,4 +1,6 @@
-"""A process that compiles kernels: it reads a function a line, as `compile` describes it, and answers with a line."""
+"""A process that compiles kernels. It reads lines of JSON, one per function (a `compile._Unit` and the path of the
+object), and answers each with the symbol when the object is written.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,18 @@ from typing import Any
 __all__: list[str] = []
 
 
-def _compile(symbol: str, kernel: dict[str, Any] | None, triple: str, cpu: str, attributes: list[str]) -> Any:
+def _compile(
+    symbol: str, operator: str, kernel: dict[str, Any] | None, triple: str, cpu: str, attributes: list[str]
+) -> Any:
     """Return the compiled module of one function."""
     import tvm
     from tvm import tirx
 
-    from pmpd.tvm_kernels.ops.kernel import AttentionKernel, Kernel
-    from pmpd.tvm_kernels.ops.matmul.portable import portable_matmul
+    from pmpd.tvm_kernels.ops import OPERATORS
 
-    if kernel is None:
-        function = portable_matmul()
-    elif "dim" in kernel:
-        function = AttentionKernel.from_json(kernel).function()
-    else:
-        product = Kernel.from_json(kernel)
-        function = product.pack_function() if symbol == product.pack_name else product.function()
+    chosen = OPERATORS[operator].fallback() if kernel is None else OPERATORS[operator].from_json(kernel)
+    assert chosen is not None
+    function = chosen.functions[symbol].build()
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu, "mattr": attributes})
     module = tvm.IRModule({symbol: function.with_attr("target", target)})
     # Only what turns TIR into LLVM: no packed calling convention, so that C calls the kernels directly.

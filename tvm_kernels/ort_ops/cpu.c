@@ -1,19 +1,35 @@
 #include "cpu.h"
 
-#include "kernels.h"
+#include <stdlib.h>
+#include <string.h>
+
+#define ISA(name, bit) {#name, PMPD_##name},
+const struct pmpd_level pmpd_levels[] = {
+    {"portable", 0},
+#include "isa.def"
+};
+#undef ISA
+
+const int pmpd_level_count = sizeof pmpd_levels / sizeof *pmpd_levels;
+_Static_assert(sizeof pmpd_levels / sizeof *pmpd_levels <= PMPD_MAX_LEVELS, "more levels than PMPD_MAX_LEVELS");
+
+int pmpd_highest_level(void) {
+  const char *name = getenv("PMPD_MAX_ISA");
+  int level = pmpd_level_count - 1;
+  if (name && *name)
+    while (level >= 0 && strcmp(name, pmpd_levels[level].name)) level--;
+  return level;
+}
+
+uint32_t pmpd_features(int level) {
+  uint32_t allowed = 0;
+  for (int i = 0; i <= level; i++) allowed |= pmpd_levels[i].feature;
+  return pmpd_cpu_features() & allowed;
+}
 
 #if defined(__x86_64__)
 
 #include <cpuid.h>
-
-const struct pmpd_level pmpd_levels[] = {
-    {"portable", 0},
-    {"avx2", PMPD_AVX2},
-    {"avxvnni", PMPD_AVX_VNNI},
-    {"avx512", PMPD_AVX512},
-    {"avx512vnni", PMPD_AVX512_VNNI},
-    {"avx512vbmi", PMPD_AVX512_VBMI},
-};
 
 #define BIT(n) (UINT32_C(1) << (n))
 
@@ -38,14 +54,14 @@ uint32_t pmpd_cpu_features(void) {
   if (!all(state, YMM_STATE)) return 0;
   if (!__get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) || !all(ecx, V3_EXTENDED_1_ECX)) return 0;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !all(ebx, V3_7_EBX)) return 0;
-  uint32_t features = PMPD_AVX2;
+  uint32_t features = PMPD_avx2;
   if (all(state, ZMM_STATE) && all(ebx, V4_7_EBX)) {
-    features |= PMPD_AVX512;
-    if (all(ecx, VNNI_7_ECX)) features |= PMPD_AVX512_VNNI;
-    if (all(ecx, VBMI_7_ECX)) features |= PMPD_AVX512_VBMI;
+    features |= PMPD_avx512;
+    if (all(ecx, VNNI_7_ECX)) features |= PMPD_avx512vnni;
+    if (all(ecx, VBMI_7_ECX)) features |= PMPD_avx512vbmi;
   }
   /* Leaf 7 says in EAX how many further parts it has. */
-  if (eax && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && all(eax, AVX_VNNI_71_EAX)) features |= PMPD_AVX_VNNI;
+  if (eax && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && all(eax, AVX_VNNI_71_EAX)) features |= PMPD_avxvnni;
   return features;
 }
 
@@ -53,20 +69,13 @@ uint32_t pmpd_cpu_features(void) {
 
 #include <sys/auxv.h>
 
-const struct pmpd_level pmpd_levels[] = {{"portable", 0}, {"neon", PMPD_NEON}, {"dotprod", PMPD_DOTPROD}};
-
 uint32_t pmpd_cpu_features(void) {
   const unsigned long found = getauxval(AT_HWCAP); /* Linux: bit 1 is ASIMD, bit 20 ASIMDDP */
-  return (found >> 1 & 1 ? PMPD_NEON : 0) | (found >> 20 & 1 ? PMPD_DOTPROD : 0);
+  return (found >> 1 & 1 ? PMPD_neon : 0) | (found >> 20 & 1 ? PMPD_dotprod : 0);
 }
 
 #else
 
-const struct pmpd_level pmpd_levels[] = {{"portable", 0}};
-
 uint32_t pmpd_cpu_features(void) { return 0; }
 
 #endif
-
-const int pmpd_level_count = sizeof pmpd_levels / sizeof *pmpd_levels;
-_Static_assert(sizeof pmpd_levels / sizeof *pmpd_levels <= PMPD_MAX_LEVELS, "more levels than PMPD_MAX_LEVELS");

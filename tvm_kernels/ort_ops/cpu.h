@@ -1,22 +1,37 @@
-/* What the processor and the operating system allow, in the bits of kernels.h. */
+/* Instruction sets: those that kernels are made for, and what the processor and the operating system allow. */
 #ifndef PMPD_CPU_H
 #define PMPD_CPU_H
 
-#include <stddef.h>
 #include <stdint.h>
 
-/* A step of the instruction set: its name in PMPD_MAX_ISA, and the feature it adds to the steps before it. */
+/* Features, as bits: PMPD_avx2 and so on. */
+#define ISA(name, bit) PMPD_##name = 1 << (bit),
+#define ISA_ALL
+enum {
+#include "isa.def"
+};
+#undef ISA_ALL
+#undef ISA
+
+/* A level of PMPD_MAX_ISA: its name, and the feature it adds to the levels before it. */
 struct pmpd_level {
   const char *name;
   uint32_t feature;
 };
 
-enum { PMPD_MAX_LEVELS = 8 };
-
-/* This architecture's steps, least first. */
+/* This architecture's levels, lowest first; the first is `portable` and has no feature. */
 extern const struct pmpd_level pmpd_levels[];
 extern const int pmpd_level_count;
 
+enum { PMPD_MAX_LEVELS = 8 };
+
+/* What this processor and operating system have. */
 uint32_t pmpd_cpu_features(void);
+
+/* The number of the highest level that may be used: the one PMPD_MAX_ISA names, or the last; -1 if it names none. */
+int pmpd_highest_level(void);
+
+/* The features of this processor, up to a level. */
+uint32_t pmpd_features(int level);
 
 #endif

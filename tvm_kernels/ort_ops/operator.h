@@ -1,36 +1,58 @@
-/* What the operators of a session have in common: their settings, what ONNX Runtime says of a node, its statistics. */
+/* What an operator of the library is made of, and what all of them share: reading inputs, refusing, statistics. */
 #ifndef PMPD_OPERATOR_H
 #define PMPD_OPERATOR_H
 
-#include "dispatch.h"
-#include "ort_api.h"
+#include <onnxruntime_c_api.h>
+
 #include "report.h"
+
+/* The version of ONNX Runtime that added the newest entry used here, KernelContext_ParallelFor. */
+enum { PMPD_ORT_API_VERSION = 17 };
 
 enum { PMPD_MAX_RANK = 8 };
 
-struct pmpd_settings;
-
-/* An operator as it is registered. */
-struct pmpd_op {
-  struct ort_custom_op op; /* the first member: ONNX Runtime hands its address to the operator's functions */
-  const struct pmpd_settings *settings;
-};
-
 /* What the sessions of a registration have in common. */
 struct pmpd_settings {
-  struct pmpd_op matmul, attention;
-  const union ort_api *api;
+  const OrtApi *api;
   const char *session; /* the tag under which nodes are reported */
-  int accuracy;
-  uint32_t features; /* that kernels may use */
-  struct pmpd_choice choice;
+  int accuracy;        /* PMPD_EXACT or PMPD_INT8 */
+  uint32_t features;   /* that kernels may use */
 };
 
-extern const struct ort_custom_op pmpd_bitplane_matmul, pmpd_group_query_attention;
+struct pmpd_operator;
 
-/* The operator of one node of a graph: the first member of what is kept of it. */
+/* An input or output. */
+struct pmpd_value {
+  const char *name;
+  ONNXTensorElementDataType type;
+  int optional;
+};
+
+/* What one call did, for reports; see pmpd_ops_report. */
+struct pmpd_ran {
+  const char *kernel;
+  int32_t bits, n, k;
+};
+
+/* A kind of operator: a row of the table in registry.c. */
+struct pmpd_op {
+  const char *name;
+  const struct pmpd_value *inputs, *outputs;
+  size_t input_count, output_count;
+  size_t node_size; /* bytes kept of a node; a struct pmpd_operator comes first, the other bytes are 0 at first */
+  /* Read and check a node's attributes. */
+  OrtStatus *(*create)(struct pmpd_operator *operator, const OrtKernelInfo *info);
+  /* Run a node once. */
+  OrtStatus *(*compute)(struct pmpd_operator *operator, OrtKernelContext *context, struct pmpd_ran *ran);
+  /* Append what would run on a processor with these features, as entries of "kernels" in pmpd_ops_info. Each comes
+   * after *separator, which is ", " from then on. */
+  void (*list_kernels)(struct pmpd_text *text, uint32_t features, const char **separator);
+};
+
+/* The operator of one node of a graph: the first member of what is kept of the node. */
 struct pmpd_operator {
   struct pmpd_node node;
+  const struct pmpd_op *op;
   const struct pmpd_settings *settings;
 };
 
@@ -38,39 +60,31 @@ struct pmpd_tensor {
   void *data;
   size_t rank;
   int64_t shape[PMPD_MAX_RANK]; /* the first axes, if there are more */
-  int given;
+  int present;
 };
 
-/* Make what is kept of a node, `size` bytes of which the first are its operator and the others 0. Until it is given to
- * pmpd_node_add, free releases it; afterwards ONNX Runtime calls pmpd_operator_destroy. */
-struct ort_status *pmpd_operator_make(const struct ort_custom_op *op, const union ort_api *api,
-                                      const struct ort_kernel_info *info, size_t size, void **made);
-void pmpd_operator_destroy(void *operator);
-
-/* The time, and the end of a call that began at `start`. */
-uint64_t pmpd_nanoseconds(void);
-void pmpd_operator_ran(struct pmpd_operator *operator, const char *kernel, int32_t bits, int32_t n, int32_t k,
-                       uint64_t start);
-
-struct ort_status *pmpd_read_input(const union ort_api *api, const struct ort_kernel_context *context, size_t index,
-                                   struct pmpd_tensor *tensor);
-struct ort_status *pmpd_make_output(const union ort_api *api, struct ort_kernel_context *context, size_t index,
-                                    const int64_t *shape, size_t rank, void **data);
+/* Read an input; one of another element type than the table's is refused, as ONNX Runtime does not compare initializers
+ * that replace those of the graph. */
+OrtStatus *pmpd_read_input(const struct pmpd_operator *operator, const OrtKernelContext *context, size_t index,
+                           struct pmpd_tensor *tensor);
+OrtStatus *pmpd_make_output(const struct pmpd_operator *operator, OrtKernelContext *context, size_t index,
+                            const int64_t *shape, size_t rank, void **data);
 
 /* An invalid argument, by the node's name. */
-__attribute__((format(printf, 2, 3))) struct ort_status *pmpd_refuse(const struct pmpd_operator *operator,
-                                                                     const char *format, ...);
-__attribute__((format(printf, 4, 5))) struct ort_status *pmpd_refuse_shape(const struct pmpd_operator *operator,
-                                                                           const char *input,
-                                                                           const struct pmpd_tensor *tensor,
-                                                                           const char *wanted, ...);
-struct ort_status *pmpd_no_memory(const union ort_api *api);
+__attribute__((format(printf, 2, 3))) OrtStatus *pmpd_refuse(const struct pmpd_operator *operator, const char *format,
+                                                             ...);
+__attribute__((format(printf, 4, 5))) OrtStatus *pmpd_refuse_shape(const struct pmpd_operator *operator, size_t index,
+                                                                   const struct pmpd_tensor *tensor,
+                                                                   const char *wanted, ...);
+OrtStatus *pmpd_no_memory(const OrtApi *api);
 
 /* Return the status of an expression from the function, unless all is well. */
-#define TRY(expression)                        \
-  do {                                         \
-    struct ort_status *status_ = (expression); \
-    if (status_) return status_;               \
+#define TRY(expression)                 \
+  do {                                  \
+    OrtStatus *status_ = (expression);  \
+    if (status_) return status_;        \
   } while (0)
+
+#define PMPD_COUNT(array) (sizeof(array) / sizeof *(array))
 
 #endif

@@ -5,13 +5,15 @@
 #include <string.h>
 
 #include "cpu.h"
-#include "operator.h"
+#include "matmul.h"
+#include "registry.h"
 
-/* ONNX Runtime never says when it needs a registration no more: it is kept for good, and serves all sessions that have
- * the same settings. */
+/* ONNX Runtime never releases a registration, so it lives as long as the process; sessions with the same settings share
+ * one. */
 struct registration {
   struct pmpd_settings settings;
-  struct ort_domain *domain;
+  struct pmpd_registered ops[PMPD_OP_COUNT];
+  OrtCustomOpDomain *domain;
   struct registration *next;
   char session[]; /* settings.session */
 };
@@ -20,65 +22,66 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct registration *registrations;
 
 /* Make a registration, the first of the list. */
-static struct ort_status *add_registration(const union ort_api *api, const char *session, int accuracy,
-                                           uint32_t features) {
-  struct registration *made = calloc(1, sizeof *made + strlen(session) + 1);
-  if (!made) return pmpd_no_memory(api);
-  made->settings = (struct pmpd_settings){
-      .matmul = {pmpd_bitplane_matmul, &made->settings},
-      .attention = {pmpd_group_query_attention, &made->settings},
+static OrtStatus *add_registration(const OrtApi *api, const char *session, int accuracy, uint32_t features) {
+  struct registration *registration = calloc(1, sizeof *registration + strlen(session) + 1);
+  if (!registration) return pmpd_no_memory(api);
+  registration->settings = (struct pmpd_settings){
       .api = api,
-      .session = strcpy(made->session, session),
+      .session = strcpy(registration->session, session),
       .accuracy = accuracy,
       .features = features,
-      .choice = pmpd_choose(features),
   };
-  made->next = registrations;
-  struct ort_status *status = api->CreateCustomOpDomain("pmpd", &made->domain);
-  if (!status) status = api->CustomOpDomain_Add(made->domain, &made->settings.matmul.op);
-  if (!status) status = api->CustomOpDomain_Add(made->domain, &made->settings.attention.op);
-  if (status)
-    free(made);
-  else
-    registrations = made;
+  registration->next = registrations;
+  OrtStatus *status = api->CreateCustomOpDomain("pmpd", &registration->domain);
+  for (size_t i = 0; i < PMPD_OP_COUNT && !status; i++) {
+    registration->ops[i] = pmpd_register(pmpd_ops[i], &registration->settings);
+    status = api->CustomOpDomain_Add(registration->domain, &registration->ops[i].custom);
+  }
+  if (status) {
+    if (registration->domain) api->ReleaseCustomOpDomain(registration->domain);
+    free(registration);
+  } else {
+    registrations = registration;
+  }
   return status;
 }
 
-/* Find or make the registration with these settings, and give it to the session. */
-static struct ort_status *give(struct ort_session_options *options, const union ort_api *api, const char *session,
-                               int accuracy, uint32_t features) {
-  struct registration *found = registrations;
-  while (found && (found->settings.accuracy != accuracy || found->settings.features != features ||
-                   strcmp(found->session, session)))
-    found = found->next;
-  if (!found) {
+/* Find or make the registration with these settings, and add it to the session's options. */
+static OrtStatus *add_operators(OrtSessionOptions *options, const OrtApi *api, const char *session, int accuracy,
+                                uint32_t features) {
+  struct registration *registration = registrations;
+  while (registration &&
+         (registration->settings.accuracy != accuracy || registration->settings.features != features ||
+          strcmp(registration->session, session)))
+    registration = registration->next;
+  if (!registration) {
     TRY(add_registration(api, session, accuracy, features));
-    found = registrations;
+    registration = registrations;
   }
-  return api->AddCustomOpDomain(options, found->domain);
+  return api->AddCustomOpDomain(options, registration->domain);
 }
 
-/* *text is the entry's value, or "", in memory of its own. */
-static struct ort_status *config_entry(const union ort_api *api, const struct ort_session_options *options,
+/* Return an entry's value, or "", in memory that the caller frees. */
+static OrtStatus *config_entry(const OrtApi *api, const OrtSessionOptions *options,
                                        const char *key, char **text) {
-  int given;
+  int present;
   size_t size = 1;
-  TRY(api->HasSessionConfigEntry(options, key, &given));
-  if (given) TRY(api->GetSessionConfigEntry(options, key, NULL, &size));
+  TRY(api->HasSessionConfigEntry(options, key, &present));
+  if (present) TRY(api->GetSessionConfigEntry(options, key, NULL, &size));
   *text = calloc(size, 1);
   if (!*text) return pmpd_no_memory(api);
-  struct ort_status *status = given ? api->GetSessionConfigEntry(options, key, *text, &size) : NULL;
+  OrtStatus *status = present ? api->GetSessionConfigEntry(options, key, *text, &size) : NULL;
   if (status) free(*text);
   return status;
 }
 
-static struct ort_status *unknown(const union ort_api *api, const char *what, const char *value, const char *choices) {
+static OrtStatus *unknown(const OrtApi *api, const char *what, const char *value, const char *choices) {
   char message[512];
   snprintf(message, sizeof message, "%s is '%.64s': choose one of %s", what, value, choices);
   return api->CreateStatus(ORT_INVALID_ARGUMENT, message);
 }
 
-static struct ort_status *unknown_level(const union ort_api *api) {
+static OrtStatus *unknown_level(const OrtApi *api) {
   char choices[256];
   size_t length = 0;
   for (int i = 0; i < pmpd_level_count; i++)
@@ -86,12 +89,12 @@ static struct ort_status *unknown_level(const union ort_api *api) {
   return unknown(api, "environment variable PMPD_MAX_ISA", getenv("PMPD_MAX_ISA"), choices);
 }
 
-static struct ort_status *read_accuracy(const union ort_api *api, const struct ort_session_options *options,
+static OrtStatus *read_accuracy(const OrtApi *api, const OrtSessionOptions *options,
                                         int *accuracy) {
   char *text;
   TRY(config_entry(api, options, "pmpd.accuracy", &text));
   *accuracy = strcmp(text, "int8") ? PMPD_EXACT : PMPD_INT8;
-  struct ort_status *status = NULL;
+  OrtStatus *status = NULL;
   if (*accuracy == PMPD_EXACT && *text && strcmp(text, "exact"))
     status = unknown(api, "session config entry pmpd.accuracy", text, "exact, int8");
   free(text);
@@ -100,13 +103,12 @@ static struct ort_status *read_accuracy(const union ort_api *api, const struct o
 
 /* ONNX Runtime calls this with the options of a session that is given the library. Two entries of the session's
  * configuration are settings: pmpd.accuracy, exact (the default) or int8, and pmpd.session, the tag of its reports. */
-PMPD_EXPORT struct ort_status *RegisterCustomOps(struct ort_session_options *options,
-                                                 const struct ort_api_base *base) {
-  const union ort_api *api = base->GetApi(ORT_API_VERSION);
+PMPD_EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
+  const OrtApi *api = base->GetApi(PMPD_ORT_API_VERSION);
   if (!api) {
     char message[128];
     snprintf(message, sizeof message, "the pmpd operators need ONNX Runtime 1.%d or later, this is %.32s",
-             ORT_API_VERSION, base->GetVersionString());
+             PMPD_ORT_API_VERSION, base->GetVersionString());
     return base->GetApi(1)->CreateStatus(ORT_FAIL, message);
   }
   const int level = pmpd_highest_level();
@@ -116,7 +118,7 @@ PMPD_EXPORT struct ort_status *RegisterCustomOps(struct ort_session_options *opt
   TRY(read_accuracy(api, options, &accuracy));
   TRY(config_entry(api, options, "pmpd.session", &session));
   pthread_mutex_lock(&lock);
-  struct ort_status *status = give(options, api, session, accuracy, pmpd_features(level));
+  OrtStatus *status = add_operators(options, api, session, accuracy, pmpd_features(level));
   pthread_mutex_unlock(&lock);
   free(session);
   return status;

@@ -4,10 +4,11 @@
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
-#include "dispatch.h"
+#include "registry.h"
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct pmpd_node *nodes; /* oldest first */
@@ -29,13 +30,17 @@ void pmpd_node_remove(struct pmpd_node *node) {
   pthread_mutex_unlock(&lock);
 }
 
-/* A text that grows; what does not fit is only counted. */
-struct text {
-  char *bytes;
-  size_t size, length;
-};
+void pmpd_node_ran(struct pmpd_node *node, const char *kernel, int32_t bits, int32_t n, int32_t k,
+                   uint64_t nanoseconds) {
+  atomic_store_explicit(&node->bits, bits, memory_order_relaxed);
+  atomic_store_explicit(&node->n, n, memory_order_relaxed);
+  atomic_store_explicit(&node->k, k, memory_order_relaxed);
+  atomic_store_explicit(&node->kernel, kernel, memory_order_relaxed);
+  atomic_fetch_add_explicit(&node->calls, 1, memory_order_relaxed);
+  atomic_fetch_add_explicit(&node->nanoseconds, nanoseconds, memory_order_relaxed);
+}
 
-__attribute__((format(printf, 2, 3))) static void append(struct text *text, const char *format, ...) {
+void pmpd_append(struct pmpd_text *text, const char *format, ...) {
   const size_t room = text->length < text->size ? text->size - text->length : 0;
   va_list arguments;
   va_start(arguments, format);
@@ -43,83 +48,73 @@ __attribute__((format(printf, 2, 3))) static void append(struct text *text, cons
   va_end(arguments);
 }
 
-static void append_string(struct text *text, const char *string) {
-  append(text, "\"");
+void pmpd_append_string(struct pmpd_text *text, const char *string) {
+  pmpd_append(text, "\"");
   for (; *string; string++) {
     const unsigned char c = (unsigned char)*string;
     if (c == '"' || c == '\\')
-      append(text, "\\%c", c);
+      pmpd_append(text, "\\%c", c);
     else
-      append(text, c < ' ' ? "\\u%04x" : "%c", c);
+      pmpd_append(text, c < ' ' ? "\\u%04x" : "%c", c);
   }
-  append(text, "\"");
+  pmpd_append(text, "\"");
 }
 
-static void append_info(struct text *text, uint32_t features) {
+static void append_info(struct pmpd_text *text, uint32_t features) {
   const char *separator = "";
-  append(text, "{\"version\": \"" PMPD_VERSION "\", \"target\": \"" PMPD_TARGET "\", \"features\": [");
+  pmpd_append(text, "{\"version\": \"" PMPD_VERSION "\", \"target\": \"" PMPD_TARGET "\", \"features\": [");
   for (int level = 0; level < pmpd_level_count; level++) {
     if (!(pmpd_levels[level].feature & features)) continue;
-    append(text, "%s\"%s\"", separator, pmpd_levels[level].name);
+    pmpd_append(text, "%s\"%s\"", separator, pmpd_levels[level].name);
     separator = ", ";
   }
-  append(text, "], \"kernels\": [");
-  const struct pmpd_choice choice = pmpd_choose(features);
+  pmpd_append(text, "], \"kernels\": [");
   separator = "";
-  for (int accuracy = PMPD_EXACT; accuracy <= PMPD_INT8; accuracy++)
-    for (int many = 0; many <= 1; many++)
-      for (int bits = 1; bits <= 8; bits++) {
-        append(text,
-               "%s{\"op\": \"BitplaneMatMul\", \"bits\": %d, \"accuracy\": \"%s\", \"rows\": \"%s\", \"kernel\": ",
-               separator, bits, accuracy == PMPD_INT8 ? "int8" : "exact", many ? "many" : "one");
-        append_string(text, pmpd_kernel_name(choice.kernels[accuracy][many][bits - 1]));
-        append(text, "}");
-        separator = ", ";
-      }
-  for (size_t i = 0; i < pmpd_attention_count; i++) {
-    if (!pmpd_is_new_dim(i)) continue;
-    const int32_t dim = pmpd_attentions[i].dim;
-    for (int many = 0; many <= 1; many++) {
-      const struct pmpd_attention *kernel = pmpd_choose_attention(features, dim, many ? INT32_MAX : 1);
-      append(text, ", {\"op\": \"GroupQueryAttention\", \"dim\": %d, \"rows\": \"%s\", \"kernel\": ", dim,
-             many ? "many" : "one");
-      append_string(text, kernel ? kernel->name : "");
-      append(text, "}");
-    }
-  }
-  append(text, "]}");
+  for (size_t i = 0; i < PMPD_OP_COUNT; i++) pmpd_ops[i]->list_kernels(text, features, &separator);
+  pmpd_append(text, "]}");
+}
+
+/* Return the text in memory of its own; NULL without memory. */
+static char *make_info(uint32_t features) {
+  struct pmpd_text text = {0};
+  append_info(&text, features);
+  text.size = text.length + 1;
+  text.length = 0;
+  text.bytes = malloc(text.size);
+  if (text.bytes) append_info(&text, features);
+  return text.bytes;
 }
 
 const char *pmpd_ops_info(void) {
-  /* A text once given is never written again: another thread may be reading it. */
-  static char texts[PMPD_MAX_LEVELS][16384];
+  /* A text that was returned is never changed or freed: another thread may be reading it. */
+  static char *texts[PMPD_MAX_LEVELS];
   const int level = pmpd_highest_level();
   if (level < 0) return NULL;
-  struct text text = {texts[level], sizeof texts[level], 0};
   pthread_mutex_lock(&lock);
-  if (!*texts[level]) append_info(&text, pmpd_features(level));
+  if (!texts[level]) texts[level] = make_info(pmpd_features(level));
+  const char *text = texts[level];
   pthread_mutex_unlock(&lock);
-  return texts[level];
+  return text;
 }
 
 size_t pmpd_ops_report(const char *session, char *buffer, size_t size) {
-  struct text text = {buffer, size, 0};
+  struct pmpd_text text = {buffer, size, 0};
   const char *separator = "";
-  append(&text, "[");
+  pmpd_append(&text, "[");
   pthread_mutex_lock(&lock);
   for (const struct pmpd_node *node = nodes; node; node = node->next) {
     if (strcmp(node->session, session)) continue;
     const char *kernel = atomic_load_explicit(&node->kernel, memory_order_relaxed);
-    append(&text, "%s{\"name\": ", separator);
-    append_string(&text, node->name);
-    append(&text, ", \"op\": \"%s\", \"bits\": %d, \"n\": %d, \"k\": %d, \"kernel\": ", node->op, node->bits,
-           node->n, node->k);
-    kernel ? append_string(&text, kernel) : append(&text, "null");
-    append(&text, ", \"calls\": %" PRIu64 ", \"nanoseconds\": %" PRIu64 "}", node->calls, node->nanoseconds);
+    pmpd_append(&text, "%s{\"name\": ", separator);
+    pmpd_append_string(&text, node->name);
+    pmpd_append(&text, ", \"op\": \"%s\", \"bits\": %d, \"n\": %d, \"k\": %d, \"kernel\": ", node->op, node->bits,
+                node->n, node->k);
+    kernel ? pmpd_append_string(&text, kernel) : pmpd_append(&text, "null");
+    pmpd_append(&text, ", \"calls\": %" PRIu64 ", \"nanoseconds\": %" PRIu64 "}", node->calls, node->nanoseconds);
     separator = ", ";
   }
   pthread_mutex_unlock(&lock);
-  append(&text, "]");
+  pmpd_append(&text, "]");
   return text.length;
 }
 

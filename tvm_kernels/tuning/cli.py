@@ -64,7 +64,7 @@ def _tune(
     """Read the options, tune, and yield what was found for each kernel."""
     # TVM is imported here, where there is someone to say that it is missing.
     from pmpd.tvm_kernels.bench.measure import machine_isas
-    from pmpd.tvm_kernels.ops.kernel import ACCURACIES
+    from pmpd.tvm_kernels.ops.matmul.kernel import ACCURACIES
     from pmpd.tvm_kernels.tuning.search import GRIDS
     from pmpd.tvm_kernels.tuning.tuner import Arena, Tuner, TuneSettings
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from pmpd.tvm_kernels.ops.kernel import Kernel, Phase
+from pmpd.tvm_kernels.ops.matmul.kernel import MatmulKernel, Phase
 
 __all__ = ["GRIDS", "Scores", "candidates", "halve", "search"]
 
 # How good each kernel is, higher is better, from so many samples of each.
-Scores = Callable[[Sequence[Kernel], int], Sequence[float]]
+Scores = Callable[[Sequence[MatmulKernel], int], Sequence[float]]
 
 _FIRST_SAMPLES = 4
 
@@ -33,14 +33,14 @@ GRIDS: Mapping[Phase, Sequence[Mapping[str, Sequence[int]]]] = {
 }
 
 
-def candidates(kernel: Kernel, grid: Mapping[str, Sequence[int]]) -> list[Kernel]:
+def candidates(kernel: MatmulKernel, grid: Mapping[str, Sequence[int]]) -> list[MatmulKernel]:
     """Return the kernel with every combination of a grid's values that is worth a try."""
     combinations = (dict(zip(grid, values, strict=True)) for values in product(*grid.values()))
     tried = (replace(kernel, tuning=replace(kernel.tuning, **values)) for values in combinations)
     return [each for each in tried if _sensible(each)]
 
 
-def _sensible(kernel: Kernel) -> bool:
+def _sensible(kernel: MatmulKernel) -> bool:
     """Return whether a tile's sums fit the vector registers, beside its weights and the activations of a token."""
     t = kernel.tuning
     if kernel.phase == "gemv":
@@ -49,7 +49,7 @@ def _sensible(kernel: Kernel) -> bool:
     return kernel.isa.registers // 3 < needed <= kernel.isa.registers
 
 
-def halve(entrants: Sequence[Kernel], scores: Scores) -> Kernel:
+def halve(entrants: Sequence[MatmulKernel], scores: Scores) -> MatmulKernel:
     """Return the best of the entrants."""
     samples = _FIRST_SAMPLES
     while len(entrants) > 1:
@@ -59,7 +59,7 @@ def halve(entrants: Sequence[Kernel], scores: Scores) -> Kernel:
     return entrants[0]
 
 
-def search(kernel: Kernel, enter: Callable[[Sequence[Kernel]], Scores]) -> Kernel:
+def search(kernel: MatmulKernel, enter: Callable[[Sequence[MatmulKernel]], Scores]) -> MatmulKernel:
     """Return the kernel with the best choices, starting from those it has.
 
     Args:

@@ -15,8 +15,9 @@ from pmpd.runtime.errors import PmpdError
 from pmpd.tvm_kernels.bench.measure import Rig, Sample, Samples, Weights, random_weights, take_turns
 from pmpd.tvm_kernels.bench.onnx_graphs import bitplane_graph
 from pmpd.tvm_kernels.bench.shapes import Shape
+from pmpd.tvm_kernels.codegen.isa import isa_named
 from pmpd.tvm_kernels.library.compile import Progress
-from pmpd.tvm_kernels.ops.kernel import Accuracy, Kernel, Phase, isa_named
+from pmpd.tvm_kernels.ops.matmul.kernel import Accuracy, MatmulKernel, Phase
 from pmpd.tvm_kernels.ops.matmul.tuned import default_tuning, key_of, load_records, save_records
 from pmpd.tvm_kernels.targets import Target
 from pmpd.tvm_kernels.tuning.search import GRIDS, Scores, search
@@ -66,14 +67,14 @@ class Arena:
         slices = {Shape(min(shape.n, GEMM_ROWS), shape.k) for shape in shapes}
         self._shapes: dict[Phase, list[Shape]] = {"gemv": list(dict.fromkeys(shapes)), "gemm": sorted(slices)}
 
-    def enter(self, entrants: Sequence[Kernel]) -> Scores:
+    def enter(self, entrants: Sequence[MatmulKernel]) -> Scores:
         """Prepare kernels of one phase and precision; return what scores any of them."""
         weights, m = self._work(entrants[0])
         if len({kernel.name for kernel in entrants}) == 1:  # they differ in how ONNX Runtime shares them out
             return self._enter_graphs(entrants, weights, m)
         rig = self._rig(entrants)
 
-        def scores(kernels: Sequence[Kernel], rounds: int) -> list[float]:
+        def scores(kernels: Sequence[MatmulKernel], rounds: int) -> list[float]:
             scored = []
             for threads in {self._threads, 1} if m == 1 else {self._threads}:
                 samples = [rig.sweep(kernel, weights, m=m, threads=threads) for kernel in kernels]
@@ -83,20 +84,20 @@ class Arena:
 
         return scores
 
-    def _enter_graphs(self, entrants: Sequence[Kernel], weights: Sequence[Weights], m: int) -> Scores:
+    def _enter_graphs(self, entrants: Sequence[MatmulKernel], weights: Sequence[Weights], m: int) -> Scores:
         """Prepare kernels as operators in ONNX Runtime."""
-        samples: dict[Kernel, Sample] = {}
+        samples: dict[MatmulKernel, Sample] = {}
         for kernel in entrants:
             rig = self._rig([kernel])
             samples[kernel] = bitplane_graph(rig.library, weights, accuracy=kernel.accuracy, m=m, threads=self._threads)
 
-        def scores(kernels: Sequence[Kernel], rounds: int) -> list[float]:
+        def scores(kernels: Sequence[MatmulKernel], rounds: int) -> list[float]:
             taken = take_turns([samples[kernel] for kernel in kernels], rig.read, rounds=rounds)
             return [_score(each, weights, m) for each in taken]
 
         return scores
 
-    def figures(self, kernel: Kernel) -> dict[str, float]:
+    def figures(self, kernel: MatmulKernel) -> dict[str, float]:
         """Return what a kernel reaches: `gbs` and `of_read` of a GEMV, `gmacs` of a GEMM."""
         weights, m = self._work(kernel)
         rig = self._rig([kernel])
@@ -106,10 +107,10 @@ class Arena:
         gbs = samples.rate([each.planes.nbytes + each.codebook.nbytes for each in weights]) / 1e9
         return {"gbs": round(gbs, 1), "of_read": round(_score(samples, weights, m), 3)}
 
-    def _rig(self, kernels: Sequence[Kernel]) -> Rig:
+    def _rig(self, kernels: Sequence[MatmulKernel]) -> Rig:
         return Rig(self._target, kernels, threads=self._threads, progress=self._progress)
 
-    def _work(self, kernel: Kernel) -> tuple[list[Weights], int]:
+    def _work(self, kernel: MatmulKernel) -> tuple[list[Weights], int]:
         m = 1 if kernel.phase == "gemv" else TOKENS
         return random_weights(self._shapes[kernel.phase], kernel.bits, m=m), m
 
@@ -139,7 +140,7 @@ class Tuner:
         self._settings, self._arena = settings, arena
         self._records = {isa: self._open(isa) for isa in settings.isas}
         kernels = (
-            Kernel(
+            MatmulKernel(
                 isa=isa, bits=bits, accuracy=accuracy, phase=phase, tuning=default_tuning(isa, bits, accuracy, phase)
             )
             for phase in settings.phases
@@ -149,7 +150,7 @@ class Tuner:
         )
         self.todo = [kernel for kernel in kernels if key_of(kernel) not in self._records[kernel.isa.name]["kernels"]]
 
-    def run(self) -> Iterator[tuple[Kernel, dict[str, float]]]:
+    def run(self) -> Iterator[tuple[MatmulKernel, dict[str, float]]]:
         """Tune what is left; yield each kernel with its choices and figures when they are saved."""
         for kernel in self.todo:
             best = search(kernel, self._arena.enter)

@@ -9,8 +9,9 @@ from typing import Any
 
 from tvm import tirx
 
-from pmpd.tvm_kernels.codegen.emit import Emitter, lanes_of, shuffle, vector
+from pmpd.tvm_kernels.codegen.emit import Emitter, shuffle, vector
 from pmpd.tvm_kernels.codegen.isa import Isa
+from pmpd.tvm_kernels.codegen.vector import reduce_lanes
 
 __all__ = ["pack_float32", "pack_int8"]
 
@@ -19,7 +20,7 @@ GROUP = 32  # columns that share a scale: those that meet in one 32-bit lane of 
 
 
 def _parameters(packed: str) -> list[tuple[str, str]]:
-    """Return the C signature of kernels.h, pmpd_pack_fn."""
+    """Return the arguments of pmpd_pack_fn, in ort_ops/matmul.h."""
     return [
         ("x", "float32*"),
         ("packed", packed),
@@ -48,7 +49,7 @@ def pack_int8(isa: Isa, *, name: str) -> Any:
             first = e.bind(group * GROUP)
             with e.when(first + GROUP <= e["k"]):
                 e.store(x, 0, e.load(e["x"], source + first.astype("int64"), GROUP))
-            with e.when(first + GROUP > e["k"]):  # the row ends here: nothing behind it is read
+            with e.when(first + GROUP > e["k"]):  # the row ends here: nothing beyond it is read
                 e.store(x, 0, tirx.const(0.0, floats))
                 with e.loop(
                     "column", tirx.const(0, "int32"), tirx.max(e["k"] - first, tirx.const(0, "int32"))
@@ -58,7 +59,7 @@ def pack_int8(isa: Isa, *, name: str) -> Any:
             # The largest magnitude, found among the bits as integers: there infinity and NaN exceed all numbers,
             # while a maximum of floats would drop NaN. Either makes the scale, and so all results of the row, NaN.
             magnitudes = tirx.reinterpret(ints, values) & tirx.const(0x7FFFFFFF, ints)
-            largest = e.bind(tirx.reinterpret("float32", _reduce(e, magnitudes, tirx.max)))
+            largest = e.bind(tirx.reinterpret("float32", reduce_lanes(e, magnitudes, tirx.max)))
             scale = e.bind(largest * tirx.const(1 / 127, "float32"), "scale")
             inverse = tirx.const(127.0, "float32") / tirx.max(largest, tirx.const(1e-30, "float32"))
             rounded = e.bind(
@@ -68,7 +69,7 @@ def pack_int8(isa: Isa, *, name: str) -> Any:
             number = e.bind(target + group.astype("int64"))
             e.store(e["scale"], number, scale)
             sofar = e.load(total, 0)
-            e.store(total, 0, sofar + scale * tirx.Cast("float32", _reduce(e, steps, lambda a, b: a + b)))
+            e.store(total, 0, sofar + scale * tirx.Cast("float32", reduce_lanes(e, steps, lambda a, b: a + b)))
             codes = e.bind(tirx.Cast(vector("int8", GROUP), steps))
             byte = e.bind(number * 4)  # of the row's planes
             block, within = tirx.floordiv(byte, isa.width), tirx.floormod(byte, isa.width)
@@ -100,12 +101,3 @@ def pack_float32(isa: Isa, *, name: str) -> Any:
                 chosen = tirx.Select(inside, value, tirx.const(0.0, "float32"))
                 e.store(e["packed"], target + (place + bit * isa.width).astype("int64"), chosen)
     return e.function()
-
-
-def _reduce(e: Emitter, value: Any, combine: Any) -> Any:
-    """Combine all lanes (a power of two of them) into a scalar."""
-    value = e.bind(value)
-    while (lanes := lanes_of(value)) > 1:
-        half = lanes // 2
-        value = e.bind(combine(shuffle([value], range(half)), shuffle([value], range(half, lanes))))
-    return value

@@ -16,33 +16,33 @@ from pmpd.tvm_kernels.codegen.emit import Emitter, shuffle, vector
 from pmpd.tvm_kernels.codegen.isa import Isa
 from pmpd.tvm_kernels.codegen.planes import split_planes
 from pmpd.tvm_kernels.codegen.tables import Int8Tables, exact_tables
-from pmpd.tvm_kernels.ops.matmul.gemv import LINE, float_values, fma, load_planes, parameters, sum_lanes, tile_rows
+from pmpd.tvm_kernels.codegen.vector import fma, sum_lanes
+from pmpd.tvm_kernels.ops.matmul.gemv import LINE, float_values, load_planes, parameters, tile_rows
+from pmpd.tvm_kernels.ops.matmul.tuning import Tuning
 
 __all__ = ["gemm_exact", "gemm_int8"]
 
 ZERO = tirx.const(0, "int32")
 
 
-def gemm_int8(isa: Isa, *, name: str, bits: int, rows: int, tokens: int, depth: int) -> Any:
-    """Return the kernel with 8-bit codebooks and activations.
+def gemm_int8(isa: Isa, tuning: Tuning, *, name: str, bits: int) -> Any:
+    """Return the kernel with 8-bit codebooks and activations. Scratch memory is ``512 * rows * depth`` bytes.
 
     Args:
         isa: the instruction set.
+        tuning: its `rows`, `tokens` and `depth`.
         name: the C symbol.
         bits: p, how many planes are read.
-        rows: weight rows in a tile, a power of two.
-        tokens: rows of activations multiplied together.
-        depth: cache lines of a row decoded at a time; scratch memory is ``512 * rows * depth`` bytes.
     """
-    return _Int8(isa, name=name, bits=bits, rows=rows, tokens=tokens, depth=depth).function()
+    return _Int8(isa, tuning, name=name, bits=bits).function()
 
 
-def gemm_exact(isa: Isa, *, name: str, bits: int, rows: int, tokens: int, depth: int) -> Any:
+def gemm_exact(isa: Isa, tuning: Tuning, *, name: str, bits: int) -> Any:
     """Return the kernel with float16 codebooks and float32 activations and sums; arguments as `gemm_int8`.
 
     Scratch memory is ``2048 * rows * depth`` bytes.
     """
-    return _Exact(isa, name=name, bits=bits, rows=rows, tokens=tokens, depth=depth).function()
+    return _Exact(isa, tuning, name=name, bits=bits).function()
 
 
 class _Gemm:
@@ -51,8 +51,9 @@ class _Gemm:
     packed: str  # type of packed activations
     decoded: str  # type of decoded weights
 
-    def __init__(self, isa: Isa, *, name: str, bits: int, rows: int, tokens: int, depth: int) -> None:
-        self.isa, self.bits, self.rows, self.tokens, self.depth = isa, bits, rows, tokens, depth
+    def __init__(self, isa: Isa, tuning: Tuning, *, name: str, bits: int) -> None:
+        self.isa, self.bits = isa, bits
+        self.rows, self.tokens, self.depth = tuning.rows, tuning.tokens, tuning.depth
         self.e = Emitter(name, parameters(self.packed, self.decoded))
 
     def make_tables(self, numbers: Sequence[Any]) -> None:
@@ -85,7 +86,7 @@ class _Gemm:
             self.make_tables(numbers)
             starts = [e.bind(number.astype("int64") * stride, f"start{row}") for row, number in enumerate(numbers)]
             with e.loop("token", ZERO, e["m"]) as token:
-                self._put(first, token, e.bind(self.first(token)), add=False)
+                self._store(first, token, e.bind(self.first(token)), add=False)
             with e.loop("stretch", ZERO, e["lines"], self.depth) as line:
                 lines = tirx.min(e["lines"] - line, tirx.const(self.depth, "int32"))
                 blocks, stretch = e.bind(lines * per_line, "blocks"), e.bind((line * per_line).astype("int64"))
@@ -99,7 +100,7 @@ class _Gemm:
                         parts = [e.load(totals, (number * rows + row) * isa.words, isa.words) for row in range(rows)]
                         value = e.bind(self.scaled(sum_lanes(e, parts)))
                         with e.when(head + number < e["m"]):
-                            self._put(first, head + number, value, add=True)
+                            self._store(first, head + number, value, add=True)
         return e.function()
 
     def _products(self, head: Any, blocks: Any, stretch: Any, stride: Any) -> Any:
@@ -113,7 +114,7 @@ class _Gemm:
         self.multiply(blocks, [e.bind(token * stride * 8) for token in tokens], stretch, totals)
         return totals
 
-    def _put(self, first: Any, token: Any, value: Any, *, add: bool) -> None:
+    def _store(self, first: Any, token: Any, value: Any, *, add: bool) -> None:
         """Set the tile's results for one token, or add to them; rows beyond the last are left alone."""
         e, rows = self.e, self.rows
         place = e.bind(token.astype("int64") * e["ldy"] + first.astype("int64"))
@@ -123,19 +124,19 @@ class _Gemm:
             return
         with e.when(first + rows > e["end"]):
             for row in range(rows - 1):
-                one = shuffle([value], [row])
+                result = shuffle([value], [row])
                 with e.when(first + row < e["end"]):
-                    e.store(e["y"], place + row, e.load(e["y"], place + row) + one if add else one)
+                    e.store(e["y"], place + row, e.load(e["y"], place + row) + result if add else result)
 
 
 class _Int8(_Gemm):
     packed, decoded = "int8", "uint8"
 
     def make_tables(self, numbers: Sequence[Any]) -> None:
-        made = Int8Tables.allocate(self.e, rows=self.rows, bits=self.bits)
-        made.fill(self.e, self.isa, self.e["codebook"], numbers)
-        self.low, self.step = made.scale(self.e)
-        self.tables = [made.tables.load(self.e, self.isa, row) for row in range(self.rows)]
+        built = Int8Tables.allocate(self.e, rows=self.rows, bits=self.bits)
+        built.fill(self.e, self.isa, self.e["codebook"], numbers)
+        self.low, self.step = built.scale(self.e)
+        self.tables = [built.tables.load(self.e, self.isa, row) for row in range(self.rows)]
 
     def decode(self, block: Any, row: int, planes: Sequence[Any]) -> None:
         width = self.isa.width
@@ -174,9 +175,9 @@ class _Exact(_Gemm):
     unroll = 4
 
     def make_tables(self, numbers: Sequence[Any]) -> None:
-        made = exact_tables(self.e, self.e["codebook"], numbers, self.bits)
+        built = exact_tables(self.e, self.e["codebook"], numbers, self.bits)
         self.tables = [
-            (made.load(self.e, self.isa, row, half=0), made.load(self.e, self.isa, row, half=1))
+            (built.load(self.e, self.isa, row, half=0), built.load(self.e, self.isa, row, half=1))
             for row in range(self.rows)
         ]
 

@@ -14,27 +14,18 @@ from typing import Any
 
 from tvm import tirx
 
-from pmpd.tvm_kernels.codegen.emit import Emitter, lanes_of, shuffle, vector
+from pmpd.tvm_kernels.codegen.emit import Emitter, shuffle, vector
 from pmpd.tvm_kernels.codegen.isa import Isa
 from pmpd.tvm_kernels.codegen.planes import split_planes
 from pmpd.tvm_kernels.codegen.tables import Int8Tables, exact_tables
+from pmpd.tvm_kernels.codegen.vector import add, fma, sum_lanes
+from pmpd.tvm_kernels.ops.matmul.tuning import Tuning
 
-__all__ = [
-    "LINE",
-    "float_values",
-    "fma",
-    "gemv_exact",
-    "gemv_int8",
-    "load_planes",
-    "parameters",
-    "store_rows",
-    "sum_lanes",
-    "tile_rows",
-]
+__all__ = ["LINE", "float_values", "gemv_exact", "gemv_int8", "load_planes", "parameters", "store_rows", "tile_rows"]
 
 LINE = 64  # bytes of a plane's row come in whole cache lines
 
-# The C signature of kernels.h, pmpd_matmul_fn.
+# The arguments of pmpd_matmul_fn, in ort_ops/matmul.h.
 _PARAMETERS = (
     ("planes", "uint8*"),
     ("plane_bytes", "int64"),
@@ -75,27 +66,6 @@ def load_planes(e: Emitter, isa: Isa, bits: int, row: Any, offset: Any, prefetch
     return loaded
 
 
-def sum_lanes(e: Emitter, totals: list[Any]) -> Any:
-    """Return one vector with the sum of the lanes of each given vector (powers of two of both)."""
-    lanes = width = lanes_of(totals[0])
-    # Pairs of vectors are folded into one until one is left; the lanes of one total stay side by side.
-    while len(totals) > 1 and width > 1:
-        low = [group + lane for group in range(0, lanes, width) for lane in range(width // 2)]
-        both = [*low, *(lanes + lane for lane in low)]
-        totals = [_fold(e, [a, b], both, width // 2) for a, b in zip(totals[::2], totals[1::2], strict=True)]
-        width //= 2
-    total = e.bind(shuffle(totals, range(lanes * len(totals))))
-    count = lanes_of(total) // width
-    while width > 1:
-        low = [width * group + lane for group in range(count) for lane in range(width // 2)]
-        total, width = _fold(e, [total], low, width // 2), width // 2
-    return total
-
-
-def _fold(e: Emitter, values: list[Any], lanes: list[int], distance: int) -> Any:
-    return e.bind(shuffle(values, lanes) + shuffle(values, [lane + distance for lane in lanes]))
-
-
 def store_rows(e: Emitter, first: Any, rows: int, value: Any) -> None:
     """Store the results of a tile, except rows beyond the last."""
     if rows == 1:
@@ -109,35 +79,37 @@ def store_rows(e: Emitter, first: Any, rows: int, value: Any) -> None:
                 e.store(e["y"], (first + row).astype("int64"), shuffle([value], [row]))
 
 
-def gemv_int8(isa: Isa, *, name: str, bits: int, rows: int, batch: int, sums: int, prefetch: int) -> Any:
+def gemv_int8(isa: Isa, tuning: Tuning, *, name: str, bits: int) -> Any:
     """Return the kernel with 8-bit codebooks and activations.
 
     Args:
         isa: the instruction set.
+        tuning: its `rows`, `batch`, `sums` and `prefetch`.
         name: the C symbol.
         bits: p, how many planes are read.
-        rows: rows computed together.
-        batch: how many times so many rows have their tables made and their sums folded together.
-        sums: independent sums of the products of a vector of plane bytes.
-        prefetch: bytes ahead in every stream of planes that are asked for; 0 leaves it to the processor.
     """
-    return _Int8(isa, name=name, bits=bits, rows=rows, batch=batch, sums=sums, prefetch=prefetch).function()
+    return _Int8(isa, tuning, name=name, bits=bits).function()
 
 
-def gemv_exact(isa: Isa, *, name: str, bits: int, rows: int, batch: int, sums: int, prefetch: int) -> Any:
+def gemv_exact(isa: Isa, tuning: Tuning, *, name: str, bits: int) -> Any:
     """Return the kernel with float16 codebooks and float32 activations and sums; arguments as `gemv_int8`."""
-    return _Exact(isa, name=name, bits=bits, rows=rows, batch=batch, sums=sums, prefetch=prefetch).function()
+    return _Exact(isa, tuning, name=name, bits=bits).function()
 
 
 class _Gemv:
-    """The loops of the kernel; what depends on the accuracy is in the subclasses."""
+    """The loops of the kernel; what depends on the accuracy is in the subclasses.
+
+    Attributes:
+        tile: rows whose tables are built, and whose sums are folded, together.
+        lanes: float32 sums of a row.
+    """
 
     packed: str  # type of packed activations
-    lanes: int  # float32 sums of a row
+    lanes: int
 
-    def __init__(self, isa: Isa, *, name: str, bits: int, rows: int, batch: int, sums: int, prefetch: int) -> None:
-        self.isa, self.bits, self.rows, self.tile = isa, bits, rows, rows * batch
-        self.sums, self.prefetch = sums, prefetch
+    def __init__(self, isa: Isa, tuning: Tuning, *, name: str, bits: int) -> None:
+        self.isa, self.tuning, self.bits = isa, tuning, bits
+        self.tile = tuning.rows * tuning.batch
         self.e = Emitter(name, parameters(self.packed))
 
     def prepare(self) -> None:
@@ -165,31 +137,33 @@ class _Gemv:
 
     def function(self) -> Any:
         """Return the finished `tirx.PrimFunc`."""
-        e, isa, lanes = self.e, self.isa, self.lanes
+        e, isa, lanes, rows = self.e, self.isa, self.lanes, self.tuning.rows
         stride = e.bind(e["lines"].astype("int64") * LINE, "stride")
         last = e.bind(e["end"] - 1)
         self.prepare()
         with e.loop("tile", e["begin"], e["end"], self.tile) as first:
             self.make_tables(first)
-            totals = e.local("float32", self.tile * lanes, "totals")
-            with e.loop("row", tirx.const(0, "int32"), tirx.const(self.tile, "int32"), self.rows) as row:
-                own = [e.bind(row + number) for number in range(self.rows)]
-                starts = [e.bind(tirx.min(first + each, last).astype("int64") * stride, "start") for each in own]
-                tables = [self.load_tables(each) for each in own]
-                sums = e.local("float32", self.rows * lanes, "sums")
-                for number in range(self.rows):
-                    e.store(sums, number * lanes, tirx.const(0.0, vector("float32", lanes)))
+            totals = e.local("float32", self.tile * lanes, "totals")  # (tile, lanes)
+            with e.loop("row", tirx.const(0, "int32"), tirx.const(self.tile, "int32"), rows) as row:
+                numbers = [e.bind(row + number) for number in range(rows)]
+                starts = [
+                    e.bind(tirx.min(first + number, last).astype("int64") * stride, "start") for number in numbers
+                ]
+                tables = [self.load_tables(number) for number in numbers]
+                sums = e.local("float32", rows * lanes, "sums")  # (rows, lanes)
+                for index in range(rows):
+                    e.store(sums, index * lanes, tirx.const(0.0, vector("float32", lanes)))
                 with e.loop("block", tirx.const(0, "int32"), e["lines"] * (LINE // isa.width)) as block:
                     offset = e.bind(block.astype("int64") * isa.width)
                     activations = self.load_activations(offset)
-                    for number, start in enumerate(starts):
-                        planes = load_planes(e, isa, self.bits, start, offset, self.prefetch)
-                        total = e.load(sums, number * lanes, lanes)
-                        total = self.multiply(total, planes, tables[number], activations)
-                        e.store(sums, number * lanes, total)
-                for number, each in enumerate(own):
-                    e.store(totals, each * lanes, e.load(sums, number * lanes, lanes))
-            result = sum_lanes(e, [e.load(totals, number * lanes, lanes) for number in range(self.tile)])
+                    for index, start in enumerate(starts):
+                        planes = load_planes(e, isa, self.bits, start, offset, self.tuning.prefetch)
+                        total = e.load(sums, index * lanes, lanes)
+                        total = self.multiply(total, planes, tables[index], activations)
+                        e.store(sums, index * lanes, total)
+                for index, number in enumerate(numbers):
+                    e.store(totals, number * lanes, e.load(sums, index * lanes, lanes))
+            result = sum_lanes(e, [e.load(totals, number * lanes, lanes) for number in range(self.tile)])  # (tile,)
             store_rows(e, first, self.tile, e.bind(self.scaled(result)))
         return e.function()
 
@@ -197,25 +171,25 @@ class _Gemv:
 class _Int8(_Gemv):
     packed = "int8"
 
-    def __init__(self, isa: Isa, **choices: Any) -> None:
-        super().__init__(isa, **choices)
+    def __init__(self, isa: Isa, tuning: Tuning, *, name: str, bits: int) -> None:
+        super().__init__(isa, tuning, name=name, bits=bits)
         self.lanes = isa.words
 
     def prepare(self) -> None:
         e = self.e
-        self.made = Int8Tables.allocate(e, rows=self.tile, bits=self.bits, slots=2)
-        self.made.fill(e, self.isa, e["codebook"], tile_rows(e, e["begin"], self.tile), slot=tirx.const(0, "int32"))
+        self.built = Int8Tables.allocate(e, rows=self.tile, bits=self.bits, slots=2)
+        self.built.fill(e, self.isa, e["codebook"], tile_rows(e, e["begin"], self.tile), slot=tirx.const(0, "int32"))
 
     def make_tables(self, first: Any) -> None:
         e = self.e
         self.slot = e.bind(tirx.floormod(tirx.floordiv(first - e["begin"], self.tile), 2))
-        self.low, self.step = self.made.scale(e, slot=self.slot)
-        self.made.fill(
+        self.low, self.step = self.built.scale(e, slot=self.slot)
+        self.built.fill(
             e, self.isa, e["codebook"], tile_rows(e, first + self.tile, self.tile), slot=e.bind(1 - self.slot)
         )
 
     def load_tables(self, row: Any) -> Any:
-        return self.made.tables.load(self.e, self.isa, row, slot=self.slot)
+        return self.built.tables.load(self.e, self.isa, row, slot=self.slot)
 
     def load_activations(self, offset: Any) -> Any:
         e, width, words = self.e, self.isa.width, self.isa.words
@@ -225,12 +199,12 @@ class _Int8(_Gemv):
     def multiply(self, total: Any, planes: Sequence[Any], tables: Any, activations: Any) -> Any:
         e, isa = self.e, self.isa
         x, scale = activations
-        sums: list[Any] = [tirx.const(0, vector("int32", isa.words))] * self.sums
+        sums: list[Any] = [tirx.const(0, vector("int32", isa.words))] * self.tuning.sums
         for number, code in enumerate(split_planes(e, isa, planes)):
             values = isa.lookup(e, tables[code.variant], code.index, self.bits)
-            own = number % self.sums
-            sums[own] = e.bind(isa.dot(sums[own], values, x[code.column]))
-        return fma(tirx.Cast(vector("float32", isa.words), _add(e, sums)), scale, total)
+            index = number % self.tuning.sums
+            sums[index] = e.bind(isa.dot(sums[index], values, x[code.column]))
+        return fma(tirx.Cast(vector("float32", isa.words), add(e, sums)), scale, total)
 
     def scaled(self, sums: Any) -> Any:
         everything = self.e.load(self.e["sum"], tirx.const(0, "int32"))
@@ -240,39 +214,31 @@ class _Int8(_Gemv):
 class _Exact(_Gemv):
     packed = "float32"
 
-    def __init__(self, isa: Isa, **choices: Any) -> None:
-        super().__init__(isa, **choices)
+    def __init__(self, isa: Isa, tuning: Tuning, *, name: str, bits: int) -> None:
+        super().__init__(isa, tuning, name=name, bits=bits)
         self.lanes = isa.width // 2
 
     def make_tables(self, first: Any) -> None:
-        self.made = exact_tables(self.e, self.e["codebook"], tile_rows(self.e, first, self.tile), self.bits)
+        self.built = exact_tables(self.e, self.e["codebook"], tile_rows(self.e, first, self.tile), self.bits)
 
     def load_tables(self, row: Any) -> Any:
-        return self.made.load(self.e, self.isa, row, half=0), self.made.load(self.e, self.isa, row, half=1)
+        return self.built.load(self.e, self.isa, row, half=0), self.built.load(self.e, self.isa, row, half=1)
 
     def load_activations(self, offset: Any) -> Any:
         return offset * 8
 
     def multiply(self, total: Any, planes: Sequence[Any], tables: Any, activations: Any) -> Any:
         e, isa, halves = self.e, self.isa, self.isa.width // 2
-        sums: list[Any] = [total] + [tirx.const(0.0, vector("float32", halves))] * (self.sums - 1)
+        sums: list[Any] = [total] + [tirx.const(0.0, vector("float32", halves))] * (self.tuning.sums - 1)
         for number, code in enumerate(split_planes(e, isa, planes)):
             for parity, values in enumerate(float_values(e, isa, tables, code, self.bits)):
                 x = e.load(e["packed"], activations + (2 * code.column + parity) * halves, halves, "x")
-                own = (2 * number + parity) % self.sums
-                sums[own] = e.bind(fma(values, x, sums[own]))
-        return _add(e, sums)
+                index = (2 * number + parity) % self.tuning.sums
+                sums[index] = e.bind(fma(values, x, sums[index]))
+        return add(e, sums)
 
     def scaled(self, sums: Any) -> Any:
         return sums
-
-
-def _add(e: Emitter, values: list[Any]) -> Any:
-    """Return the sum of vectors."""
-    total = values[0]
-    for value in values[1:]:
-        total = e.bind(total + value)
-    return total
 
 
 def float_values(e: Emitter, isa: Isa, tables: tuple[Any, Any], code: Any, bits: int) -> tuple[Any, Any]:
@@ -289,9 +255,3 @@ def float_values(e: Emitter, isa: Isa, tables: tuple[Any, Any], code: Any, bits:
         return e.bind(tirx.Cast(vector("float32", halves), half_floats))
 
     return to_float(even), to_float(odd)
-
-
-def fma(a: Any, b: Any, c: Any) -> Any:
-    """Return ``a * b + c``, fused."""
-    dtype = str(a.ty.dtype)
-    return tirx.call_llvm_pure_intrin(dtype, "llvm.fma", a, b, c)

@@ -9,8 +9,9 @@ from typing import Any
 
 from tvm import tirx
 
-from pmpd.tvm_kernels.codegen.emit import Emitter, lanes_of, shuffle, vector
+from pmpd.tvm_kernels.codegen.emit import Emitter, vector
 from pmpd.tvm_kernels.codegen.isa import Portable
+from pmpd.tvm_kernels.codegen.vector import reduce_lanes
 from pmpd.tvm_kernels.ops.matmul.activations import LINE_COLUMNS
 
 __all__ = ["PORTABLE_NAME", "portable_matmul"]
@@ -21,7 +22,7 @@ _BASIC = Portable()  # converts float16 with integer arithmetic and one multipli
 
 
 def portable_matmul() -> Any:
-    """Return the kernel of kernels.h, `pmpd_any`: decode a line of a row to floats, multiply it with every x."""
+    """Return `pmpd_any` of ort_ops/matmul.h: decode a line of a row to floats, multiply it with every x."""
     e = Emitter(
         PORTABLE_NAME,
         [
@@ -63,8 +64,8 @@ def _decode_byte(e: Emitter, row: Any, byte: Any, place: Any, weights: Any) -> N
         row_bytes = e["lines"].astype("int64") * (LINE_COLUMNS // 8)
         where = plane.astype("int64") * e["plane_bytes"] + row.astype("int64") * row_bytes + byte.astype("int64")
         value = tirx.Cast("int32", e.load(e["planes"], where))
-        found = (tirx.Broadcast(value, 8) >> shifts) & tirx.const(1, wide)
-        e.store(codes, 0, (e.load(codes, 0, 8) << tirx.const(1, wide)) | found)
+        bits = (tirx.Broadcast(value, 8) >> shifts) & tirx.const(1, wide)
+        e.store(codes, 0, (e.load(codes, 0, 8) << tirx.const(1, wide)) | bits)
     group = e.bind(tirx.min(tirx.floordiv(byte, e["group_bytes"]), e["groups"] - 1))
     codebook = row.astype("int64") * e["groups"].astype("int64") + group.astype("int64")
     first = e.bind(codebook << e["bits"].astype("int64"))
@@ -85,9 +86,7 @@ def _multiply_line(e: Emitter, row: Any, first: Any, weights: Any) -> None:
         with e.loop("part", zero, vectors) as part:
             x = e.load(e["x"], source + part.astype("int64") * LANES, LANES)
             e.store(totals, 0, e.load(totals, 0, LANES) + x * e.load(weights, part * LANES, LANES))
-        total = e.load(totals, 0, LANES)
-        while (half := lanes_of(total) // 2) > 0:
-            total = e.bind(shuffle([total], range(half)) + shuffle([total], range(half, 2 * half)))
+        total = reduce_lanes(e, e.load(totals, 0, LANES), lambda a, b: a + b)
         place = e.bind(token.astype("int64") * e["ldy"] + row.astype("int64"))
         e.store(e["y"], place, e.load(e["y"], place) + total)
         with e.loop("rest", e.bind(vectors * LANES), count) as rest:
