@@ -13,7 +13,19 @@ from tvm import tirx
 
 from pmpd.tvm_kernels.codegen.emit import Emitter, lanes_of, shuffle, vector
 
-__all__ = ["ISAS", "AvxVnni", "Isa", "Portable", "isa_named"]
+__all__ = [
+    "ISAS",
+    "Avx2",
+    "Avx512",
+    "Avx512Vbmi",
+    "Avx512Vnni",
+    "AvxVnni",
+    "Dotprod",
+    "Isa",
+    "Neon",
+    "Portable",
+    "isa_named",
+]
 
 
 # Bits of float32 numbers: the least that rounds to infinity in float16, and infinity itself. NaN is above both.
