@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 from pmpd.runtime.decode.trace import Token
-from pmpd.runtime.errors import BundleError, MissingExtraError, PmpdError
+from pmpd.runtime.errors import BundleError, MissingExtraError, PmpdError, one_line
 from pmpd.runtime.format.bundle import Bundle
 
 __all__ = ["StopStrings", "TextStream", "Tokenizer"]
@@ -17,12 +18,28 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that 
 
 
 class Tokenizer:
-    """The bundle's tokenizer and chat template."""
+    """A model's tokenizer and chat template.
 
-    def __init__(self, tokenizer: Any, template: str | None, specials: Mapping[str, str]) -> None:
+    Args:
+        tokenizer: `tokenizers.Tokenizer`.
+        template: the chat template, in Jinja; None for a model without.
+        specials: the texts of special tokens, as the template calls them (``bos_token``, …).
+        context_length: the most tokens that the model reads; it bounds what a template may write.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None,
+        specials: Mapping[str, str | list[str]],
+        *,
+        context_length: int = 131_072,
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self._specials = specials
+        # A token has 4 characters on average; runs of spaces and the like can have many more.
+        self._limit = 100_000 + 64 * context_length
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Self:
@@ -39,29 +56,35 @@ class Tokenizer:
         files = bundle.manifest.files
         if "tokenizer.json" not in files:
             raise BundleError(f"{bundle.path} has no tokenizer.json: use token ids, or export a model that has one")
+        path = bundle.path / "tokenizer.json"
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(bundle.path / "tokenizer.json"))
-        except Exception as error:
-            raise BundleError(
-                f"{bundle.path / 'tokenizer.json'} cannot be read ({error}): copy the bundle again"
-            ) from None
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except BaseException as error:
+            _raise_unless_library(error)
+            raise BundleError(f"{path} cannot be read ({one_line(error)}): copy the bundle again") from None
         template = specials = None
         if "chat_template.jinja" in files:
-            template = (bundle.path / "chat_template.jinja").read_text(encoding="utf-8")
+            template = _read(bundle.path / "chat_template.jinja")
         if "special_tokens_map.json" in files:
-            specials = json.loads((bundle.path / "special_tokens_map.json").read_text(encoding="utf-8"))
-        return cls(tokenizer, template, specials or {})
+            specials = _specials(bundle.path / "special_tokens_map.json")
+        return cls(tokenizer, template, specials or {}, context_length=bundle.manifest.context_length)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Return token ids; `special_tokens` puts the model's start token in front, where it has one.
 
         Raises:
-            PmpdError: the text has lone surrogates, which Python makes of bytes that are not UTF-8.
+            PmpdError: the text has lone surrogates, which Python makes of bytes that are not UTF-8, or the tokenizer
+                fails.
         """
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
         except TypeError:
             raise PmpdError(f"the text {text!r:.60} is not valid Unicode: give UTF-8 text") from None
+        except BaseException as error:
+            _raise_unless_library(error)
+            raise PmpdError(
+                f"the tokenizer fails on {text!r:.60} ({one_line(error)}): export the model again"
+            ) from None
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -74,41 +97,90 @@ class Tokenizer:
         """Whether `apply_chat_template` works."""
         return self._template is not None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the token ids of a conversation that the model is to answer next.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation, as transformers' `apply_chat_template` would.
 
-        `messages` are ``{"role": "user" | "assistant" | "system", "content": text}``.
+        Args:
+            messages: ``{"role": "user" | "assistant" | "system" | …, "content": text}``, and whatever else the
+                template reads (``tool_calls``, …).
+            tools: functions that the model may call, as JSON schemas.
+            documents: texts that the model may use, ``{"title": …, "text": …}``.
+            add_generation_prompt: end with the start of an answer, which the model is to continue.
+            variables: others that the template knows, such as ``enable_thinking``.
 
         Raises:
-            PmpdError: the model has no chat template, or the template refuses the messages.
+            PmpdError: the model has no chat template, the template refuses the messages, or it does more than a
+                template may (`pmpd.runtime.chat`).
             MissingExtraError: the package jinja2 is not installed.
         """
         if self._template is None:
             raise PmpdError("this model has no chat template: give it plain text instead")
         try:
-            from jinja2 import TemplateError
-            from jinja2.ext import loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            from pmpd.runtime.chat import render
         except ImportError:
             raise MissingExtraError("jinja2", "text") from None
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals["raise_exception"] = refuse
         try:
-            template = environment.from_string(self._template)
-            text = template.render(messages=messages, add_generation_prompt=True, **self._specials)
+            text = render(
+                self._template,
+                messages=messages,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+                variables={**self._specials, **(variables or {})},
+                limit=self._limit,
+            )
         except Exception as error:  # a template is a program from elsewhere: it can fail in any way
-            raise PmpdError(f"the model's chat template refuses the conversation: {error}") from None
+            raise PmpdError(
+                f"the model's chat template refuses the conversation: {one_line(error) or type(error).__name__}"
+            ) from None
         return self.encode(text, special_tokens=False)  # the template writes the start token itself
+
+
+def _raise_unless_library(error: BaseException) -> None:
+    """Raise again what is not an error of the Rust library, whose panics are no `Exception`."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({one_line(error)}): copy the bundle again") from None
+
+
+def _specials(path: Path) -> dict[str, str | list[str]]:
+    """Return the texts of special tokens: a token is its text, or an object with the text as ``content``."""
+    try:
+        document = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not valid JSON ({one_line(error)}): copy the bundle again") from None
+
+    def text(token: Any) -> str:
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str):
+            raise BundleError(f"{path} has the special token {one_line(repr(token), 80)}, not a text: export again")
+        return content
+
+    if not isinstance(document, dict):
+        raise BundleError(f"{path} is {one_line(repr(document), 80)}, not an object: export again")
+    named = {name: token for name, token in document.items() if name.endswith(("_token", "_tokens"))}
+    return {name: list(map(text, t)) if isinstance(t, list) else text(t) for name, t in named.items() if t is not None}
 
 
 class TextStream:
     """Turns token ids into text piece by piece, holding back bytes until they are whole characters.
 
-    The pieces are what the tokens add to the text of `prompt`: some decoders drop the space of a word at the start.
+    The pieces are what the tokens add to the text of `prompt`: some decoders drop the space of a word at the start. A
+    character that the prompt begins and an answer ends belongs to the answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
@@ -120,20 +192,24 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Return the text that `token_id` completes."""
         self._ids.append(token_id)
-        before = self._tokenizer.decode(self._ids[self._context : self._done])
         text = self._tokenizer.decode(self._ids[self._context :])
         if text.endswith(UNFINISHED):
             return ""
-        piece = text[len(before) :]
+        piece = self._added(text)
         if piece:
             self._context = self._done
         self._done = len(self._ids)
         return piece
 
     def flush(self) -> str:
-        """Return what is left at the end: the marks of bytes that never became a character."""
+        """Return what is left at the end: replacement characters for bytes that never became a character."""
+        return self._added(self._tokenizer.decode(self._ids[self._context :]))
+
+    def _added(self, text: str) -> str:
         before = self._tokenizer.decode(self._ids[self._context : self._done])
-        return self._tokenizer.decode(self._ids[self._context :])[len(before) :]
+        # The prompt's last replacement character is not in `text` any more if its bytes became a character since.
+        same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
+        return text[same:]
 
 
 class StopStrings:

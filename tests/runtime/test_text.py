@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,29 @@ def test_space_after_the_prompt(sentencepiece: Tokenizer) -> None:
         " Hello",
         "",
     ]
+
+
+@pytest.mark.parametrize(("text", "cut"), [("a 😀b", 3), ("a 😀b", 4), ("a 😀b", 5), ("😀", 1), ("ü 😀😀 x", 4)])
+def test_a_character_that_the_prompt_begins_is_not_lost(byte_level: Tokenizer, text: str, cut: int) -> None:
+    ids = byte_level.encode(text, special_tokens=False)
+    begun = byte_level.decode(ids[:cut]).rstrip("\N{REPLACEMENT CHARACTER}")
+    assert begun + "".join(pieces_of(byte_level, ids[cut:], ids[:cut])) == text
+
+
+def test_a_prompt_that_ends_in_a_replacement_character_is_not_repeated(byte_level: Tokenizer) -> None:
+    prompt = byte_level.encode("a \N{REPLACEMENT CHARACTER}", special_tokens=False)
+    assert "".join(pieces_of(byte_level, byte_level.encode("bc", special_tokens=False), prompt)) == "bc"
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=12), st.integers(0, 40))
+def test_pieces_after_any_cut_complete_the_text(byte_level: Tokenizer, text: str, cut: int) -> None:
+    ids = byte_level.encode(text, special_tokens=False)
+    prompt = ids[:cut]
+    pieces = "".join(pieces_of(byte_level, ids[cut:], prompt))
+    assert text.endswith(pieces)
+    shown = byte_level.decode(prompt)
+    if not shown.endswith("\N{REPLACEMENT CHARACTER}"):
+        assert shown + pieces == text
 
 
 def test_emoji_comes_with_its_last_byte(byte_level: Tokenizer) -> None:
@@ -241,6 +265,29 @@ def test_special_tokens(byte_level: Tokenizer) -> None:
     assert byte_level.decode([1, *byte_level.encode("Hi"), 2]) == "Hi"
 
 
+def test_template_that_goes_beyond_a_bound(byte_level: Tokenizer) -> None:
+    with pytest.raises(PmpdError, match="template makes too much text") as caught:
+        with_template(byte_level, "{{ 'x' * 10 ** 9 }}").apply_chat_template(MESSAGES)
+    assert "\n" not in str(caught.value)
+
+
+def test_error_of_a_template_is_one_line(byte_level: Tokenizer) -> None:
+    with pytest.raises(PmpdError, match="first second") as caught:
+        with_template(byte_level, "{{ raise_exception('first\\nsecond ' ~ 'x' * 100000) }}").apply_chat_template(
+            MESSAGES
+        )
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
+
+
+def test_tools_and_variables_reach_the_template(byte_level: Tokenizer) -> None:
+    template = "{{ tools | tojson }}{{ documents }}{{ thinking }}{{ add_generation_prompt }}"
+    ids = with_template(byte_level, template).apply_chat_template(
+        MESSAGES, tools=[{"name": "<f>"}], add_generation_prompt=False, variables={"thinking": "no"}
+    )
+    assert byte_level.decode(ids) == '[{"name": "<f>"}]NonenoFalse'
+
+
 def bundle_with(demo_bundle: Path, folder: Path, **files: str) -> Bundle:
     """Return a bundle of nothing but these files (dots in names written as __); only its tokenizer can be read."""
     manifest = Bundle.open(demo_bundle).manifest
@@ -252,11 +299,11 @@ def bundle_with(demo_bundle: Path, folder: Path, **files: str) -> Bundle:
 
 
 def test_tokenizer_files_of_a_bundle(demo_bundle: Path, tmp_path: Path) -> None:
-    json = (demo_bundle / "tokenizer.json").read_text(encoding="utf-8")
+    text = (demo_bundle / "tokenizer.json").read_text(encoding="utf-8")
     bundle = bundle_with(
         demo_bundle,
         tmp_path,
-        tokenizer__json=json,
+        tokenizer__json=text,
         chat_template__jinja="{{ eos_token }}{{ messages[0].content }}",
         special_tokens_map__json='{"eos_token": "</s>"}',
     )
@@ -266,3 +313,61 @@ def test_tokenizer_files_of_a_bundle(demo_bundle: Path, tmp_path: Path) -> None:
         Tokenizer.from_bundle(bundle_with(demo_bundle, tmp_path))
     with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.from_bundle(bundle_with(demo_bundle, tmp_path, tokenizer__json="{}"))
+
+
+@pytest.mark.parametrize(
+    ("specials", "bos"),
+    [
+        ('{"bos_token": "<s>"}', "<s>"),
+        ('{"bos_token": {"content": "<s>", "lstrip": false}, "messages": "x"}', "<s>"),
+        ('{"bos_token": "<s>", "additional_special_tokens": ["<a>", {"content": "<b>"}], "pad_token": null}', "<s>"),
+        ("{}", ""),
+    ],
+)
+def test_special_tokens_are_texts_or_objects(demo_bundle: Path, tmp_path: Path, specials: str, bos: str) -> None:
+    files = {
+        "tokenizer__json": (demo_bundle / "tokenizer.json").read_text(encoding="utf-8"),
+        "chat_template__jinja": "{{ bos_token }}{{ messages[0].content }}",
+        "special_tokens_map__json": specials,
+    }
+    tokenizer = Tokenizer.from_bundle(bundle_with(demo_bundle, tmp_path, **files))
+    want = tokenizer.encode(bos + "Hi", special_tokens=False)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]) == want
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("special_tokens_map.json", b"{", "is not valid JSON"),
+        ("special_tokens_map.json", b"[" * 100_000, "is not valid JSON"),
+        ("special_tokens_map.json", b"\xff", "cannot be read"),
+        ("special_tokens_map.json", b"[1]", "not an object"),
+        ("special_tokens_map.json", b"7", "not an object"),
+        ("special_tokens_map.json", b'{"eos_token": 7}', "has the special token 7, not a text"),
+        ("special_tokens_map.json", b'{"eos_token": {"content": 7}}', "not a text"),
+        ("special_tokens_map.json", b'{"extra_tokens": [[]]}', "not a text"),
+        ("chat_template.jinja", b"\xff{{ x }}", "cannot be read"),
+        ("tokenizer.json", b"\xff", "cannot be read"),
+        ("tokenizer.json", b"[" * 100_000, "cannot be read"),
+    ],
+)
+def test_text_files_that_are_not_what_they_should_be(
+    demo_bundle: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    files = {"tokenizer__json": (demo_bundle / "tokenizer.json").read_text(encoding="utf-8")}
+    files.setdefault(name.replace(".", "__"), "{}")
+    bundle = bundle_with(demo_bundle, tmp_path, **files)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BundleError, match=message) as caught:
+        Tokenizer.from_bundle(bundle)
+    assert name in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(demo_bundle: Path, tmp_path: Path) -> None:
+    document = json.loads((demo_bundle / "tokenizer.json").read_text(encoding="utf-8"))
+    document["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}
+    bundle = bundle_with(demo_bundle, tmp_path, tokenizer__json=json.dumps(document))
+    with pytest.raises(PmpdError, match=r"cannot be read|the tokenizer fails"):
+        Tokenizer.from_bundle(bundle).encode("Hi")
