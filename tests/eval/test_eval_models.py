@@ -172,7 +172,10 @@ def test_reference_that_is_no_checkpoint_is_refused(demo_bundle: Path, tmp_path:
 
 
 def test_optimum_and_transformers_agree(demo_bundle: Path) -> None:
-    pytest.importorskip("optimum.onnxruntime", reason="needs the extra `baseline`")
+    try:
+        from optimum.onnxruntime import ORTModelForCausalLM  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f"needs the extra `baseline`: {error}")
     checkpoint = ReferenceCheckpoint.find(Bundle.open(demo_bundle))
     answers = [
         checkpoint.load(backend, threads=1).force([1, 300, 400], [500, 600, 700])

@@ -113,9 +113,9 @@ def call(session: Any, case: Case, *, in_place: bool = True) -> Result:
         binding.bind_ortvalue_input(name, buffer)
     binding.bind_output("Y")
     for past, present in (("past_key", "present_key"), ("past_value", "present_value")):
-        if not in_place:
-            buffers[past] = onnxruntime.OrtValue.ortvalue_from_numpy(np.full_like(case.keys[None], np.inf))
-        binding.bind_ortvalue_output(present, buffers[past])
+        if not in_place:  # inputs stay in `buffers`: ONNX Runtime before 1.24 does not keep their memory alive
+            buffers[present] = onnxruntime.OrtValue.ortvalue_from_numpy(np.full_like(case.keys[None], np.inf))
+        binding.bind_ortvalue_output(present, buffers[past if in_place else present])
     session.run_with_iobinding(binding)
     y, keys, values = (value.numpy()[0].copy() for value in binding.get_outputs())  # numpy's are views
     return Result(y.reshape(len(case.qkv), case.heads, case.dim), keys, values)

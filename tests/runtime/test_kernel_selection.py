@@ -232,7 +232,7 @@ def test_a_library_of_ones_own(slow: Bundle, library: Path, tmp_path: Path) -> N
         assert chosen.info["target"] == HOST
     with pytest.raises(KernelError, match=r"kernel library .*/none\.so does not load on this machine"):
         open_generator(slow, kernels=tmp_path / "none.so")
-    (extension,) = (Path(np.__file__).parent / "_core").glob("_multiarray_umath*.so")  # has other functions
+    (extension,) = Path(np.__file__).parent.glob("*core/_multiarray_umath*.so")  # has other functions
     with pytest.raises(KernelError, match=r"does not load on this machine .*pmpd_ops_info"):
         open_generator(slow, kernels=extension)
 
