@@ -6,7 +6,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from statistics import mean
 from typing import Any
 
@@ -117,11 +117,21 @@ def _draw_quality(axes: Any, metric: Metric, rows: Sequence[QualityRow], colors:
     if min(values, default=0) > 0 and max(values) > 50 * min(values):
         axes.set_yscale("log")
     axes.margins(x=0.12, y=0.16)
-    if metric.highest is not None:
-        axes.set_ylim(top=min(axes.get_ylim()[1], metric.highest))
+    _bound(axes, metric, lowest=min(values, default=0.0))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("average bits per decode step")
     axes.set_title(f"{metric.label}  {metric.arrow}")
+
+
+def _bound(axes: Any, metric: Metric, *, lowest: float) -> None:
+    """Show no values that a metric cannot have: below 0, or above its highest (with room for a label)."""
+    bottom, top = axes.get_ylim()
+    if lowest >= 0:
+        axes.set_ylim(bottom=max(bottom, 0.0))
+    if metric.highest is not None and top > metric.highest:
+        ticks = [tick for tick in axes.get_yticks() if bottom <= tick <= metric.highest]
+        axes.set_ylim(top=metric.highest + 0.06 * (metric.highest - bottom))
+        axes.set_yticks(ticks)
 
 
 def _label_points(
@@ -209,11 +219,14 @@ def _seconds_by_position(row: QualityRow) -> list[float]:
 
 
 def _smooth(seconds: Sequence[float], bits: Sequence[int]) -> list[float]:
-    """Return the running mean of nine, of neighbours at the same precision: a switch stays a step."""
-    smooth = []
-    for index in range(len(seconds)):
-        window = range(max(0, index - 4), min(index + 5, len(seconds)))
-        smooth.append(mean(seconds[near] for near in window if bits[near] == bits[index]))
+    """Return at each step the mean of the nine steps around it that have its precision: a switch stays sharp."""
+    smooth: list[float] = []
+    for _, run in groupby(range(len(seconds)), key=bits.__getitem__):
+        steps = list(run)
+        first, last = steps[0], steps[-1] + 1
+        for step in steps:
+            start = max(first, min(step - 4, last - 9))
+            smooth.append(mean(seconds[start : min(start + 9, last)]))
     return smooth
 
 

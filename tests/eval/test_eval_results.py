@@ -11,6 +11,7 @@ import pytest
 
 from pmpd.eval.measure.scoring import Metric, Sample
 from pmpd.eval.report.page import render_html
+from pmpd.eval.report.plots import _smooth
 from pmpd.eval.report.results import QualityResults, QualityRow
 from pmpd.eval.report.verdict import verdict
 from pmpd.runtime import PmpdError
@@ -207,6 +208,19 @@ def test_page_without_decode_times_has_no_speed_plot(results: QualityResults) ->
     page = render_html(QualityResults(rows=rows, metrics=METRICS, environment=results.environment))
     assert page.count("<svg") == 2
     assert "Answers side by side" not in page
+
+
+def test_a_switch_stays_sharp() -> None:
+    """Speeds are smoothed among steps of one precision only, over as many of them as there are, nine at most."""
+    seconds, bits = [4.0] * 12 + [2.0] * 3, [4] * 12 + [2] * 3
+    assert _smooth(seconds, bits) == seconds
+    assert _smooth([9.0, 0.0, 0.0, 5.0], [4, 4, 4, 2]) == [3.0, 3.0, 3.0, 5.0]
+
+
+def test_no_axis_shows_what_a_metric_cannot_be(results: QualityResults) -> None:
+    page = render_html(results)
+    ticks = [float(text.replace("\N{MINUS SIGN}", "-")) for text in re.findall(r">([\N{MINUS SIGN}]?\d+)</text>", page)]
+    assert min(ticks) >= 0 and max(ticks) <= 1000 / 2  # tokens/s at 2 bits are 500
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
