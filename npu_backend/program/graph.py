@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,10 @@ from pmpd.runtime.errors import BundleError, MissingExtraError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Graph", "Initializer", "Node", "read_graph"]
+__all__ = ["Initializer", "Node", "OnnxGraph", "read_graph"]
+
+
+LOGITS = "logits"  # the output of the output layer
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Graph:
+class OnnxGraph:
     """The nodes of one ONNX file, in the order they run, its initializers by name, and its inputs."""
 
     path: Path
@@ -47,12 +50,16 @@ class Graph:
     initializers: Mapping[str, Initializer]
     inputs: tuple[str, ...]
 
+    def without_output_layer(self) -> OnnxGraph:
+        """Return the graph without the product that gives the logits."""
+        return replace(self, nodes=tuple(node for node in self.nodes if LOGITS not in node.outputs))
 
-def read_graph(path: Path) -> Graph:
+
+def read_graph(path: Path) -> OnnxGraph:
     """Read an ONNX file without its weights, which need not exist.
 
     Raises:
-        BundleError: the file is no ONNX model.
+        BundleError: the file is not an ONNX model.
         MissingExtraError: onnx is not installed.
     """
     try:
@@ -63,7 +70,7 @@ def read_graph(path: Path) -> Graph:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # protobuf's own errors have no common base
         raise BundleError(f"{path} is not an ONNX model ({error}): export again") from None
-    return Graph(
+    return OnnxGraph(
         path=path,
         nodes=tuple(_node(node, number) for number, node in enumerate(graph.node)),
         initializers={tensor.name: _initializer(tensor) for tensor in graph.initializer},

@@ -42,16 +42,15 @@ def instruction_count(costs: Iterable[OperatorCost]) -> Number:
     )
 
 
-def stream_sizes(model: Model, hardware: Hardware, *, layers_only: bool = False) -> StreamSizes:
+def stream_sizes(model: Model, hardware: Hardware) -> StreamSizes:
     """Return what the instructions for all lengths of a model take: prompts of each, and a decode step after each."""
     granularity, context = int(np.max(hardware.controller.length_granularity)), model.context_length
     totals: dict[int, float] = {}
     for step in (1, granularity):
         lengths = np.minimum(np.arange(step, context + step, step), context).astype(float)
-        programs = [lower(model.prefill, hardware, tokens=lengths, past=0, layers_only=layers_only)]
+        programs = [lower(model.prefill, hardware, tokens=lengths, past=0)]
         programs += [
-            lower(graph, hardware, tokens=1, past=np.minimum(lengths, context - 1), layers_only=layers_only)
-            for graph in model.decode.values()
+            lower(graph, hardware, tokens=1, past=np.minimum(lengths, context - 1)) for graph in model.decode.values()
         ]
         counts = [np.broadcast_to(_count(program, hardware), lengths.shape).sum() for program in programs]
         totals[step] = float(sum(counts) * np.max(hardware.controller.instruction_bytes))

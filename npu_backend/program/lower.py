@@ -6,7 +6,9 @@ What the mapping assumes:
 * activations stay on chip while decoding (FlightLLM's always-on-chip decode). A prompt's do not fit: products and
   attention load and store them, what is between is fused with them. A product runs over as much of the prompt at a time
   as the activation buffer holds, or over as many weights as the stream buffer holds, whichever moves fewer bytes;
-* keys and values are read as far as the text goes, rounded up to the granularity of programs; new ones are written;
+* cached keys and values are read as far as the text goes, rounded up to the granularity of programs; new ones are
+  written. A prompt's attention goes head by head: keys and values of a head stay on chip if they fit the activation
+  buffer. If not, its queries pass in parts that fit, and each part reads the keys and values that it sees;
 * heads that share a key/value head are rows of one product; of a prompt's causal attention, only what is seen is
   computed.
 """
@@ -33,7 +35,7 @@ from pmpd.npu_backend.machine.instructions import (
     Store,
     Sync,
 )
-from pmpd.npu_backend.program.graph import Graph, Node
+from pmpd.npu_backend.program.graph import Node, OnnxGraph
 from pmpd.runtime.errors import BundleError, PmpdError
 
 __all__ = ["lower"]
@@ -54,15 +56,13 @@ _FUNCTIONS: dict[str, SpecialKind] = {
 
 @dataclass(frozen=True)
 class _Value:
-    """An activation: rows (tokens) of so many elements."""
+    """An activation: rows (tokens) of `width` elements each."""
 
     rows: Number
     width: int
 
 
-def lower(
-    graph: Graph, hardware: Hardware, *, tokens: Number, past: Number, fp16: bool = False, layers_only: bool = False
-) -> Program:
+def lower(graph: OnnxGraph, hardware: Hardware, *, tokens: Number, past: Number, fp16: bool = False) -> Program:
     """Lower a prefill or decode graph.
 
     Args:
@@ -71,21 +71,18 @@ def lower(
         tokens: new tokens.
         past: tokens before them, whose keys and values are in the cache; an array gives a program for each.
         fp16: weights, activations and KV cache are float16, without bit-planes: the baseline of the paper.
-        layers_only: leave the output layer to the host.
 
     Raises:
         BundleError: a node cannot be lowered; the message names it.
         PmpdError: the activations of one token do not fit on chip, or there are more tokens than the model's context.
     """
-    return _Lowering(graph, hardware, tokens, past, fp16=fp16, layers_only=layers_only).program()
+    return _Lowering(graph, hardware, tokens, past, fp16=fp16).program()
 
 
 class _Lowering:
-    def __init__(
-        self, graph: Graph, hardware: Hardware, tokens: Number, past: Number, *, fp16: bool, layers_only: bool
-    ) -> None:
+    def __init__(self, graph: OnnxGraph, hardware: Hardware, tokens: Number, past: Number, *, fp16: bool) -> None:
         self.graph, self.hardware, self.tokens, self.past = graph, hardware, tokens, past
-        self.fp16, self.layers_only = fp16, layers_only
+        self.fp16 = fp16
         formats = hardware.formats
         self.byte = (FP16_BITS if fp16 else formats.activation_bits) / 8  # bytes of an activation
         self.kv_bits = FP16_BITS if fp16 else formats.kv_bits
@@ -188,8 +185,6 @@ class _Lowering:
         bits, outputs, _ = planes.shape
         inputs = int(node.attributes["K"])
         self.values[node.outputs[0]] = _Value(x.rows, outputs)
-        if self.layers_only and node.outputs[0] == "logits":
-            return []
         streams: dict[Data, Number]
         if self.fp16:
             bits, streams = FP16_BITS, {"dense": outputs * inputs * FP16_BITS / 8}
@@ -256,17 +251,22 @@ class _Lowering:
         # A token sees itself and what is before it: the mean over a prompt's tokens.
         seen = cached + (x.rows + 1) / 2
         rows = x.rows * (heads // kv_heads)
+        room = self.hardware.buffers.activation_kib * 1024
+        head_bytes = 2 * (cached + x.rows) * dim * self.kv_bits / 8  # keys and values
+        parts = np.where(head_bytes <= room, 1.0, np.maximum(np.ceil(2 * rows * dim * self.byte / room), 1.0))
+        # Of n parts, part i sees i / n of the new tokens. The first read of those is that of the input.
+        read = parts * cached + (parts - 1) / 2 * x.rows
         off_chip = self._off_chip(x) * self.byte
         return [
             *([Load("activations", off_chip * x.width)] if np.any(off_chip) else []),
             Load("vectors", x.rows * pairs * 2 * 4),  # cosines and sines, float32
             Special("rotary", x.rows * (heads + kv_heads) * 2 * pairs),
             Store("kv_cache", x.rows * position * 2),
-            Load("kv_cache", cached * position),
+            Load("kv_cache", read * position),
             *self._products(rows, seen, dim, kv_heads, self.kv_bits, codebook=False),
             Sync(),
             Special("softmax", x.rows * heads * seen),
-            Load("kv_cache", cached * position),
+            Load("kv_cache", read * position),
             *self._products(rows, dim, seen, kv_heads, self.kv_bits, codebook=False),
             *([Store("activations", off_chip * heads * dim)] if np.any(off_chip) else []),
             Sync(),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pmpd.npu_backend.program.graph import Graph, read_graph
+from pmpd.npu_backend.program.graph import OnnxGraph, read_graph
 from pmpd.runtime.errors import MissingExtraError
 from pmpd.runtime.format.bundle import Bundle
 
@@ -17,20 +17,33 @@ __all__ = ["Model"]
 
 @dataclass(frozen=True)
 class Model:
-    """The graphs of a bundle: prefill, and decode by precision."""
+    """The graphs of a bundle: prefill, and decode by precision.
+
+    `has_output_layer` is False where the host computes the logits.
+    """
 
     name: str
     context_length: int
     prefill_precision: int
-    prefill: Graph
-    decode: dict[int, Graph]
+    prefill: OnnxGraph
+    decode: dict[int, OnnxGraph]
+    has_output_layer: bool = True
+
+    def without_output_layer(self) -> Model:
+        """Return the model as the accelerator sees it if the output layer is left to the host."""
+        return replace(
+            self,
+            prefill=self.prefill.without_output_layer(),
+            decode={precision: graph.without_output_layer() for precision, graph in self.decode.items()},
+            has_output_layer=False,
+        )
 
     @classmethod
     def open(cls, path: str | Path) -> Model:
         """Read the graphs of the bundle or skeleton in folder `path`.
 
         Raises:
-            BundleError: the folder is no bundle, or a graph cannot be read.
+            BundleError: the folder is not a bundle, or a graph cannot be read.
         """
         bundle = Bundle.open(path, skeleton=True)
         manifest = bundle.manifest

@@ -55,8 +55,6 @@ PAPER = {
     ("mobilellama-1.4b", "DialogSum"): (3.9, 5.2, 5.0),
     ("mobilellama-1.4b", "IWSLT"): (4.0, 4.4, 4.6),
 }
-# Tokens a second of the float16 models on the same axis, in the middle of what can be read.
-PAPER_FP16 = {"vicuna-7b": 2.4, "mobilellama-1.4b": 13.0}
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def bars() -> Iterator[Bar]:
         MissingExtraError: the exporter's packages, which make the graphs, are not installed.
     """
     for model, (npu, high) in MODELS.items():
-        graphs, hardware = Model.shipped(model, precisions=(high, high - 1)), read_hardware(npu)
+        graphs, hardware = _layers(model, high), read_hardware(npu)
         for data in (data for name, data in BITS if name == model):
             base = _generation(graphs, hardware, data, None)
             yield Bar(model, data, "fp16", 16.0, 1.0, None, base.decode_tokens_per_second)
@@ -111,7 +109,7 @@ def prefill_overheads() -> dict[tuple[str, str], float]:
     shares = {}
     for model, (npu, high) in MODELS.items():
         hardware, low = read_hardware(npu), StaticSchedule(((high - 1, 0),))
-        graphs = [Model.shipped(model, precisions=(high, high - 1), prefill=bits) for bits in (high, high - 1)]
+        graphs = [_layers(model, high, prefill=bits) for bits in (high, high - 1)]
         for data in (data for name, data in BITS if name == model):
             long, short = (_generation(each, hardware, data, low) for each in graphs)
             seconds = [each.prefill_seconds + each.decode_seconds for each in (long, short)]
@@ -119,9 +117,14 @@ def prefill_overheads() -> dict[tuple[str, str], float]:
     return shares
 
 
+def _layers(name: str, high: int, **options: int) -> Model:
+    """Return the graphs of a model at a precision and the next lower one; the output layer is left to the host."""
+    return Model.shipped(name, precisions=(high, high - 1), **options).without_output_layer()
+
+
 def _generation(model: Model, hardware: Hardware, data: str, schedule: StaticSchedule | None) -> Generation:
     prompt, tokens = LENGTHS[data]
-    return generate(model, hardware, prompt=prompt, tokens=tokens, schedule=schedule, layers_only=True)
+    return generate(model, hardware, prompt=prompt, tokens=tokens, schedule=schedule)
 
 
 def run(*, json: Path | None = None, plot: Path | None = None, quiet: bool = False) -> str:

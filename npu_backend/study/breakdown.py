@@ -19,7 +19,7 @@ from pmpd.npu_backend.program.lower import FP16_BITS
 from pmpd.npu_backend.program.model import Model
 from pmpd.npu_backend.study.generate import Generation
 
-__all__ = ["GROUPINGS", "Phase", "Row", "phases"]
+__all__ = ["GROUPINGS", "OperatorGroup", "PhaseBreakdown", "phases"]
 
 Grouping = Callable[[Operator], str]
 _UNITS = ("memory", "matrix", "special", "overhead")
@@ -40,7 +40,7 @@ GROUPINGS: Mapping[str, Grouping] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class OperatorGroup:
     """What a group of operators takes in one run.
 
     Attributes:
@@ -77,7 +77,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
+class PhaseBreakdown:
     """A prompt, or decode steps at one precision: means over the steps, unless it is for one.
 
     Attributes:
@@ -100,7 +100,7 @@ class Phase:
     instructions: float
     seconds: float
     joules: float
-    rows: tuple[Row, ...]
+    rows: tuple[OperatorGroup, ...]
 
     @property
     def title(self) -> str:
@@ -114,9 +114,9 @@ class Phase:
         return f"Decode, {bits}, mean of {len(self.steps):,} steps after {lengths} tokens"
 
     @cached_property
-    def total(self) -> Row:
+    def total(self) -> OperatorGroup:
         """All rows as one."""
-        return Row(
+        return OperatorGroup(
             name="total",
             count=sum(row.count for row in self.rows),
             macs=sum(row.macs for row in self.rows),
@@ -130,7 +130,7 @@ class Phase:
 
 def phases(
     generation: Generation, model: Model, *, by: Grouping = GROUPINGS["kind"], steps: Sequence[int] = ()
-) -> list[Phase]:
+) -> list[PhaseBreakdown]:
     """Return the phases of a generation: the prompt, then decoding at each precision, or some decode steps.
 
     Args:
@@ -155,7 +155,9 @@ def phases(
     return found
 
 
-def _phase(run: Run, by: Grouping, precision: int, steps: tuple[int, ...], *, place: int | None = None) -> Phase:
+def _phase(
+    run: Run, by: Grouping, precision: int, steps: tuple[int, ...], *, place: int | None = None
+) -> PhaseBreakdown:
     """Measure a run: means, or its entry at `place`."""
     shape = np.shape(run.seconds)
 
@@ -170,7 +172,7 @@ def _phase(run: Run, by: Grouping, precision: int, steps: tuple[int, ...], *, pl
     if left > _NOTHING:
         needs = dict.fromkeys(_UNITS, 0.0) | {"memory": left}
         rows.append(
-            Row(
+            OperatorGroup(
                 name="last stores",  # the units are done, memory still writes
                 count=0,
                 macs=0.0,
@@ -182,7 +184,7 @@ def _phase(run: Run, by: Grouping, precision: int, steps: tuple[int, ...], *, pl
             )
         )
     past = np.ravel(run.program.past)
-    return Phase(
+    return PhaseBreakdown(
         phase="decode" if steps else "prefill",
         precision=precision,
         tokens=int(np.max(run.program.tokens)),
@@ -196,10 +198,10 @@ def _phase(run: Run, by: Grouping, precision: int, steps: tuple[int, ...], *, pl
     )
 
 
-def _row(name: str, times: Sequence[OperatorTime], one: Callable[[Number], float]) -> Row:
+def _row(name: str, times: Sequence[OperatorTime], one: Callable[[Number], float]) -> OperatorGroup:
     special = [step.elements for time in times for step in time.operator.instructions if isinstance(step, Special)]
     classes = {data: one(sum((time.operator.nbytes(data) for time in times), start=0.0)) for data in get_args(Data)}
-    return Row(
+    return OperatorGroup(
         name=name,
         count=len(times),
         macs=one(sum((time.operator.macs for time in times), start=0.0)),

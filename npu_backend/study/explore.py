@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pmpd.npu_backend.hardware.description import Hardware, Number
 from pmpd.npu_backend.machine.instructions import Program
 from pmpd.npu_backend.machine.simulate import Run, simulate
-from pmpd.npu_backend.program.graph import Graph
+from pmpd.npu_backend.program.graph import OnnxGraph
 from pmpd.npu_backend.program.lower import FP16_BITS, lower
 from pmpd.npu_backend.program.model import Model
 from pmpd.npu_backend.study.generate import decode_graph, plan, read_schedule
@@ -154,12 +154,14 @@ def explore(
         PmpdError: as `generate` and `read_schedule` do, or no design is possible and keeps the limits.
         BundleError: a node cannot be lowered.
     """
+    if layers_only:
+        model = model.without_output_layer()
     plans = {name: plan(model, prompt=prompt, tokens=tokens, schedule=read_schedule(name, model)) for name in schedules}
     count = len(next(iter(points.values())))
     numbers: dict[str, list[Column]] = defaultdict(list)
     names: list[str] = []
     for name, precisions in plans.items():
-        task = _Task(model, prompt, _lengths(precisions, prompt, _granularity(hardware, points)), layers_only)
+        task = _Task(model, prompt, _lengths(precisions, prompt, _granularity(hardware, points)))
         possible = np.flatnonzero(task.fits(hardware, points) & np.ones(count, dtype=bool))
         progress(count - len(possible))
         names += [name] * len(possible)
@@ -216,7 +218,6 @@ class _Task:
     model: Model
     prompt: int
     lengths: Mapping[int, tuple[Column, Column]]
-    layers_only: bool
 
     @property
     def entries(self) -> int:
@@ -262,12 +263,11 @@ class _Task:
             "average_power_w": joules / (first + decode),
         }
 
-    def _run(self, graph: Graph, hardware: Hardware, tokens: int, past: Column) -> Run:
+    def _run(self, graph: OnnxGraph, hardware: Hardware, tokens: int, past: Column) -> Run:
         return simulate(self._lower(graph, hardware, tokens, past), hardware)
 
-    def _lower(self, graph: Graph, hardware: Hardware, tokens: int, past: Column) -> Program:
-        fp16 = FP16_BITS in self.lengths
-        return lower(graph, hardware, tokens=tokens, past=past, fp16=fp16, layers_only=self.layers_only)
+    def _lower(self, graph: OnnxGraph, hardware: Hardware, tokens: int, past: Column) -> Program:
+        return lower(graph, hardware, tokens=tokens, past=past, fp16=FP16_BITS in self.lengths)
 
 
 def _varied(hardware: Hardware, points: Mapping[str, Column]) -> Hardware:

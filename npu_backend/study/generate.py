@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pmpd.npu_backend.hardware.description import Hardware, Number
 from pmpd.npu_backend.machine.simulate import Run, simulate
-from pmpd.npu_backend.program.graph import Graph
+from pmpd.npu_backend.program.graph import OnnxGraph
 from pmpd.npu_backend.program.lower import FP16_BITS, lower
 from pmpd.npu_backend.program.model import Model
 from pmpd.runtime.errors import PmpdError
@@ -107,7 +107,6 @@ def generate(
     prompt: int,
     tokens: int,
     schedule: Schedule | None,
-    layers_only: bool = False,
 ) -> Generation:
     """Simulate a generation of batch size 1.
 
@@ -117,7 +116,6 @@ def generate(
         prompt: tokens of the prompt, 1 or more.
         tokens: new tokens, 2 or more.
         schedule: the precision of each decode step; None is the float16 model, in prefill too.
-        layers_only: leave the output layer to the host.
 
     Raises:
         PmpdError: too few tokens, more than the model's context holds, or a precision the model does not have.
@@ -125,8 +123,8 @@ def generate(
     """
     precisions = plan(model, prompt=prompt, tokens=tokens, schedule=schedule)
 
-    def run(graph: Graph, new: int, past: npt.NDArray[np.float64]) -> Run:
-        program = lower(graph, hardware, tokens=new, past=past, fp16=schedule is None, layers_only=layers_only)
+    def run(graph: OnnxGraph, new: int, past: npt.NDArray[np.float64]) -> Run:
+        program = lower(graph, hardware, tokens=new, past=past, fp16=schedule is None)
         return simulate(program, hardware)
 
     decode = {
@@ -162,7 +160,7 @@ def plan(model: Model, *, prompt: int, tokens: int, schedule: Schedule | None) -
     return precisions
 
 
-def decode_graph(model: Model, precision: int) -> Graph:
+def decode_graph(model: Model, precision: int) -> OnnxGraph:
     """Return the graph of decode steps at `precision`: for the float16 model the one at the highest."""
     return model.decode[max(model.decode) if precision == FP16_BITS else precision]
 

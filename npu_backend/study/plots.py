@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pmpd.npu_backend.program.lower import FP16_BITS
-from pmpd.npu_backend.study.breakdown import Phase
+from pmpd.npu_backend.study.breakdown import PhaseBreakdown
 from pmpd.npu_backend.study.explore import Exploration, pareto_front
 from pmpd.runtime.console.output import amount
 from pmpd.runtime.errors import MissingExtraError, PmpdError
@@ -78,7 +78,7 @@ def render(figure: Any, path: Path) -> bytes:
     return buffer.getvalue()
 
 
-def time_bars(phases: Sequence[Phase], title: str) -> Any:
+def time_bars(phases: Sequence[PhaseBreakdown], title: str) -> Any:
     """Return a figure of stacked bars: milliseconds of each phase, prompts on the left and decode steps on the right.
 
     Args:
@@ -87,7 +87,7 @@ def time_bars(phases: Sequence[Phase], title: str) -> Any:
     """
     colors, parts = _parts(phases)
     with matplotlib.rc_context(STYLE):
-        bars: dict[str, list[tuple[Phase, Mapping[str, float]]]] = {"prefill": [], "decode": []}
+        bars: dict[str, list[tuple[PhaseBreakdown, Mapping[str, float]]]] = {"prefill": [], "decode": []}
         for phase, seconds in zip(phases, parts, strict=True):
             bars[phase.phase].append((phase, seconds))
         places = max(map(len, bars.values()))
@@ -110,7 +110,7 @@ def time_bars(phases: Sequence[Phase], title: str) -> Any:
         return figure
 
 
-def _bars(axes: Any, bars: Sequence[tuple[Phase, Mapping[str, float]]], colors: Mapping[str, str]) -> None:
+def _bars(axes: Any, bars: Sequence[tuple[PhaseBreakdown, Mapping[str, float]]], colors: Mapping[str, str]) -> None:
     for place, (phase, parts) in enumerate(bars):
         left = 0.0
         for name, color in colors.items():
@@ -127,7 +127,7 @@ def _bars(axes: Any, bars: Sequence[tuple[Phase, Mapping[str, float]]], colors: 
     axes.margins(x=0.32)
 
 
-def _label(phase: Phase, *, steps: bool) -> str:
+def _label(phase: PhaseBreakdown, *, steps: bool) -> str:
     bits = "float16" if phase.precision == FP16_BITS else f"{phase.precision} bits"
     if not phase.steps or not steps:
         return bits
@@ -135,7 +135,7 @@ def _label(phase: Phase, *, steps: bool) -> str:
     return f"{bits}, step {first}" if first == last else f"{bits}, steps {first}–{last}"
 
 
-def _parts(phases: Sequence[Phase]) -> tuple[dict[str, str], list[dict[str, float]]]:
+def _parts(phases: Sequence[PhaseBreakdown]) -> tuple[dict[str, str], list[dict[str, float]]]:
     """Return the colours of parts, and the seconds of each part in each phase.
 
     A part is a linear layer of all blocks, or another kind of operator; those that are small everywhere are one.

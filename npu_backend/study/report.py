@@ -13,7 +13,7 @@ from pmpd.npu_backend.machine.instructions import Data
 from pmpd.npu_backend.program.listing import StreamSizes, listing, stream_sizes
 from pmpd.npu_backend.program.lower import FP16_BITS, lower
 from pmpd.npu_backend.program.model import Model
-from pmpd.npu_backend.study.breakdown import GROUPINGS, Phase, Row, phases
+from pmpd.npu_backend.study.breakdown import GROUPINGS, OperatorGroup, PhaseBreakdown, phases
 from pmpd.npu_backend.study.generate import FP16, Generation, decode_graph, generate, read_schedule
 from pmpd.runtime.console.output import amount, csv_text, markdown_table
 from pmpd.runtime.schedule.base import Schedule
@@ -31,7 +31,6 @@ class Report:
 
     Attributes:
         model, hardware: what was simulated.
-        layers_only: the output layer was left to the host.
         baseline: the float16 model.
         generations: by schedule, as the user gave it.
         steps: decode steps that are looked at, instead of means over all.
@@ -41,11 +40,10 @@ class Report:
 
     model: Model
     hardware: Hardware
-    layers_only: bool
     baseline: Generation
     generations: Mapping[str, Generation]
     steps: tuple[int, ...]
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseBreakdown, ...]
     streams: StreamSizes
 
     def speedup(self, generation: Generation) -> float:
@@ -63,14 +61,15 @@ class Report:
         """The generation under the last schedule."""
         return list(self.generations.values())[-1]
 
-    def by_module(self) -> tuple[Phase, ...]:
+    def by_module(self) -> tuple[PhaseBreakdown, ...]:
         """Return the phases, the float16 model's first, with the same node of all layers as one row."""
         return _phases([self.baseline, *self.generations.values()], self.model, "module", self.steps)
 
     def to_text(self, *, details: bool = True) -> str:
         """Return the table of schedules and, with `details`, that of each phase and the size of the instructions."""
         parts = [
-            f"{self.title}\n{self.hardware.title}" + ("; the output layer on the host" if self.layers_only else ""),
+            f"{self.title}\n{self.hardware.title}"
+            + ("" if self.model.has_output_layer else "; the output layer on the host"),
             markdown_table(self._schedules()),
         ]
         if details:
@@ -100,7 +99,7 @@ class Report:
             },
             "prompt_tokens": self.baseline.prompt,
             "new_tokens": self.baseline.tokens,
-            "layers_only": self.layers_only,
+            "layers_only": not self.model.has_output_layer,
             "baseline": self._schedule(FP16, self.baseline),
             "schedules": [self._schedule(name, generation) for name, generation in self.generations.items()],
             "phases": [_phase(phase) for phase in self.phases],
@@ -129,7 +128,7 @@ class Report:
             precision, _ = last.find(step)
             graph, past = decode_graph(self.model, precision), float(last.prompt + step)
             fp16 = precision == FP16_BITS
-            program = lower(graph, self.hardware, tokens=1, past=past, fp16=fp16, layers_only=self.layers_only)
+            program = lower(graph, self.hardware, tokens=1, past=past, fp16=fp16)
             texts.append(listing(program, self.hardware))
         return "\n\n".join(texts)
 
@@ -198,27 +197,30 @@ def study(
         PmpdError: as `generate` and `read_schedule` do, and for a step that is not there.
         BundleError: a node cannot be lowered.
     """
+    if layers_only:
+        model = model.without_output_layer()
     names = schedules or [FP16, *(f"uniform:{precision}" for precision in model.decode)]
     parsed = {name: read_schedule(name, model) for name in names}
 
     def simulated(schedule: Schedule | None) -> Generation:
-        return generate(model, hardware, prompt=prompt, tokens=tokens, schedule=schedule, layers_only=layers_only)
+        return generate(model, hardware, prompt=prompt, tokens=tokens, schedule=schedule)
 
     baseline = simulated(None)
     generations = {name: simulated(schedule) if schedule else baseline for name, schedule in parsed.items()}
     return Report(
         model=model,
         hardware=hardware,
-        layers_only=layers_only,
         baseline=baseline,
         generations=generations,
         steps=tuple(steps),
         phases=_phases(generations.values(), model, by, steps),
-        streams=stream_sizes(model, hardware, layers_only=layers_only),
+        streams=stream_sizes(model, hardware),
     )
 
 
-def _phases(generations: Iterable[Generation], model: Model, by: str, steps: Sequence[int]) -> tuple[Phase, ...]:
+def _phases(
+    generations: Iterable[Generation], model: Model, by: str, steps: Sequence[int]
+) -> tuple[PhaseBreakdown, ...]:
     found = (phase for each in generations for phase in phases(each, model, by=GROUPINGS[by], steps=steps))
     return tuple({phase.title: phase for phase in found}.values())
 
@@ -228,7 +230,7 @@ def _rates(generation: Generation) -> dict[int, float]:
     return {bits: 1 / float(np.mean(run.seconds)) for bits, run in generation.decode.items()}
 
 
-def _phase(phase: Phase) -> dict[str, Any]:
+def _phase(phase: PhaseBreakdown) -> dict[str, Any]:
     return {
         "title": phase.title,
         "phase": phase.phase,
@@ -246,7 +248,7 @@ def _phase(phase: Phase) -> dict[str, Any]:
     }
 
 
-def _row(row: Row, phase: Phase) -> dict[str, Any]:
+def _row(row: OperatorGroup, phase: PhaseBreakdown) -> dict[str, Any]:
     return {
         "name": row.name,
         "count": row.count,
@@ -262,7 +264,7 @@ def _row(row: Row, phase: Phase) -> dict[str, Any]:
     }
 
 
-def _operators(phase: Phase) -> list[list[str]]:
+def _operators(phase: PhaseBreakdown) -> list[list[str]]:
     moved = phase.total.nbytes
     shown = [data for data in get_args(Data) if data in moved and data not in _FEW]
     unit, scale = ("ms", 1e3) if phase.seconds >= 1e-3 else ("µs", 1e6)

@@ -188,7 +188,7 @@ def test_the_output_layer_can_be_left_to_the_host(folder: Path) -> None:
     for graph, tokens in (model.decode[4], 1), (model.prefill, 9):
         reference = Reference(graph.path)
         (head, (outputs, inputs)) = list(reference.products.items())[-1]
-        whole, layers = (lower(graph, NPU, tokens=tokens, past=3, layers_only=only) for only in (False, True))
+        whole, layers = (lower(g, NPU, tokens=tokens, past=3) for g in (graph, graph.without_output_layer()))
         assert _sum_of_macs(whole) - _sum_of_macs(layers) == outputs * inputs
         assert whole.nbytes() - layers.nbytes() == reference.by_node()[head] + whole.nbytes("logits")
         assert layers.nbytes("logits") == 0
@@ -215,6 +215,35 @@ def test_a_prompt_moves_what_does_not_fit(folder: Path) -> None:
             assert operator.nbytes("planes", "codebooks") == ways[best][0]
             assert operator.nbytes("activations") == ways[best][1] + tokens * outputs
     assert {("rows", True, True), ("weights", True, True)} <= chosen  # neither is always the better one
+
+
+@pytest.mark.parametrize(
+    ("activation_kib", "fp16", "cached_reads", "new_reads"),
+    [
+        # A head's keys and values of 48 new and 16 cached tokens: 2 * 64 * 80 = 10 KiB; 20 KiB in float16.
+        (10, False, 1, 0),
+        (20, True, 1, 0),
+        # They do not fit: a head's queries and outputs, 2 * 48 * 80 = 7.5 KiB, pass in parts. Each part reads what it
+        # sees: of n parts that is all cached tokens, and (n + 1) / 2 times the new ones in total. The first read of the
+        # new ones is that of the input.
+        (9, False, 1, 0),
+        (4, False, 2, 0.5),
+        (3, False, 3, 1),
+        (5, True, 3, 1),
+    ],
+)
+def test_keys_and_values_of_a_prompt_take_room_on_chip(
+    folder: Path, activation_kib: int, fp16: bool, cached_reads: int, new_reads: float
+) -> None:
+    path = _export("stablelm", folder / "stablelm")
+    model, manifest = Model.open(path), Bundle.open(path, skeleton=True).manifest
+    shape, dim = manifest.architecture, manifest.kv_cache.head_dim
+    assert (shape.attention_heads, shape.kv_heads, dim) == (3, 3, 80)
+    hardware = NPU.varied(buffers__activation_kib=activation_kib)
+    program = lower(model.prefill, hardware, tokens=48, past=16, fp16=fp16)
+    steps = [step for operator in program.operators for step in operator.instructions]
+    position = shape.layers * 2 * shape.kv_heads * dim * (2 if fp16 else 1)
+    assert _moved(steps, Load) == (16 * cached_reads + 48 * new_reads) * position
 
 
 @given(
