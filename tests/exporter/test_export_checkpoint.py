@@ -333,6 +333,10 @@ def test_a_tensor_is_read_only_when_it_is_asked_for(whole_sharded: Path, tmp_pat
         ("---\ntags: [x]\n---\nlicense: mit", None),
         ("license: mit", None),
         ("---\nlicense:\n---", None),
+        ("---\nlicense: 'mit'  # as upstream\n---", "mit"),
+        ("---\nlicense:\n- mit\n- apache-2.0\n---", "mit, apache-2.0"),
+        ("---\nlicense: [\n---", None),
+        ("---\nlicense: 4\n---", None),
         ("", None),
     ],
 )

@@ -30,8 +30,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The empty folder where commands run; settings of this process that a command changes are put back."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     level = logging.getLogger("pmpd").level
     for name in "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS":
         monkeypatch.setenv(name, "error")
@@ -170,14 +171,20 @@ def test_a_usage_error_exits_2(arguments: str, message: str, place: Path) -> Non
         ("phi15", "unknown model 'phi15': choose one of phi-1.5"),
         ("./nowhere", "there is no folder nowhere: give the folder of a Hugging Face checkpoint, or a hub id"),
         (".", "has no config.json: give a Hugging Face checkpoint's folder"),
+        ("model.gguf", "model.gguf is a GGUF file, whose weights are quantized already: give the folder of a Hugging"),
+        ("notes.txt", "notes.txt is a file: give the folder of a Hugging Face checkpoint"),
+        ("../models/no/such", "there is no folder ../models/no/such: give the folder"),
     ],
 )
 def test_a_wrong_model_is_one_line(model: str, message: str, place: Path) -> None:
+    before = [place / model] if model.endswith((".gguf", ".txt")) else []
+    for file in before:
+        file.write_text("")
     result = export("-m", model)
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
-    assert list(place.iterdir()) == []
+    assert list(place.iterdir()) == before
 
 
 def test_the_output_is_named_after_the_model(tiny: Path) -> None:

@@ -227,8 +227,13 @@ def test_an_export_keeps_another_one_out_of_its_folder(small: ExportConfig, monk
 
 
 def test_calibration_changes_the_codes_and_is_not_done_twice(
-    small: ExportConfig, text: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
+    small: ExportConfig,
+    text: Path,
+    undisturbed: bytes,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     calibrated = replace(small, calibration=text, calibration_samples=2, calibration_length=16)
     export_bundle(calibrated)
     weights = (small.output / "weights.bin").read_bytes()
