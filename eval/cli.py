@@ -1,221 +1,248 @@
-"""The command `pmpd-eval`: reads the options, and leaves the rest to `runner`, `results` and `report`."""
+"""The command `pmpd-eval`: reads the options, and leaves the rest to `runner`, `speed` and `report`."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import click
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[eval]'`")
 
-from pmpd.runtime.errors import BundleError, MissingExtraError, PmpdError
+from pmpd.runtime.console.command import (
+    FILE,
+    INTERRUPTED,
+    Command,
+    Failure,
+    Group,
+    check_outputs,
+    combine,
+    is_quiet,
+    json_option,
+    list_option,
+    print_result,
+    warn_unverified,
+    write_result,
+)
+
+if TYPE_CHECKING:
+    from pmpd.eval.report.results import Results
+    from pmpd.eval.speed.results import SpeedResults
 
 __all__ = ["main"]
 
-FAILED, USAGE = 1, 2
+log = logging.getLogger("pmpd.eval")
+
+_INTERRUPTED = "interrupted: nothing was written"
+_BUNDLE = click.argument("bundle", type=FILE)
+_ROWS = combine(
+    click.option(
+        "--schedule",
+        "schedules",
+        multiple=True,
+        metavar="SPEC",
+        help="A row of the table, such as uniform:4 or static:3@16,2@32. Repeatable.  [default: uniform at every "
+        "precision]",
+    ),
+    list_option(
+        "--accuracy",
+        "accuracies",
+        metavar="NAME",
+        help="Arithmetic of the kernels: int8 or exact; with both, every row is measured twice. Repeatable."
+        "  [default: the bundle's]",
+    ),
+    click.option("--kernels", type=FILE, metavar="FILE", help="Use this kernel library instead of the bundle's."),
+    click.option("--require-fast-kernels", is_flag=True, help="Fail if any product would run without a fast kernel."),
+    click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]"),
+)
+_FILES = combine(
+    json_option("all results, with each sample,"),
+    click.option("--csv", "csv_file", type=FILE, metavar="FILE", help="Write the table as CSV."),
+)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.argument("bundle", type=click.Path(path_type=Path))
+def _route(arguments: list[str]) -> list[str]:
+    """Return the arguments behind the name of their command; ``--task speed`` is another way to write `speed`."""
+    for i, argument in enumerate(arguments):
+        if argument == "--task=speed":
+            return ["speed", *arguments[:i], *arguments[i + 1 :]]
+        if arguments[i : i + 2] == ["--task", "speed"]:
+            return ["speed", *arguments[:i], *arguments[i + 2 :]]
+    return ["quality", *arguments]
+
+
+@click.group("pmpd-eval", cls=Group, extra="cpu,eval", default="quality", route=_route)
+@click.version_option(package_name="pmpd")
+def main() -> None:
+    """Measure the quality or the speed of a bundle under precision schedules.
+
+    `pmpd-eval BUNDLE --task NAME` is short for `pmpd-eval quality`, and `--task speed` for `pmpd-eval speed`.
+    """
+
+
+@main.command(
+    cls=Command,
+    extra="cpu,eval",
+    interrupted=_INTERRUPTED,
+    examples=(
+        "pmpd-eval demo-pmpd --task fidelity --data exporter/demo/openings.jsonl --html report.html",
+        "pmpd-eval demo-pmpd --task perplexity --data stories.txt --schedule uniform:4 --schedule static:3@16,2@32",
+    ),
+)
+@_BUNDLE
 @click.option(
     "--task",
     required=True,
     metavar="NAME",
-    help="perplexity, fidelity, dialogsum, cnn_dailymail, mt_bench, jsonl or speed.",
+    help="What to measure: perplexity, fidelity, dialogsum, cnn_dailymail, mt_bench or jsonl (your own prompts).",
 )
 @click.option(
-    "--data",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="JSON lines (.jsonl, .jsonl.gz) or a text. Speed needs none.",
+    "--data", metavar="FILE", type=FILE, help="The texts or prompts: JSON lines (.jsonl, .jsonl.gz) or plain text."
+)
+@_ROWS
+@click.option("--limit", type=int, metavar="N", help="Use the first N records only (perplexity: windows of text).")
+@click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer.  [default: the task's]")
+@click.option(
+    "--prompt-template",
+    metavar="TEXT",
+    help=r"The prompt, with {field} for a field of the record and \n for a new line.  [default: the task's]",
 )
 @click.option(
-    "--schedule",
-    "schedules",
-    multiple=True,
-    metavar="SPEC",
-    help="A row of the table: uniform:4, static:3@16,2@32, … Repeatable. [default: uniform at every precision]",
-)
-@click.option(
-    "--accuracy",
-    "accuracies",
-    multiple=True,
+    "--reference-field",
     metavar="NAME",
-    help="How compiled kernels compute: exact or int8. Repeatable: all rows with each. [default: the bundle's]",
+    help="Field with the reference text.  [default: the task's; else the fp model's answer is the reference]",
 )
 @click.option(
-    "--kernels",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Use this kernel library instead of the bundle's.",
+    "--chat/--no-chat",
+    default=None,
+    help="Send prompts through the model's chat template.  [default: if both the task and the model have chats]",
 )
-@click.option("--require-fast-kernels", is_flag=True, help="Fail where anything slower than a fast kernel would run.")
-@click.option("--limit", type=int, metavar="N", help="Only the first N records (perplexity: windows of text).")
-@click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer. [default: the task's]")
-@click.option("--prompt-tokens", type=int, metavar="N", help="Speed: random tokens in the prompt. [default: 128]")
-@click.option("--repetitions", type=int, metavar="N", help="Speed: how often each row is measured. [default: 5]")
-@click.option("--seed", type=int, metavar="N", help="Speed: seed of the random tokens. [default: 0]")
+@click.option(
+    "--reference",
+    metavar="MODEL",
+    help="Folder, name or hub id of the unquantized fp model.  [default: the one the bundle was made from]",
+)
+@click.option(
+    "--reference-backend",
+    metavar="NAME",
+    default="transformers",
+    show_default=True,
+    help="What runs the fp model: transformers or optimum.",
+)
+@_FILES
+@click.option(
+    "--html", "html_file", type=FILE, metavar="FILE", help="Write a report with plots as one self-contained page."
+)
+def quality(
+    bundle: Path,
+    json_file: Path | None,
+    csv_file: Path | None,
+    html_file: Path | None,
+    prompt_template: str | None,
+    data: Path | None,
+    **options: Any,
+) -> None:
+    """Measure how good the answers are (the default).
+
+    Prints a table with one row per schedule; its first row, fp, is the unquantized model.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports every model it loads
+    # Imported here, so that --help answers at once and a missing package is one line.
+    from pmpd.eval import runner
+    from pmpd.runtime import Bundle
+
+    if html_file is not None:
+        from pmpd.eval.report.page import render_html
+    check_outputs(json_file, csv_file, html_file)
+    settings = runner.Settings(data=data or Path(), prompt_template=_unescape(prompt_template), **options)
+    opened = Bundle.open(bundle, verify=True)
+    warn_unverified(opened.manifest, bundle)
+    results = runner.evaluate(opened, settings, quiet=is_quiet())
+    print_result(results.to_markdown(), json_file, results.to_json)
+    write_result(csv_file, results.to_csv)
+    if html_file is not None:
+        write_result(html_file, lambda: render_html(results))
+    _fail_if_unfinished(results)
+
+
+@main.command(
+    cls=Command,
+    extra="cpu,eval",
+    interrupted=_INTERRUPTED,
+    examples=(
+        "pmpd-eval speed demo-pmpd --schedule uniform:4 --schedule static:3@16,2@32 --repetitions 10",
+        "pmpd-eval speed demo-pmpd --peer llama.cpp:Q4_0,Q2_K --peer-models peers",
+    ),
+)
+@_BUNDLE
+@_ROWS
+@click.option("--prompt-tokens", type=int, default=128, show_default=True, metavar="N", help="Tokens of the prompt.")
+@click.option(
+    "--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Decode steps after the prompt."
+)
+@click.option(
+    "--repetitions", type=int, default=5, show_default=True, metavar="N", help="How often each row is measured."
+)
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random prompt.")
 @click.option(
     "--max-others",
     type=float,
     metavar="PERCENT",
-    help="Speed: measure again, up to 5 times, where other processes used more of all processors. [default: never]",
+    help="Measure again, up to 5 times, if other processes used more than this share of all processors."
+    "  [default: never]",
 )
 @click.option(
     "--peer",
     "peers",
     multiple=True,
     metavar="SPEC",
-    help="Speed: measure beside it, in turns, llama.cpp:Q4_0,Q2_K or onnxruntime-genai:int4g32,… Repeatable.",
+    help="Measure other programs in the same run, such as llama.cpp:Q4_0,Q2_K or onnxruntime-genai:int4g32. "
+    "Repeatable.",
 )
-@click.option("--peer-python", metavar="FILE", help="Speed: the Python that has the peers' packages. [default: this]")
+@click.option(
+    "--peer-python",
+    metavar="FILE",
+    default=sys.executable,
+    help="The Python in which the peers' packages are installed.  [default: this one]",
+)
 @click.option(
     "--peer-models",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="DIR",
-    help="Speed: where random models of the bundle's shape are made for peers, and kept.",
+    help="Folder for the peers' models, which have the bundle's shape and random weights, and are kept.",
 )
-@click.option(
-    "--prompt-template",
-    metavar="TEXT",
-    help=r"The prompt, with {field} from the record; \n is a new line. [default: the task's]",
-)
-@click.option(
-    "--reference-field",
-    metavar="NAME",
-    help="Field with the reference text. [default: the task's, else the fp model's answer]",
-)
-@click.option(
-    "--chat/--no-chat",
-    default=None,
-    help="Put prompts through the model's chat template. [default: where task and model have one]",
-)
-@click.option(
-    "--reference",
-    metavar="MODEL",
-    help="Folder, alias or hub id of the fp model. [default: what the bundle was made from]",
-)
-@click.option(
-    "--reference-backend",
-    metavar="NAME",
-    help="What runs the fp model: transformers or optimum. [default: transformers]",
-)
-@click.option("--threads", type=int, metavar="N", help="Threads to compute with. [default: all processors]")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write all results, samples too, as JSON.",
-)
-@click.option("--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the table as CSV.")
-@click.option(
-    "--html",
-    "html_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Write a report with plots, one self-contained page.",
-)
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no warnings.")
-@click.option("-v", "--verbose", is_flag=True, help="Say more of what is done.")
-@click.version_option(package_name="pmpd")
-def main(
-    bundle: Path,
-    task: str,
-    json_file: Path | None,
-    csv_file: Path | None,
-    html_file: Path | None,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
-    """Measure quality or speed of BUNDLE under precision schedules.
+@_FILES
+def speed(bundle: Path, json_file: Path | None, csv_file: Path | None, **options: Any) -> None:
+    """Measure tokens per second and bytes per token.
 
-    The table goes to stdout: one row per schedule. Quality stands beside the row "fp" of the unquantized model, speed
-    beside other programs (--peer).
+    Prints a table with one row per schedule, and one for each peer (--peer).
     """
-    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pmpd").setLevel(level)
-    # transformers announces every model it loads; the progress here is ours.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    stage = USAGE
-    try:
-        # Imported here, so that --help answers at once and a missing package is one line.
-        from pmpd.eval import runner
-        from pmpd.eval.speed import speed
-        from pmpd.runtime import Bundle
-        from pmpd.runtime.console.output import write_atomically
+    from pmpd.eval.speed.speed import SpeedSettings, measure_speed
+    from pmpd.runtime import Bundle
 
-        kind: Any = speed.SpeedSettings if task == speed.SPEED else runner.Settings
-        prepare: Any = speed.prepare_speed if task == speed.SPEED else runner.prepare
-        measure: Any = speed.measure_speed if task == speed.SPEED else runner.evaluate
-        if html_file is not None:
-            from pmpd.eval.report.page import render_html
-        for file in filter(None, (json_file, csv_file, html_file)):
-            _check_output(file)
-        settings = kind(task=task, **_given(options, kind, task=task, html=html_file is not None))
-        opened = Bundle.open(bundle, verify=True)
-        prepare(opened, settings)
-        stage = FAILED
-        results = measure(opened, settings, quiet=quiet)
-        click.echo(results.to_markdown())
-        if json_file is not None:
-            write_atomically(json_file, results.to_json())
-        if csv_file is not None:
-            write_atomically(csv_file, results.to_csv())
-        if html_file is not None:
-            write_atomically(html_file, render_html(results))
-        if results.unfinished:
-            _fail(f"interrupted: {results.progress}; missing: {', '.join(results.unfinished)}", code=130)
-    except (BundleError, MissingExtraError) as error:
-        _fail(str(error))
-    except ImportError as error:
-        _fail(f"{error.name} is not installed: run `pip install 'pmpd[cpu,eval]'`")
-    except PmpdError as error:
-        _fail(str(error), code=stage)
-    except KeyboardInterrupt:
-        _fail("interrupted: nothing was written", code=130)
+    check_outputs(json_file, csv_file)
+    settings = SpeedSettings(**options)
+    opened = Bundle.open(bundle, verify=True)
+    warn_unverified(opened.manifest, bundle)
+    results = measure_speed(opened, settings, quiet=is_quiet())
+    print_result(results.to_markdown(), json_file, results.to_json)
+    write_result(csv_file, results.to_csv)
+    _fail_if_unfinished(results)
 
 
-def _given(options: Mapping[str, Any], kind: Any, *, task: str, html: bool) -> dict[str, Any]:
-    """Return the options that were given. Raises PmpdError for one that the task, of settings `kind`, does not have."""
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    known = {field.name for field in fields(kind)}
-    flags = {param.name: param.opts[0] for param in click.get_current_context().command.params}
-    stray = [flags[name] for name in given if name not in known]
-    if html and "data" not in known:
-        stray.append("--html")  # the report is one of quality
-    if stray:
-        raise PmpdError(f"{stray[0]} does not apply to the task {task}: leave it out")
-    if "prompt_template" in given:
-        given["prompt_template"] = _unescape(given["prompt_template"])
-    return given
+def _fail_if_unfinished(results: Results | SpeedResults) -> None:
+    """End with the exit code of an interrupt if one cut the measurement short; what was finished is written."""
+    if results.unfinished:
+        raise Failure(f"interrupted: {results.progress}; missing: {', '.join(results.unfinished)}", INTERRUPTED)
 
 
-def _check_output(path: Path) -> None:
-    """Find out now whether a result can be written, not after hours of work."""
-    if path.exists() and not path.is_file():
-        raise PmpdError(f"{path} is no file: choose another name for the result")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise PmpdError(f"cannot write {path}: the folder {path.parent} does not exist or is not writable")
-
-
-def _unescape(template: str) -> str:
-    """Take ``\\n`` for a new line: a shell passes it in plain quotes as two characters."""
-    return template.replace(r"\n", "\n").replace(r"\t", "\t")
-
-
-def _fail(message: str, *, code: int = FAILED) -> None:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
+def _unescape(template: str | None) -> str | None:
+    r"""Return the template with ``\n`` and ``\t`` as a shell passes them in plain quotes made one character."""
+    return None if template is None else template.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -14,7 +13,8 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[export]'`")
 
-from pmpd.runtime.errors import MissingExtraError, PmpdError
+from pmpd.runtime.console.command import Command, check_outputs, is_quiet, json_option, list_option, print_result
+from pmpd.runtime.console.output import json_text
 
 if TYPE_CHECKING:
     from pmpd.exporter.config import ExportConfig
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from pmpd.exporter.skeleton import Skeleton
 
 log = logging.getLogger("pmpd.exporter")
+
+_EXAMPLES = (
+    "pmpd-export --model demo --output demo-pmpd",
+    "pmpd-export --model ./Phi-1.5 --precisions 4,3,2 --calibration stories.txt --schedule static:3@16,2@32",
+    "pmpd-export --model vicuna-7b --skeleton    # graphs alone, for pmpd-npu",
+)
 
 
 def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -31,106 +37,146 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
         raise click.BadParameter(f"{value!r} is not a list of bits like 4,3,2") from None
 
 
-def _targets(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    return () if value == "none" else tuple(dict.fromkeys(value.split(",")))
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("-m", "--model", required=True, help="Hub id, alias (demo, phi-1.5, vicuna-7b, …) or checkpoint folder.")
+@click.command(
+    "pmpd-export",
+    cls=Command,
+    extra="cpu,export",
+    interrupted="interrupted: run the same command again to resume",
+    examples=_EXAMPLES,
+)
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Bundle folder.  [default: NAME-pmpd or NAME-skeleton]"
+    "-m",
+    "--model",
+    required=True,
+    help="A checkpoint folder, a model id of the Hugging Face hub, or a name such as demo, phi-1.5 or vicuna-7b.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle.  [default: NAME-pmpd or NAME-skeleton]",
 )
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option(
-    "--precisions", default="4,3,2", show_default=True, callback=_bits, help="Bits to decode at, high to low."
+    "--precisions",
+    default="4,3,2",
+    metavar="LIST",
+    show_default=True,
+    callback=_bits,
+    help="Bits of the weights that decoding can use, from high to low.",
 )
-@click.option("--parent", type=int, help="Bits of the nested codes.  [default: the highest precision]")
-@click.option("--method", default="anyprecision", show_default=True, help="How weights are quantized.")
-@click.option("--seed-precision", type=int, default=2, show_default=True, help="Bits of the first clustering.")
-@click.option("--prefill", type=int, help="Bits to prefill at.  [default: the highest precision]")
-@click.option("--head-precision", type=int, help="Bits of the output layer, in every graph.  [default: 6]")
-@click.option("--groups", type=int, default=1, show_default=True, help="Codebooks per row.")
 @click.option(
-    "--schedule", help="Default schedule, e.g. static:3@16,2@32.  [default: uniform at the highest precision]"
+    "--parent",
+    type=int,
+    metavar="BITS",
+    help="Bits of the stored codes, of which lower precisions are the top bits.  [default: the highest precision]",
 )
-@click.option("--context-length", type=int, help="Longest text in tokens.  [default: what the checkpoint allows]")
+@click.option(
+    "--method", metavar="NAME", default="anyprecision", show_default=True, help="How weights are quantized."
+)
+@click.option(
+    "--seed-precision",
+    type=int,
+    metavar="BITS",
+    default=2,
+    show_default=True,
+    help="Precision whose codebooks k-means finds directly; higher ones split its clusters.",
+)
+@click.option("--prefill", type=int, metavar="BITS", help="Bits of the prompt's graph.  [default: the highest]")
+@click.option(
+    "--head-precision", type=int, metavar="BITS", help="Bits of the output layer in all graphs.  [default: 6]"
+)
+@click.option(
+    "--groups", type=int, metavar="N", default=1, show_default=True, help="Codebooks per row of a weight matrix."
+)
+@click.option(
+    "--schedule",
+    metavar="SPEC",
+    help="The bundle's default schedule, such as static:3@16,2@32.  [default: uniform at the highest precision]",
+)
+@click.option(
+    "--context-length", type=int, metavar="N", help="Longest text in tokens.  [default: what the checkpoint allows]"
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
-    help="Text (.txt, .jsonl, .jsonl.gz) whose gradients weight the clustering.",
+    metavar="FILE",
+    help="Text (.txt, .jsonl, .jsonl.gz) that tells which weights matter most; improves 3 bits and below.",
 )
-@click.option("--calibration-samples", type=int, default=64, show_default=True, help="Sequences of that text.")
-@click.option("--calibration-length", type=int, default=256, show_default=True, help="Tokens of each sequence.")
 @click.option(
+    "--calibration-samples",
+    type=int,
+    metavar="N",
+    default=64,
+    show_default=True,
+    help="Sequences to take from that text.",
+)
+@click.option(
+    "--calibration-length", type=int, metavar="N", default=256, show_default=True, help="Tokens in each sequence."
+)
+@list_option(
     "--target",
     "targets",
-    callback=_targets,
-    help="Machines to build kernels for: x86-64-v4,x86-64-v3,aarch64-linux or none.  [default: this one]",
+    metavar="NAME",
+    help="Machine to build kernels for: x86-64-v4, x86-64-v3, aarch64-linux or none. Repeatable, or a list with commas."
+    "  [default: this machine]",
 )
-@click.option("--accuracy", help="int8 or exact: how kernels compute.  [default: int8]")
-@click.option("--skeleton", is_flag=True, help="Graphs and tensor table without weights, from config.json alone.")
+@click.option(
+    "--accuracy", metavar="NAME", help="Default arithmetic of the kernels: int8 (fast) or exact.  [default: int8]"
+)
+@click.option("--skeleton", is_flag=True, help="Write graphs and tensor table without weights, from config.json alone.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing but errors and the result.")
-@click.option("-v", "--verbose", is_flag=True, help="More of what happens.")
+@json_option("the result")
 @click.version_option(package_name="pmpd")
 def main(
     model: str,
     output: Path | None,
+    targets: tuple[str, ...],
     head_precision: int | None,
     accuracy: str | None,
     skeleton: bool,
     dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
+    json_file: Path | None,
     **options: Any,
 ) -> None:
     """Turn a language model into a PMPD bundle: ONNX graphs at several precisions over one file of nested weights.
 
-    An interrupted export resumes when the same command is run again.
+    Prints the bundle's folder. An interrupted export resumes when the same command is run again.
     """
-    level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pmpd").setLevel(level)
-    # transformers announces every model it builds; the progress here is ours.
+    # transformers reports every model it builds; the progress shown is ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if quiet:
+    if is_quiet():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # those of transformers too
-    try:
-        from pmpd.exporter.config import DEFAULT_HEAD_PRECISION, ExportConfig
+    from pmpd.exporter.config import DEFAULT_HEAD_PRECISION, ExportConfig
 
-        config = ExportConfig(
-            model=model,
-            output=output or Path(f"{Path(model).resolve().name}-{'skeleton' if skeleton else 'pmpd'}"),
-            head_precision=DEFAULT_HEAD_PRECISION if head_precision is None else head_precision,
-            accuracy=accuracy,
-            **options,
-        )
-        export = _prepare(config, skeleton=skeleton)
-        if dry_run:
-            click.echo("\n".join(export.describe()))
-            return
-        for line in export.describe():
-            log.info(line)
-        manifest = export.run(quiet=quiet)
-    except MissingExtraError as error:
-        _fail(str(error))
-    except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: run `pip install 'pmpd[cpu,export]'`")
-    except (PmpdError, OSError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted: run the same command again to go on from here", code=130)
+    check_outputs(json_file)
+    config = ExportConfig(
+        model=model,
+        output=output or Path(f"{Path(model).resolve().name}-{'skeleton' if skeleton else 'pmpd'}"),
+        targets=_chosen_targets(targets),
+        head_precision=DEFAULT_HEAD_PRECISION if head_precision is None else head_precision,
+        accuracy=accuracy,
+        **options,
+    )
+    export = _prepare(config, skeleton=skeleton)
+    if dry_run:
+        click.echo("\n".join(export.describe()))
+        return
+    for line in export.describe():
+        log.info(line)
+    manifest = export.run(quiet=is_quiet())
     for check, result in manifest.verification.items():
         log.info("verified  %s: cosine %.7f, argmax %.0f %%", check, result["cosine"], 100 * result["argmax_agreement"])
-    if as_json:
-        click.echo(json.dumps({"bundle": str(config.output), "verification": manifest.verification}, indent=1))
-    else:
-        click.echo(config.output)
+    document = {"bundle": str(config.output), "verification": manifest.verification}
+    print_result(str(config.output), json_file, lambda: json_text(document))
+
+
+def _chosen_targets(names: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the named targets, none of them for ``none``, and None for the machine's own if no name was given."""
+    if not names:
+        return None
+    return () if names == ("none",) else names
 
 
 def _prepare(config: ExportConfig, *, skeleton: bool) -> Export | Skeleton:
@@ -138,11 +184,10 @@ def _prepare(config: ExportConfig, *, skeleton: bool) -> Export | Skeleton:
         from pmpd.exporter.skeleton import Skeleton
 
         return Skeleton.prepare(config)
-    from pmpd.exporter.pipeline import Export  # takes torch, which a skeleton does without
+    from pmpd.exporter.pipeline import Export  # needs torch, which a skeleton does not
 
     return Export.prepare(config)
 
 
-def _fail(message: str, *, code: int = 1) -> None:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +13,22 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[npu]'`")
 
-from pmpd.runtime.console.output import json_text, markdown_table, write_atomically
-from pmpd.runtime.errors import BundleError, MissingExtraError, PmpdError, unknown_choice
+from pmpd.runtime.console.command import (
+    FILE,
+    Command,
+    Group,
+    check_outputs,
+    combine,
+    is_quiet,
+    json_option,
+    print_result,
+    warn_unverified,
+    write_result,
+)
+from pmpd.runtime.console.output import json_text, markdown_table
+from pmpd.runtime.console.progress import progress
+from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.format.bundle import Bundle
 
 if TYPE_CHECKING:
     from pmpd.npu_backend.program.model import Model
@@ -25,41 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 log = logging.getLogger("pmpd.npu_backend")
-
-FAILED, USAGE = 1, 2
-_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
-_FILE = click.Path(path_type=Path)
-
-
-class _Main(click.Command):
-    """A command with subcommands: a first argument that names one of those goes there."""
-
-    commands: dict[str, click.Command]
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        if args and args[0] in self.commands:
-            return self.commands[args[0]].make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, command.get_short_help_str(80)) for name, command in self.commands.items()])
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a decorator that applies options in the order in which they are given."""
-
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 def _list_hardware(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -69,43 +45,55 @@ def _list_hardware(context: click.Context, _parameter: click.Parameter, value: b
 
     table = [["name", "what", "MACs", "GHz", "GB/s", "buffers KiB", "mm²"]]
     for name in shipped_hardware():
-        it = read_hardware(name)
-        sizes = (it.matrix_unit.macs, it.matrix_unit.frequency_ghz, it.memory.bandwidth_gb_s)
-        buffers = it.buffers.stream_kib + it.buffers.activation_kib
-        table.append([name, it.title, *(f"{size:,g}" for size in (*sizes, buffers)), f"{it.area_mm2:.1f}"])
+        hardware = read_hardware(name)
+        sizes = (hardware.matrix_unit.macs, hardware.matrix_unit.frequency_ghz, hardware.memory.bandwidth_gb_s)
+        buffers = hardware.buffers.stream_kib + hardware.buffers.activation_kib
+        table.append([name, hardware.title, *(f"{size:,g}" for size in (*sizes, buffers)), f"{hardware.area_mm2:.1f}"])
     click.echo(markdown_table(table, left=2))
     context.exit()
 
 
-_WORK = _options(
+_WORK = combine(
     click.option(
         "--hardware",
         default="npu-4k",
         show_default=True,
         metavar="NAME",
-        help="An accelerator that is shipped (see --list-hardware), or a TOML file.",
+        help="The accelerator: a name from --list-hardware, or a TOML file.",
     ),
     click.option("--prompt", type=int, default=512, show_default=True, metavar="N", help="Tokens of the prompt."),
     click.option("--tokens", type=int, default=256, show_default=True, metavar="N", help="New tokens."),
 )
-_LOUDNESS = _options(
-    click.option("-q", "--quiet", is_flag=True, help="Only the table of results: no details, no progress."),
-    click.option("-v", "--verbose", is_flag=True, help="Say more of what is done."),
+_LAYERS_ONLY = click.option("--layers-only", is_flag=True, help="Leave out the output layer: the host computes it.")
+_PLOT = click.option("--plot", "plot_file", type=FILE, metavar="FILE", help="Draw the results (.svg or .png).")
+
+
+@click.group("pmpd-npu", cls=Group, extra="npu", default="simulate")
+@click.version_option(package_name="pmpd")
+def main() -> None:
+    """Simulate a bundle on an accelerator like FlightLLM: speed, energy, and where the time goes.
+
+    `pmpd-npu BUNDLE` is short for `pmpd-npu simulate BUNDLE`.
+    """
+
+
+@main.command(
+    cls=Command,
+    extra="npu",
+    examples=(
+        "pmpd-npu vicuna-7b --hardware u280 --schedule fp16 --schedule static:3@85,2@170",
+        "pmpd-npu demo-pmpd --plot time.svg --trace trace.json",
+    ),
 )
-_LAYERS_ONLY = click.option("--layers-only", is_flag=True, help="Leave the output layer to the host.")
-_JSON = click.option("--json", "json_file", type=_FILE, metavar="FILE", help="Write all results as JSON.")
-_PLOT = click.option("--plot", "plot_file", type=_FILE, metavar="FILE", help="Draw a picture of them (.svg, .png).")
-
-
-@click.command(cls=_Main, context_settings=_SETTINGS)
-@click.argument("bundle", type=_FILE)
+@click.argument("bundle", type=FILE)
 @_WORK
 @click.option(
     "--schedule",
     "schedules",
     multiple=True,
     metavar="SPEC",
-    help="A row of the table: fp16, uniform:4, static:3@85,2@170, … Repeatable. [default: fp16 and every precision]",
+    help="A row of the table, such as fp16, uniform:4 or static:3@85,2@170. Repeatable.  [default: fp16 and every "
+    "precision]",
 )
 @_LAYERS_ONLY
 @click.option(
@@ -113,7 +101,7 @@ _PLOT = click.option("--plot", "plot_file", type=_FILE, metavar="FILE", help="Dr
     default="kind",
     show_default=True,
     type=click.Choice(["kind", "module", "node"]),
-    help="What a line of the tables is: a kind of operator, the same node of all layers, or a node.",
+    help="What a row of the detailed tables sums: a kind of operator, a module over all layers, or a single node.",
 )
 @click.option(
     "--step",
@@ -121,24 +109,26 @@ _PLOT = click.option("--plot", "plot_file", type=_FILE, metavar="FILE", help="Dr
     type=int,
     multiple=True,
     metavar="N",
-    help="Look into this decode step, from 0. Repeatable. [default: tables: means; else the first at each precision]",
+    help="Show decode step N, counted from 0. Repeatable.  [default: means over all steps in tables, the first step at "
+    "each precision in --trace and --instructions]",
 )
-@_JSON
-@click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write the tables of operators as CSV.")
+@click.option("--details", is_flag=True, help="Print a table of operators for each phase too.")
+@json_option()
+@click.option("--csv", "csv_file", type=FILE, metavar="FILE", help="Write the tables of operators as CSV.")
 @_PLOT
-@click.option("--trace", "trace_file", type=_FILE, metavar="FILE", help="Write a trace for ui.perfetto.dev (JSON).")
-@click.option("--instructions", "listing_file", type=_FILE, metavar="FILE", help="Write decode steps' instructions.")
+@click.option("--trace", "trace_file", type=FILE, metavar="FILE", help="Write a trace for ui.perfetto.dev (JSON).")
+@click.option(
+    "--instructions", "listing_file", type=FILE, metavar="FILE", help="Write the instructions of decode steps."
+)
 @click.option(
     "--list-hardware",
     is_flag=True,
     is_eager=True,
     expose_value=False,
     callback=_list_hardware,
-    help="Print the accelerators that are shipped, and stop.",
+    help="Print the accelerators that PMPD knows, and stop.",
 )
-@_LOUDNESS
-@click.version_option(package_name="pmpd")
-def main(
+def simulate(
     bundle: Path,
     hardware: str,
     json_file: Path | None,
@@ -146,69 +136,68 @@ def main(
     plot_file: Path | None,
     trace_file: Path | None,
     listing_file: Path | None,
-    quiet: bool,
-    verbose: bool,
+    details: bool,
     **options: Any,
 ) -> None:
-    """Simulate BUNDLE on an accelerator like FlightLLM: speed, energy, and where the time goes.
+    """Simulate the generation of a text (the default).
 
-    BUNDLE is a bundle, a skeleton (pmpd-export --skeleton), or the name of a model whose configuration is shipped. The
-    trace and the instructions are those of the last schedule.
+    BUNDLE is a bundle, a skeleton (pmpd-export --skeleton), or the name of a model whose configuration PMPD ships. The
+    trace and the instructions show the last schedule.
     """
-    _log(quiet=quiet, verbose=verbose)
-    with _errors(code=USAGE):
-        # Imported here, so that --help answers at once and a missing package is one line.
-        from pmpd.npu_backend.hardware.description import read_hardware
-        from pmpd.npu_backend.study.report import study
+    # Imported here, so that --help answers at once and a missing package is one line.
+    from pmpd.npu_backend.hardware.description import read_hardware
+    from pmpd.npu_backend.study.report import study
 
-        _check_outputs(json_file, csv_file, trace_file, listing_file, picture=plot_file)
-        accelerator = read_hardware(hardware)
-        report = study(_open(bundle), accelerator, **options)
-    with _errors(code=FAILED):
-        click.echo(report.to_text(details=not quiet))
-        _write(json_file, lambda: json_text(report.to_dict()))
-        _write(csv_file, report.to_csv)
-        _write(listing_file, report.to_listing)
-        if trace_file is not None:
-            from pmpd.npu_backend.study.trace import trace
+    _check_outputs(json_file, csv_file, trace_file, listing_file, picture=plot_file)
+    accelerator = read_hardware(hardware)
+    report = study(_open(bundle), accelerator, **options)
+    print_result(report.to_text(details=details), json_file, lambda: json_text(report.to_dict()))
+    write_result(csv_file, report.to_csv)
+    write_result(listing_file, report.to_listing)
+    if trace_file is not None:
+        from pmpd.npu_backend.study.trace import trace
 
-            events = trace(report.last, report.model, accelerator, steps=report.steps)
-            _write(trace_file, lambda: json.dumps(events, separators=(",", ":")))
-        if plot_file is not None:
-            from pmpd.npu_backend.study.plots import render, time_bars
+        events = trace(report.last, report.model, accelerator, steps=report.steps)
+        write_result(trace_file, lambda: json.dumps(events, separators=(",", ":")))
+    if plot_file is not None:
+        from pmpd.npu_backend.study.plots import render, time_bars
 
-            bars = time_bars(report.by_module(), report.title)
-            _write(plot_file, lambda: render(bars, plot_file))
+        bars = time_bars(report.by_module(), report.title)
+        write_result(plot_file, lambda: render(bars, plot_file))
 
 
-@click.command("explore", context_settings=_SETTINGS)
-@click.argument("bundle", type=_FILE)
+@main.command(
+    cls=Command,
+    extra="npu",
+    examples=("pmpd-npu explore vicuna-7b --vary memory.bandwidth_gb_s=16:128:8 --vary matrix_unit.rows=8,16,32",),
+)
+@click.argument("bundle", type=FILE)
 @_WORK
 @click.option(
     "--schedule",
     "schedules",
     multiple=True,
     metavar="SPEC",
-    help="Simulate every design under fp16, uniform:4, … Repeatable. [default: uniform at the highest precision]",
+    help="Simulate every design under fp16, uniform:4, … Repeatable.  [default: uniform at the highest precision]",
 )
 @_LAYERS_ONLY
 @click.option(
     "--vary",
     multiple=True,
     metavar="FIELD=VALUES",
-    help="Numbers of the hardware description: memory.bandwidth_gb_s=16,32,64, or =16:64:5 for 5 values. Repeatable.",
+    help="Values for a number of the hardware description: memory.bandwidth_gb_s=16,32,64, or =16:64:5 for 5 values "
+    "from 16 to 64. Repeatable.",
 )
-@click.option("--space", "space_file", type=_FILE, metavar="FILE", help="The same as a TOML file: tables and fields.")
-@click.option("--sample", type=int, metavar="N", help="N random designs. [default: all combinations]")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of the random designs.")
+@click.option("--space", "space_file", type=FILE, metavar="FILE", help="The same as --vary, in a TOML file.")
+@click.option("--sample", type=int, metavar="N", help="Try N random designs.  [default: all combinations]")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random designs.")
 @click.option("--max-area-mm2", type=float, metavar="X", help="Leave out designs with a larger area (a proxy).")
 @click.option("--max-power-w", type=float, metavar="X", help="Leave out designs that draw more on average.")
 @click.option("--min-tokens-per-second", type=float, metavar="X", help="Leave out slower designs, prompt included.")
-@_JSON
-@click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help="Write all designs within the limits as CSV.")
+@json_option()
+@click.option("--csv", "csv_file", type=FILE, metavar="FILE", help="Write all designs within the limits as CSV.")
 @_PLOT
-@_LOUDNESS
-def explore_space(
+def explore(
     bundle: Path,
     hardware: str,
     schedules: tuple[str, ...],
@@ -222,80 +211,65 @@ def explore_space(
     json_file: Path | None,
     csv_file: Path | None,
     plot_file: Path | None,
-    quiet: bool,
-    verbose: bool,
     **limits: float | None,
 ) -> None:
-    """Find the accelerators that nothing beats on BUNDLE.
+    """Search for the best accelerators for BUNDLE.
 
-    Designs are compared by tokens/s (prompt included), a proxy for their area, and energy per token: the best are the
-    Pareto front. What --vary and --space do not name is as in --hardware.
+    Designs are compared by tokens/s (prompt included), a proxy of their area, and energy per token; the result is the
+    Pareto front. Numbers that neither --vary nor --space gives are those of --hardware.
     """
-    _log(quiet=quiet, verbose=verbose)
-    with _errors(code=USAGE):
-        from pmpd.npu_backend.hardware.description import read_hardware
-        from pmpd.npu_backend.hardware.space import Space, parse_axis, read_space
-        from pmpd.npu_backend.study.explore import Limits, explore
-        from pmpd.npu_backend.study.generate import plan, read_schedule
+    from pmpd.npu_backend.hardware.description import read_hardware
+    from pmpd.npu_backend.hardware.space import Space, parse_axis, read_space
+    from pmpd.npu_backend.study import explore as exploration
+    from pmpd.npu_backend.study.generate import plan, read_schedule
 
-        _check_outputs(json_file, csv_file, picture=plot_file)
-        accelerator = read_hardware(hardware)
-        axes = dict(read_space(space_file).axes) if space_file is not None else {}
-        axes |= map(parse_axis, vary)
-        if not axes:
-            raise PmpdError("nothing varies: give --vary FIELD=VALUES or --space FILE")
-        space = Space(axes)
-        points = space.points(sample, seed=seed)
-        model = _open(bundle)
-        names = schedules or (f"uniform:{max(model.decode)}",)
-        for name in names:
-            plan(model, prompt=prompt, tokens=tokens, schedule=read_schedule(name, model))
-    with _errors(code=FAILED):
-        designs = len(names) * len(next(iter(points.values())))
-        label = f"{designs:,} designs"
-        with click.progressbar(length=designs, label=label, file=sys.stderr, hidden=quiet, show_pos=True) as bar:
-            found = explore(
-                model,
-                accelerator,
-                points,
-                prompt=prompt,
-                tokens=tokens,
-                schedules=names,
-                limits=Limits(**limits),
-                layers_only=layers_only,
-                progress=bar.update,
-            )
-        click.echo(found.to_text())
-        _write(json_file, lambda: json_text(found.to_dict()))
-        _write(csv_file, found.to_csv)
-        if plot_file is not None:
-            from pmpd.npu_backend.study.plots import pareto, render
+    _check_outputs(json_file, csv_file, picture=plot_file)
+    accelerator = read_hardware(hardware)
+    axes = dict(read_space(space_file).axes) if space_file is not None else {}
+    axes |= map(parse_axis, vary)
+    if not axes:
+        raise PmpdError("nothing varies: give --vary FIELD=VALUES or --space FILE")
+    points = Space(axes).points(sample, seed=seed)
+    model = _open(bundle)
+    names = schedules or (f"uniform:{max(model.decode)}",)
+    for name in names:
+        plan(model, prompt=prompt, tokens=tokens, schedule=read_schedule(name, model))
+    designs = len(names) * len(next(iter(points.values())))
+    with progress("designs", total=designs, unit="design") as shown:
+        found = exploration.explore(
+            model,
+            accelerator,
+            points,
+            prompt=prompt,
+            tokens=tokens,
+            schedules=names,
+            limits=exploration.Limits(**limits),
+            layers_only=layers_only,
+            progress=shown.advance,
+        )
+    print_result(found.to_text(), json_file, lambda: json_text(found.to_dict()))
+    write_result(csv_file, found.to_csv)
+    if plot_file is not None:
+        from pmpd.npu_backend.study.plots import pareto, render
 
-            picture = pareto(found)
-            _write(plot_file, lambda: render(picture, plot_file))
+        picture = pareto(found)
+        write_result(plot_file, lambda: render(picture, plot_file))
 
 
-@click.group(context_settings=_SETTINGS)
+@main.group(cls=Group)
 def recipe() -> None:
     """Regenerate a figure of a paper."""
 
 
-@recipe.command(context_settings=_SETTINGS)
-@_JSON
+@recipe.command(cls=Command, extra="npu")
+@click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write all results as JSON.")
 @_PLOT
-@_LOUDNESS
-def figure5(json_file: Path | None, plot_file: Path | None, quiet: bool, verbose: bool) -> None:
-    """Figure 5 of the PMPD paper: speed-ups on two NPUs."""
-    _log(quiet=quiet, verbose=verbose)
-    with _errors(code=USAGE):
-        _check_outputs(json_file, picture=plot_file)
-    with _errors(code=FAILED):
-        from pmpd.npu_backend.recipes.figure5 import run
+def figure5(json_file: Path | None, plot_file: Path | None) -> None:
+    """Regenerate Figure 5 of the PMPD paper: speed-ups on two NPUs."""
+    _check_outputs(json_file, picture=plot_file)
+    from pmpd.npu_backend.recipes.figure5 import run
 
-        click.echo(run(json=json_file, plot=plot_file, quiet=quiet))
-
-
-main.commands = {"explore": explore_space, "recipe": recipe}
+    click.echo(run(json=json_file, plot=plot_file, quiet=is_quiet()))
 
 
 def _open(bundle: Path) -> Model:
@@ -303,6 +277,7 @@ def _open(bundle: Path) -> Model:
     from pmpd.npu_backend.program.model import Model
 
     if bundle.exists():
+        warn_unverified(Bundle.open(bundle, skeleton=True).manifest, bundle)
         return Model.open(bundle)
     try:
         from pmpd.exporter.skeleton import shipped_models
@@ -317,48 +292,13 @@ def _open(bundle: Path) -> Model:
     return Model.shipped(str(bundle))
 
 
-def _log(*, quiet: bool, verbose: bool) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pmpd").setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
-
-
 def _check_outputs(*files: Path | None, picture: Path | None = None) -> None:
-    """Find out now whether results can be written, not after the work."""
+    """Check before the work that results can be written."""
     if picture is not None:
         from pmpd.npu_backend.study.plots import check_format
 
         check_format(picture)
-    for path in filter(None, (*files, picture)):
-        if path.exists() and not path.is_file():
-            raise PmpdError(f"{path} is no file: choose another name for the result")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PmpdError(f"cannot write {path}: the folder {path.parent} does not exist or is not writable")
-
-
-def _write(path: Path | None, content: Callable[[], str | bytes]) -> None:
-    if path is not None:
-        write_atomically(path, content())
-        log.info("wrote %s", path)
-
-
-@contextmanager
-def _errors(*, code: int) -> Iterator[None]:
-    """Turn what a user can mend into one line on stderr and an exit code."""
-    try:
-        yield
-    except (BundleError, MissingExtraError) as error:
-        _fail(str(error))
-    except ImportError as error:
-        _fail(f"{error.name} is not installed: run `pip install 'pmpd[npu]'`")
-    except PmpdError as error:
-        _fail(str(error), code=code)
-    except KeyboardInterrupt:
-        _fail("interrupted", code=130)
-
-
-def _fail(message: str, *, code: int = FAILED) -> None:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
+    check_outputs(*files, picture)
 
 
 if __name__ == "__main__":

@@ -1,143 +1,270 @@
-"""`pmpd-run`: text out of a bundle on the command line."""
+"""`pmpd-run`: generate text with a bundle on the command line."""
 
 from __future__ import annotations
 
-import errno
 import logging
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 try:
     import click
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[text]'`")
 
-from pmpd.runtime.errors import PmpdError
-
-# Warm to cool as precision falls; the same place in the bundle's list of precisions has the same colour.
-_COLOURS = ("bright_red", "bright_yellow", "bright_green", "bright_cyan", "bright_blue", "bright_magenta", "white")
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", help="Text to continue; `-` or none reads it from standard input.")
-@click.option("--chat", is_flag=True, help="Talk: one message a line, an empty line or Ctrl-D ends.")
-@click.option("-n", "--max-new-tokens", type=int, help="Stop after so many tokens.  [default: as many as fit]")
-@click.option("--schedule", help="uniform:4 or static:3@16,2@32.  [default: the bundle's]")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Draw from the k most likely tokens; 0 is off.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest p of probability.")
-@click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="1 is off.")
-@click.option("--seed", type=int, help="Makes drawing repeatable.")
-@click.option("--stop", multiple=True, help="End before this text (repeatable).")
-@click.option("--show-precision", is_flag=True, help="Colour each token by the bits of the weights that made it.")
-@click.option("--threads", type=int, help="Threads to compute with.  [default: all processors]")
-@click.option("--context-length", type=int, help="Positions of the KV cache.  [default: the model's, at most 4096]")
-@click.option(
-    "--trace", type=click.Path(path_type=Path), help="Write every token's precision and time to this JSON file."
+from pmpd.runtime.console.command import (
+    FILE,
+    Command,
+    check_outputs,
+    is_quiet,
+    warn_unverified,
+    write_result,
 )
-@click.option("--accuracy", help="exact or int8: how kernels compute.  [default: the bundle's]")
-@click.option("--kernels", type=click.Path(path_type=Path), help="Use this kernel library instead of the bundle's.")
-@click.option("--no-kernels", is_flag=True, help="Run no native code of the bundle: portable graphs only, slow.")
-@click.option("--require-fast-kernels", is_flag=True, help="Fail where anything slower than a fast kernel would run.")
-@click.option("--show-kernels", is_flag=True, help="Say which kernel ran how often and how long.")
+from pmpd.runtime.console.output import json_text
+from pmpd.runtime.console.palette import shade_of
+from pmpd.runtime.errors import ContextLengthError, PmpdError
+
+if TYPE_CHECKING:
+    from pmpd.runtime import Generator, NodeKernel, Sampling, Token, Tokenizer
+
+log = logging.getLogger("pmpd.runtime")
+
+_REASONS = {
+    "stop_id": "ended by the model",
+    "stop_string": "ended by --stop",
+    "length": "ended at the limit of new tokens",
+}
+_EXAMPLES = (
+    'pmpd-run demo-pmpd -p "Once upon a time" -n 100 --schedule static:3@16,2@32 --show-precision',
+    'pmpd-run chat-pmpd -p "What is the capital of France?"',
+    'pmpd-run chat-pmpd --chat --system "Answer in one sentence."',
+)
+
+
+@click.command("pmpd-run", cls=Command, extra="text", examples=_EXAMPLES)
+@click.argument("bundle", type=FILE)
+@click.option(
+    "-p",
+    "--prompt",
+    metavar="TEXT",
+    help="Message to answer; for a model without a chat template, text to continue. Without it, or with -, the prompt "
+    "is read from standard input.",
+)
+@click.option("--raw", is_flag=True, help="Continue the prompt as plain text, even if the model has a chat template.")
+@click.option(
+    "--chat", is_flag=True, help="Hold a conversation, one message per line: /reset starts over, /exit or Ctrl-D ends."
+)
+@click.option("--system", metavar="TEXT", help="Instructions for the model, ahead of the conversation.")
+@click.option(
+    "-n", "--max-new-tokens", type=int, metavar="N", help="Stop after N new tokens.  [default: as many as fit]"
+)
+@click.option(
+    "--schedule",
+    metavar="SPEC",
+    help="Bits of the weights at each step: uniform:4, or static:3@16,2@32 for 3 bits from step 16 and 2 from step 32."
+    "  [default: the bundle's]",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Randomness of sampling; 0 always takes the most likely token.",
+)
+@click.option("--top-k", type=int, default=0, show_default=True, help="Sample from the K most likely tokens; 0 is off.")
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sample from the most likely tokens whose probabilities add up to P; 1 is off.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Make tokens of the text so far less likely; 1 is off.",
+)
+@click.option("--seed", type=int, metavar="N", help="Seed of sampling: the same seed gives the same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable.")
+@click.option("--show-precision", is_flag=True, help="Colour each token by the precision of its weights.")
+@click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="When to use colours; auto: on a terminal, unless NO_COLOR is set.",
+)
+@click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]")
+@click.option(
+    "--context-length",
+    type=int,
+    metavar="N",
+    help="Room for tokens, prompt included.  [default: the model's, at most 4096]",
+)
+@click.option(
+    "--json",
+    "--trace",
+    "json_file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Write the answer, and the precision and time of each token, as JSON; - prints JSON instead of text.",
+)
+@click.option(
+    "--accuracy", metavar="NAME", help="Arithmetic of the kernels: int8 (fast) or exact.  [default: the bundle's]"
+)
+@click.option("--kernels", type=FILE, metavar="FILE", help="Use this kernel library instead of the bundle's.")
+@click.option("--no-kernels", is_flag=True, help="Do not load native code from the bundle; many times slower.")
+@click.option("--require-fast-kernels", is_flag=True, help="Fail if any product would run without a fast kernel.")
+@click.option("--show-kernels", is_flag=True, help="Print which kernels ran, how often and how long.")
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of the weights first.")
-@click.option("-q", "--quiet", is_flag=True, help="Nothing but the text.")
 @click.version_option(package_name="pmpd")
 def main(
     bundle: Path,
     prompt: str | None,
+    raw: bool,
     chat: bool,
+    system: str | None,
+    color: str,
     threads: int | None,
     context_length: int | None,
     show_precision: bool,
-    trace: Path | None,
+    json_file: Path | None,
     accuracy: str | None,
     kernels: Path | None,
     no_kernels: bool,
     require_fast_kernels: bool,
     show_kernels: bool,
     verify: bool,
-    quiet: bool,
     **options: Any,
 ) -> None:
-    """Generate text with the model in the folder BUNDLE."""
+    """Generate text with the model in the folder BUNDLE.
+
+    The text goes to standard output; statistics and notes go to standard error.
+    """
     if kernels is not None and no_kernels:
         raise click.UsageError("--kernels and --no-kernels exclude each other")
-    # What goes wrong raises; what is worth a warning, such as a slow path, is one line.
-    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="warning: %(message)s")
-    try:
-        from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
-        from pmpd.runtime.console.output import json_text, write_atomically
+    if chat and raw:
+        raise click.UsageError("--chat and --raw exclude each other")
+    if raw and system is not None:
+        raise click.UsageError("--raw and --system exclude each other")
+    from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
 
-        if trace is not None and not trace.absolute().parent.is_dir():
-            raise PmpdError(f"cannot write {trace}: there is no folder {trace.absolute().parent}")
-        names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        sampling = Sampling(**{name: options.pop(name) for name in names})
-        opened = Bundle.open(bundle, verify=verify)
-        tokenizer = Tokenizer.from_bundle(opened)
-        generator = Generator(
-            opened,
-            threads=threads,
-            context_length=context_length,
-            tokenizer=tokenizer,
-            kernels=kernels or not no_kernels,
-            accuracy=accuracy,
-            require_fast_kernels=require_fast_kernels,
-        )
-        session = _Session(generator, tokenizer, sampling, show_precision, quiet, options)
-        if chat:
-            session.chat()
-        else:
-            session.complete(_read_prompt(prompt))
-        if show_kernels:
-            for line in _kernel_lines(generator.kernels()):
-                click.echo(line, err=True)
-        if trace is not None:
-            write_atomically(trace, json_text(generator.trace.to_dict()))
-    except PmpdError as error:
-        _fail(str(error))
-    except UnicodeDecodeError:
-        _fail("standard input is not UTF-8 text")
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            raise  # click ends quietly when the reader of a pipe has gone
-        _fail(f"cannot write {error.filename or 'the output'}: {error.strerror}")
-    except KeyboardInterrupt:
-        _fail("interrupted", code=130)
+    check_outputs(json_file)
+    text = "" if chat else _read_prompt(prompt)
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    sampling = Sampling(**{name: options.pop(name) for name in names})
+    opened = Bundle.open(bundle, verify=verify)
+    warn_unverified(opened.manifest, bundle)
+    tokenizer = Tokenizer.from_bundle(opened)
+    if (chat or system is not None) and not tokenizer.has_chat_template:
+        raise PmpdError("this model has no chat template, so it cannot chat: use -p to continue a text")
+    generator = Generator(
+        opened,
+        threads=threads,
+        context_length=context_length,
+        tokenizer=tokenizer,
+        kernels=kernels or not no_kernels,
+        accuracy=accuracy,
+        require_fast_kernels=require_fast_kernels,
+    )
+    session = _Session(
+        generator,
+        tokenizer,
+        sampling,
+        system=system,
+        colours=show_precision and _use_colours(color),
+        silent=json_file is not None and str(json_file) == "-",
+        **options,
+    )
+    if show_precision and not session.colours and color == "auto":
+        log.info("colours are off, because the output is not a terminal or NO_COLOR is set: --color always")
+    if chat:
+        session.chat(prompt)
+    elif raw or not tokenizer.has_chat_template:
+        session.complete(text)
+    else:
+        log.info("the prompt goes through the model's chat template as one message; --raw continues it as plain text")
+        session.answer(text)
+    if show_kernels:
+        for line in _kernel_lines(generator.kernels()):
+            click.echo(line, err=True)
+    document = {"bundle": str(bundle), "text": session.text, **generator.trace.to_dict()}
+    if session.silent:
+        click.echo(json_text(document), nl=False)
+    else:
+        write_result(json_file, lambda: json_text(document))
 
 
 class _Session:
-    """One run of the command: a generator and how its tokens are shown."""
+    """One run of the command: a generator, the conversation so far, and how tokens are shown."""
 
     def __init__(
-        self, generator: Any, tokenizer: Any, sampling: Any, colour: bool, quiet: bool, options: dict[str, Any]
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        *,
+        system: str | None,
+        colours: bool,
+        silent: bool,
+        max_new_tokens: int | None,
+        schedule: str | None,
+        stop: tuple[str, ...],
     ) -> None:
         self.generator, self.tokenizer, self.sampling = generator, tokenizer, sampling
-        self.colour, self.quiet = colour, quiet
-        self.stop_strings = options["stop"]
-        self.limit, self.schedule = options["max_new_tokens"], options["schedule"]
+        self.colours, self.silent = colours, silent
+        self.limit, self.schedule, self.stop_strings = max_new_tokens, schedule, stop
+        self.text = ""  # of the last answer
+        self._start = [] if system is None else [{"role": "system", "content": system}]
+        self._messages = list(self._start)
 
     def complete(self, prompt: str) -> None:
-        """Print the prompt and what follows it."""
+        """Print the prompt and its continuation."""
         tokens = self._stream(self.tokenizer.encode(prompt))
-        click.echo(prompt, nl=False)
+        self._print(prompt)
         self._show(tokens)
 
-    def chat(self) -> None:
-        """Answer messages until there are no more; the conversation stays in the KV cache."""
-        if not self.tokenizer.has_chat_template:
-            raise PmpdError("this model has no chat template, so it cannot chat: use -p to continue a text")
-        messages: list[dict[str, str]] = []
-        while text := _ask():
-            messages.append({"role": "user", "content": text})
-            answer = self._show(self._stream(self.tokenizer.apply_chat_template(messages), keep_cache=True))
-            messages.append({"role": "assistant", "content": answer.strip()})
+    def answer(self, message: str) -> None:
+        """Print the answer to the next message; the conversation stays in the KV cache."""
+        self._messages.append({"role": "user", "content": message})
+        try:
+            self._show(self._stream(self.tokenizer.apply_chat_template(self._messages), keep_cache=True))
+        except ContextLengthError:
+            self._messages.pop()
+            raise
+        self._messages.append({"role": "assistant", "content": self.text.strip()})
 
-    def _stream(self, ids: list[int], *, keep_cache: bool = False) -> Iterator[Any]:
-        tokens: Iterator[Any] = self.generator.stream(
+    def chat(self, first: str | None) -> None:
+        """Answer messages until there are no more."""
+        interactive = sys.stdin is not None and sys.stdin.isatty()
+        if interactive:
+            with suppress(ImportError):
+                import readline  # noqa: F401 - lets `input` edit the line and recall earlier ones
+            log.info("one message per line; /reset starts over, /exit or Ctrl-D ends")
+        while (message := _read_message(interactive) if first is None else first) is not None:
+            first = None
+            match message.strip():
+                case "":
+                    continue
+                case "/exit":
+                    return
+                case "/reset":
+                    self._messages = list(self._start)
+                case text:
+                    try:
+                        self.answer(text)
+                    except ContextLengthError as error:
+                        if not interactive:
+                            raise
+                        log.error("%s, or start over with /reset", error)
+
+    def _stream(self, ids: list[int], *, keep_cache: bool = False) -> Iterator[Token]:
+        return self.generator.stream(
             ids,
             max_new_tokens=self.limit,
             schedule=self.schedule,
@@ -145,67 +272,90 @@ class _Session:
             stop_strings=self.stop_strings,
             keep_cache=keep_cache,
         )
-        return tokens
 
-    def _show(self, tokens: Iterator[Any]) -> str:
+    def _show(self, tokens: Iterator[Token]) -> None:
         precisions = self.generator.bundle.manifest.precisions
         pieces = []
         for token in tokens:
-            pieces.append(token.text)
-            text = click.style(token.text, fg=_colour(precisions, token.precision)) if self.colour else token.text
-            # Colours were asked for, so they are kept when the output goes to a pager or a file.
-            click.echo(text, nl=False, color=True if self.colour else None)
-        click.echo()
-        if not self.quiet:
-            click.echo(self._statistics(precisions), err=True)
-        return "".join(pieces)
+            text = token.text or ""
+            pieces.append(text)
+            self._print(self._coloured(text, token.precision, precisions))
+        self._print("\n")
+        self.text = "".join(pieces)
+        if not is_quiet():
+            click.echo(self._statistics(precisions), err=True, color=self.colours or None)
+
+    def _print(self, text: str) -> None:
+        if not self.silent:
+            # Colours are decided here, not by click, which drops them wherever the output is not a terminal.
+            click.echo(text, nl=False, color=True if self.colours else None)
+
+    def _coloured(self, text: str, precision: int, precisions: tuple[int, ...]) -> str:
+        if not self.colours or precision not in precisions:
+            return text
+        return click.style(text, fg=shade_of(precision, precisions).terminal)
 
     def _statistics(self, precisions: tuple[int, ...]) -> str:
         trace = self.generator.trace
-        parts = [f"prompt {trace.prompt_tokens} tokens"]
+        prompt = f"prompt {trace.prompt_tokens} tokens"
         if trace.prefill_tokens_per_second is not None:
-            parts[0] += f" at {trace.prefill_tokens_per_second:.1f}/s"
-        parts.append(f"answer {len(trace.tokens)} tokens")
+            prompt += f" at {trace.prefill_tokens_per_second:.1f}/s"
+        parts = [prompt, f"answer {len(trace.tokens)} tokens"]
         if trace.decode_tokens_per_second is not None:
             parts[1] += f" at {trace.decode_tokens_per_second:.1f}/s"
             parts.append(f"average {trace.average_bits:.2f} bits")
-        if self.colour:
-            parts.append(" ".join(click.style(f"{bits}-bit", fg=_colour(precisions, bits)) for bits in precisions))
+        if trace.finish_reason is not None:
+            parts.append(_REASONS.get(trace.finish_reason, trace.finish_reason))
+        if self.colours:
+            parts.append(" ".join(self._coloured(f"{bits}-bit", bits, precisions) for bits in precisions))
         return ", ".join(parts)
 
 
-def _kernel_lines(nodes: list[Any]) -> Iterator[str]:
-    """Say what ran, a line for each graph, operator, number of bits and kernel."""
-    groups: dict[tuple[str, str, int, str], list[Any]] = {}
+def _kernel_lines(nodes: list[NodeKernel]) -> Iterator[str]:
+    """Yield a line for each graph, operator, number of bits and kernel."""
+    groups: dict[tuple[str, str, int, str], list[NodeKernel]] = {}
     for node in nodes:
         if node.kernel is not None:
             groups.setdefault((node.graph, node.op, node.bits, node.kernel), []).append(node)
     for (graph, op, bits, kernel), same in groups.items():
         line = f"{graph}: {len(same)} {op} of {bits} bits: {kernel}"
         if calls := sum(node.calls or 0 for node in same):
-            seconds = sum(node.seconds for node in same)
+            seconds = sum(node.seconds or 0.0 for node in same)
             line += f", {calls} calls of {seconds / calls * 1e6:.1f} µs, {seconds:.3f} s"
         yield line
 
 
-def _colour(precisions: tuple[int, ...], precision: int) -> str:
-    return _COLOURS[precisions.index(precision) % len(_COLOURS)] if precision in precisions else "white"
+def _use_colours(color: str) -> bool:
+    if color == "auto":
+        return sys.stdout is not None and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return color == "always"
 
 
 def _read_prompt(prompt: str | None) -> str:
     if prompt is not None and prompt != "-":
         return prompt
-    if prompt is None and sys.stdin.isatty():
-        raise click.UsageError("give a prompt with -p, or on standard input, or --chat")
-    return sys.stdin.read().removesuffix("\n")
+    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        raise click.UsageError("give a prompt with -p, or on standard input, or use --chat")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise PmpdError("standard input is not UTF-8 text") from None
 
 
-def _ask() -> str:
-    if sys.stdin.isatty():
-        click.echo(click.style("> ", bold=True), nl=False)
-    return sys.stdin.readline().strip()
+def _read_message(interactive: bool) -> str | None:
+    """Return the next line of standard input, None at its end."""
+    if sys.stdin is None:
+        return None
+    try:
+        if interactive:
+            return input("> ")
+        return sys.stdin.readline() or None
+    except EOFError:
+        click.echo()  # Ctrl-D leaves the cursor behind the prompt
+        return None
+    except UnicodeDecodeError:
+        raise PmpdError("standard input is not UTF-8 text") from None
 
 
-def _fail(message: str, *, code: int = 1) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
-    sys.exit(code)
+if __name__ == "__main__":
+    main()

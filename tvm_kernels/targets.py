@@ -66,3 +66,15 @@ def host_target() -> str | None:
     if sys.platform != "linux":
         return None
     return next((target.name for target in TARGETS.values() if target.arch == platform.machine()), None)
+
+
+def local_target() -> Target:
+    """Return the target of this machine.
+
+    Raises:
+        PmpdError: there is none.
+    """
+    name = host_target()
+    if name is None:
+        raise PmpdError(f"there are no kernels for {sys.platform} on {platform.machine()}: use Linux on x86-64 or Arm")
+    return find_target(name)

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmpd.runtime.errors import MissingExtraError, PmpdError
+from pmpd.runtime.errors import MissingExtraError, PmpdError, one_line
 
 try:
     import click
@@ -36,21 +36,27 @@ try:
     from pmpd.exporter.demo.corpus import PAD, SPECIAL_TOKENS, pack, split_documents, train_tokenizer
     from pmpd.exporter.demo.recipe import Recipe, build_model
     from pmpd.exporter.source.documents import read_documents
+    from pmpd.runtime.console.command import Command
+    from pmpd.runtime.console.progress import progress
 except ImportError as error:
-    raise MissingExtraError(error.name or "a package", "export") from error
+    missing = MissingExtraError(error.name or "a package", "export")
+    if __name__ == "__main__":
+        sys.exit(f"error: {missing}")
+    raise missing from error
+
+log = logging.getLogger("pmpd.exporter")
 
 WARM_UP = 0.05  # the part of the training over which the learning rate rises from a tenth of its peak
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where the training stands; `steps` and `seconds_left` are estimates when time decides. The loss is in nats."""
+class TrainingStep:
+    """A step of the training, of `steps` (an estimate where time is the limit). The loss is in nats."""
 
     step: int
     steps: int
     loss: float
     tokens_per_second: float
-    seconds_left: float
 
 
 def _loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -83,7 +89,7 @@ def _batches(rows: torch.Tensor, *, batch_size: int, seed: int) -> Iterator[torc
         order = order[batch_size:]
 
 
-def train(model: Any, rows: torch.Tensor, recipe: Recipe, *, report: Callable[[Progress], None]) -> int:
+def train(model: Any, rows: torch.Tensor, recipe: Recipe, *, report: Callable[[TrainingStep], None]) -> int:
     """Train the model in place on rows ``[R, L]`` and return the number of steps taken.
 
     AdamW with gradients clipped to norm 1; the learning rate warms up and then falls along a cosine to zero.
@@ -110,12 +116,11 @@ def train(model: Any, rows: torch.Tensor, recipe: Recipe, *, report: Callable[[P
         elapsed = time.monotonic() - start
         done = recipe.done(step=step, seconds=elapsed)
         report(
-            Progress(
+            TrainingStep(
                 step=step,
                 steps=max(step, round(step / done)),
                 loss=loss.item(),
                 tokens_per_second=step * batch.numel() / elapsed,
-                seconds_left=max(0.0, elapsed / done - elapsed),
             )
         )
     return step
@@ -131,7 +136,7 @@ def publish(output: Path) -> Iterator[Path]:
     if output.exists():
         raise PmpdError(f"output '{output}' exists: choose another --output, or remove it")
     if not output.parent.is_dir():
-        raise PmpdError(f"'{output.parent}' is no folder: create it, or choose another --output")
+        raise PmpdError(f"'{output.parent}' is not a folder: create it, or choose another --output")
     partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
@@ -142,8 +147,15 @@ def publish(output: Path) -> Iterator[Path]:
 
 
 def save(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
-    """Write model and tokenizer in Hugging Face format: float16 safetensors, configurations, tokenizer files."""
-    model.half().save_pretrained(folder)
+    """Write model and tokenizer in Hugging Face format: float16 safetensors, configurations, tokenizer files.
+
+    Raises:
+        PmpdError: the weights cannot be written.
+    """
+    try:
+        model.half().save_pretrained(folder)
+    except SafetensorError as error:
+        raise PmpdError(f"cannot write the model ({one_line(error)}): free disk space") from None
     # safetensors makes its files private; let them be as readable as the others.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
     PreTrainedTokenizerFast(
@@ -158,50 +170,46 @@ def save(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
     ).save_pretrained(folder)
 
 
-def _progress_line() -> Callable[[Progress], None]:
-    """Return a reporter: one line that is rewritten on a terminal, a line every ten seconds elsewhere."""
-    terminal = sys.stderr.isatty()
-    due = 0.0
-
-    def report(progress: Progress) -> None:
-        nonlocal due
-        last = progress.seconds_left == 0
-        if time.monotonic() < due and not last:
-            return
-        due = time.monotonic() + (0.2 if terminal else 10.0)
-        minutes, seconds = divmod(round(progress.seconds_left), 60)
-        line = (
-            f"step {progress.step} of {progress.steps}, loss {progress.loss:.3f}, "
-            f"{progress.tokens_per_second:.0f} tokens/s, {minutes}:{seconds:02} left"
-        )
-        click.echo(f"\r\x1b[K{line}" if terminal else line, err=True, nl=last or not terminal)
-
-    return report
-
-
 _COUNT = click.IntRange(min=1)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(
+    "python -m pmpd.exporter.demo.train",
+    cls=Command,
+    extra="export",
+    interrupted="interrupted: nothing was written",
+    context_settings={"show_default": True},
+    examples=("python -m pmpd.exporter.demo.train --text stories.jsonl.gz --output my-model --minutes 30",),
+)
 @click.option(
-    "--text", "texts", type=click.Path(path_type=Path), multiple=True, required=True, help="File to train on."
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Text to train on (.txt, .jsonl, .jsonl.gz). Repeatable.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Train for so long.")
-@click.option("--tokens", type=_COUNT, help="Train on so many tokens, in passes over the text.")
-@click.option("--vocab-size", type=click.IntRange(min=256 + len(SPECIAL_TOKENS)), default=4096)
-@click.option("--hidden-size", type=_COUNT, default=256)
-@click.option("--layers", type=_COUNT, default=5)
-@click.option("--heads", type=_COUNT, default=4)
-@click.option("--kv-heads", type=_COUNT, default=2)
-@click.option("--intermediate-size", type=_COUNT, default=768)
-@click.option("--context", type=_COUNT, default=1024, help="Tokens the model accepts.")
-@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens in a training row.")
-@click.option("--batch-size", type=_COUNT, default=8, help="Rows in a step.")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=3e-3)
-@click.option("--seed", type=click.IntRange(min=0), default=0)
-def command(texts: tuple[Path, ...], output: Path, **options: Any) -> None:
-    """Train a small Llama language model on text (.txt, .jsonl or .jsonl.gz), on the CPU."""
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Train for this many minutes.")
+@click.option("--tokens", type=_COUNT, help="Train on this many tokens, reading the text repeatedly if it is shorter.")
+@click.option(
+    "--vocab-size", type=click.IntRange(min=256 + len(SPECIAL_TOKENS)), default=4096, help="Tokens of the tokenizer."
+)
+@click.option("--hidden-size", type=_COUNT, default=256, help="Width of the model.")
+@click.option("--layers", type=_COUNT, default=5, help="Decoder layers.")
+@click.option("--heads", type=_COUNT, default=4, help="Attention heads.")
+@click.option("--kv-heads", type=_COUNT, default=2, help="Key and value heads.")
+@click.option("--intermediate-size", type=_COUNT, default=768, help="Width inside the MLP.")
+@click.option("--context", type=_COUNT, default=1024, help="Longest text of the model, in tokens.")
+@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens in a row of training data.")
+@click.option("--batch-size", type=_COUNT, default=8, help="Rows in a training step.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(min=0, min_open=True), default=3e-3, help="Highest learning rate."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of weights and order.")
+@click.version_option(package_name="pmpd")
+def main(texts: tuple[Path, ...], output: Path, **options: Any) -> None:
+    """Train a small Llama language model on text, on the CPU."""
     recipe = Recipe(**options)
     with publish(output) as folder:
         documents = [document for path in texts for document in read_documents(path)]
@@ -211,9 +219,16 @@ def command(texts: tuple[Path, ...], output: Path, **options: Any) -> None:
             pack(part, tokenizer, sequence_length=recipe.sequence_length) for part in (training, held_out)
         )
         model = build_model(recipe, vocab_size=tokenizer.get_vocab_size())
-        click.echo(f"{len(training)} documents, {rows.numel()} tokens, {model.num_parameters()} parameters", err=True)
+        log.info("%d documents, %d tokens, %d parameters", len(training), rows.numel(), model.num_parameters())
         before = evaluate(model, held_out_rows, batch_size=recipe.batch_size)
-        steps = train(model, rows, recipe, report=_progress_line())
+        with progress("train", total=1, unit="step") as shown:
+
+            def report(step: TrainingStep) -> None:
+                shown.expect(step.steps)
+                shown.note(f"loss {step.loss:.3f}, {step.tokens_per_second:.0f} tokens/s")
+                shown.advance()
+
+            steps = train(model, rows, recipe, report=report)
         after = evaluate(model, held_out_rows, batch_size=recipe.batch_size)
         save(folder, model, tokenizer)
         record = dataclasses.asdict(recipe) | {"steps": steps, "validation_loss": after}
@@ -224,25 +239,5 @@ def command(texts: tuple[Path, ...], output: Path, **options: Any) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; every error is one line on stderr."""
-    try:
-        command.main(arguments, prog_name="python -m pmpd.exporter.demo.train", standalone_mode=False)
-    except click.Abort:
-        click.echo("error: interrupted, nothing was written", err=True)
-        return 130
-    except click.ClickException as error:
-        click.echo(f"error: {error.format_message()}", err=True)
-        return error.exit_code
-    except PmpdError as error:
-        click.echo(f"error: {error}", err=True)
-        return 1
-    except (OSError, SafetensorError) as error:
-        click.echo(f"error: cannot write the model: {error}", err=True)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # So that a stopped run cleans up as Ctrl-C does.
-    sys.exit(main())
+    main()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["amount", "byte_text", "csv_text", "json_text", "markdown_table", "write_atomically"]
+__all__ = ["amount", "byte_text", "check_writable", "csv_text", "json_text", "markdown_table", "write_atomically"]
 
 # A list of numbers on lines of its own, as `json.dumps` indents it (no JSON text holds a raw line break).
 _NUMBERS = re.compile(r"\[\n[\d\s.,eE+-]+\]")
@@ -65,6 +65,23 @@ def json_text(document: object) -> str:
     """Return JSON as text for people too: indented, with lists of numbers on one line."""
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     return _NUMBERS.sub(lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before the work whose result it is.
+
+    Raises:
+        PmpdError: the folder does not exist or cannot be written, or the path is a folder.
+    """
+    if path.is_dir():
+        raise PmpdError(f"{path} is a folder: give the name of a file for the result")
+    if path.exists() and not path.is_file():
+        return  # a device or a FIFO
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise PmpdError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise PmpdError(f"cannot write {path}: the folder {folder} is not writable")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pmpd.eval.cli import main
+from pmpd.eval.tasks.base import TASKS
 
 STORIES = [
     "Once upon a time, there was a little girl named Lily. She loved to play in the park with her friends.",
@@ -27,7 +28,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="pmpd-eval")
 
 
 def table(result: Result) -> list[list[str]]:
@@ -121,7 +122,7 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(
     assert [len(row["samples"]) for row in document["rows"]] == [1, 1]
 
 
-USAGE = [
+MISTAKES = [
     (["--task", "dialogsumm"], "unknown task 'dialogsumm': choose one of dialogsum, "),
     (["--schedule", "uniform:5"], "unknown precision '5'"),
     (["--schedule", "static:2@4,3@8"], "never rise"),
@@ -137,9 +138,7 @@ USAGE = [
     (["--reference-field", "x"], "--reference-field does not apply"),
     (["--chat"], "no chat template: leave --chat out"),
     (["--json", "no/such/folder/r.json"], "cannot write no/such/folder/r.json"),
-    (["--html", "."], ". is no file"),
-]
-FAILURES = [
+    (["--html", "."], ". is a folder"),
     (["--prompt-template", "{dialogue}"], "stories.jsonl:1: unknown field 'dialogue': choose one of"),
     (["--task", "dialogsum"], "stories.jsonl:1: unknown field 'dialogue'"),
     (["--reference", "vicuna-8b"], "unknown model 'vicuna-8b'"),
@@ -147,13 +146,9 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message", "code"),
-    [(arguments, message, 2) for arguments, message in USAGE]
-    + [(arguments, message, 1) for arguments, message in FAILURES],
-)
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
 def test_a_mistake_is_one_clear_line(
-    demo_bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str, code: int
+    demo_bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     from pmpd.eval.measure.reference import ReferenceCheckpoint
 
@@ -165,7 +160,7 @@ def test_a_mistake_is_one_clear_line(
     assert message in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
-    assert (result.exit_code, result.stdout) == (code, "")
+    assert (result.exit_code, result.stdout) == (1, "")
 
 
 def test_a_folder_that_is_no_bundle(data: Path, tmp_path: Path) -> None:
@@ -174,8 +169,28 @@ def test_a_folder_that_is_no_bundle(data: Path, tmp_path: Path) -> None:
     assert "bundle.json" in result.stderr
 
 
-def test_help_names_every_option() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "missing argument 'BUNDLE' (see `pmpd-eval quality --help`)"),
+        (["{bundle}"], "missing option '--task' (see `pmpd-eval quality --help`)"),
+        (["{bundle}", "--task", "fidelity", "--peer", "llama.cpp:Q4_0"], "no such option '--peer'"),
+        (["{bundle}", "--task", "speed", "--data", "x.jsonl"], "no such option '--data'"),
+        (["speed", "{bundle}", "--html", "x.html"], "no such option '--html'"),
+        (["speed"], "missing argument 'BUNDLE' (see `pmpd-eval speed --help`)"),
+    ],
+)
+def test_usage(demo_bundle: Path, arguments: list[str], message: str) -> None:
+    result = run(*(argument.format(bundle=demo_bundle) for argument in arguments))
+    assert result.stderr.replace("option: --", "option '--").startswith(f"error: {message}")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+
+
+def test_help_names_every_option_and_task() -> None:
     result = run("--help")
     assert result.exit_code == 0
     for option in ("--task", "--data", "--schedule", "--limit", "--reference-backend", "--json", "--html"):
         assert option in result.stdout
+    for task in TASKS:
+        assert task in result.stdout
+    assert "--prompt-tokens" in run("speed", "--help").stdout

@@ -103,7 +103,7 @@ def opened() -> Manifest:
 def test_the_bundle_holds_and_checks_the_kernels_of_this_machine(
     tiny: Path, builder: Builder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    result = export(tiny, "--target", f"{FOREIGN},{HOST},{HOST}", "--json")
+    result = export(tiny, "--target", f"{FOREIGN},{HOST},{HOST}", "--json", "-")
     assert result.exit_code == 0, result.stderr
     assert builder.built == [(FOREIGN, (6, 4)), (HOST, (6, 4))]
     manifest = opened()

@@ -278,7 +278,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err == "error: interrupted: run the same command again to go on from here\n"
+    assert err == "error: interrupted: run the same command again to resume\n"
     assert not output.exists()
 
 

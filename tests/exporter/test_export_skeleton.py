@@ -190,7 +190,7 @@ def test_the_command_names_what_it_wrote(tiny: Path, place: Path) -> None:
     card = (place / "model-skeleton" / "README.md").read_text()
     assert "decodes at 4, 2 bits" in card
     assert "does not run" in card
-    assert json.loads(export("-m", tiny, "-o", "other", "--json").stdout)["bundle"] == "other"
+    assert json.loads(export("-m", tiny, "-o", "other", "--json", "-").stdout)["bundle"] == "other"
     assert export("-m", "demo").exit_code == 0
     (place / "vicuna-7b").mkdir()  # a folder comes before the name of a model
     assert "vicuna-7b has no config.json" in export("-m", "vicuna-7b").stderr

@@ -234,7 +234,7 @@ def test_the_command_tunes_this_machine(tmp_path: Path, monkeypatch: pytest.Monk
     result = CliRunner().invoke(main, [*wanted, "--threads", "2", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == str(tmp_path)
-    assert f"[1/1] {isas[0]} gemv int8 2 bits" in result.stderr
+    assert f"{isas[0]} gemv int8 2 bits 1/1, " in result.stderr
     records = load_records(isas[0], tmp_path)
     assert (records["threads"], records["shapes"]) == (2, ["50x512"])
     (found,) = records["kernels"].values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pmpd.runtime.cli import main
+from pmpd.runtime.console.palette import shades
 from pmpd.runtime.format.bundle import sha256_of
 
 PROMPT = "Once upon a time, there was a little girl named Lily."
@@ -24,7 +26,9 @@ COMMAND = [str(Path(sys.executable).with_name("pmpd-run"))]
 
 def run(*arguments: str | Path, given: str | None = None, terminal: bool = False) -> Result:
     """Run the command in this process; an exception that would show a traceback fails the test."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=given, color=terminal)
+    result = CliRunner().invoke(
+        main, [str(argument) for argument in arguments], input=given, color=terminal, prog_name="pmpd-run"
+    )
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -42,8 +46,13 @@ def test_text_on_stdout_and_statistics_on_stderr(demo_bundle: Path) -> None:
     result = run(demo_bundle, "-p", PROMPT, "-n", "4", "--schedule", "static:3@2,2@4")
     assert result.exit_code == 0
     assert result.stdout == f"{PROMPT}{ANSWER}\n"
-    statistics = r"prompt 14 tokens at [\d.]+/s, answer 4 tokens at [\d.]+/s, average 3\.67 bits\n"
-    assert re.fullmatch(statistics, result.stderr)
+    statistics = (
+        r"prompt 14 tokens at [\d.]+/s, answer 4 tokens at [\d.]+/s, average 3\.67 bits, "
+        r"ended at the limit of new tokens"
+    )
+    warning, last = result.stderr.splitlines()
+    assert "many times slower" in warning  # the bundle has no kernels
+    assert re.fullmatch(statistics, last)
 
 
 @pytest.mark.parametrize("arguments", [[], ["-p", "-"]])
@@ -54,15 +63,37 @@ def test_prompt_on_stdin(demo_bundle: Path, arguments: list[str]) -> None:
 
 def test_show_precision_colours_tokens(demo_bundle: Path) -> None:
     arguments = [str(demo_bundle), "-p", PROMPT, "-n", "4", "--show-precision", "--schedule", "static:4@0,3@1,2@2"]
-    result = run(*arguments, terminal=True)
-    colours = re.findall(r"\x1b\[(\d+)m([^\x1b]*)\x1b\[0m", result.stdout)
+    result = run(*arguments, "--color", "always")
+    colours = re.findall(r"\x1b\[38;5;(\d+)m([^\x1b]*)\x1b\[0m", result.stdout)
     assert "".join(text for _, text in colours) == ANSWER
     first, second, third, fourth = (code for code, _ in colours)
     assert first == second  # prefill and step 0, both 4 bits
     assert len({second, third, fourth}) == 3
-    legend = dict(re.findall(r"\x1b\[(\d+)m(\d)-bit\x1b\[0m", result.stderr))
+    legend = dict(re.findall(r"\x1b\[38;5;(\d+)m(\d)-bit\x1b\[0m", result.stderr))
     assert legend == {first: "4", third: "3", fourth: "2"}
-    assert run(*arguments).stdout == result.stdout  # in a pipe too: colours were asked for
+    assert [shade.name for shade in shades(3)] == ["blue", "yellow", "red"]  # cool is high, as in the HTML report
+    assert [str(shade.terminal) for shade in shades(3)] == [first, third, fourth]
+
+
+@pytest.mark.parametrize("colour", ["auto", "never"])
+def test_no_colours_where_the_output_is_not_a_terminal(demo_bundle: Path, colour: str) -> None:
+    result = run(demo_bundle, "-p", PROMPT, "-n", "4", "--show-precision", "--color", colour, terminal=True)
+    assert result.stdout == f"{PROMPT}{ANSWER}\n"
+    assert "\x1b" not in result.stderr
+    assert ("--color always" in result.stderr) == (colour == "auto")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_terminal_shows_colours_unless_no_color_is_set(demo_bundle: Path, no_color: bool) -> None:
+    outer, inner = os.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": "1" if no_color else ""}
+    command = [*COMMAND, str(demo_bundle), "-p", PROMPT, "-n", "4", "--show-precision", "-q"]
+    subprocess.run(command, stdout=inner, env=environment, check=True, timeout=60)
+    os.close(inner)
+    shown = os.read(outer, 10_000)
+    os.close(outer)
+    assert (b"\x1b[38;5;" in shown) == (not no_color)
 
 
 def test_trace_file(demo_bundle: Path, tmp_path: Path) -> None:
@@ -73,6 +104,13 @@ def test_trace_file(demo_bundle: Path, tmp_path: Path) -> None:
     assert "".join(token["text"] for token in document["tokens"]) == ANSWER
     assert all(token["seconds"] > 0 for token in document["tokens"])
     assert document["finish_reason"] == "length"
+
+
+def test_json_on_stdout_stands_alone(demo_bundle: Path) -> None:
+    result = run(demo_bundle, "-p", PROMPT, "-n", "4", "--json", "-", "-q")
+    document = json.loads(result.stdout)
+    assert (document["text"], document["finish_reason"], len(document["tokens"])) == (ANSWER, "length", 4)
+    assert result.stderr == ""
 
 
 def test_options_reach_the_generator(demo_bundle: Path) -> None:
@@ -97,24 +135,65 @@ def test_options_reach_the_generator(demo_bundle: Path) -> None:
     assert "Lily" not in greedy.removeprefix("Lily, Lily, Lily,")
 
 
-def test_chat_keeps_the_conversation_in_the_cache(demo_bundle: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(demo_bundle, tmp_path / "copy"))
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def chat_bundle(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with a chat template that spells the roles out."""
+    copy = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("chat") / "copy"))
     template = copy / "chat_template.jinja"
-    template.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}", encoding="utf-8")
+    template.write_text(TEMPLATE, encoding="utf-8")
     document = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
     document["files"][template.name] = {"size": template.stat().st_size, "sha256": sha256_of(template)}
     (copy / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    return copy
+
+
+def continuation(bundle: Path, text: str, tokens: int) -> str:
+    """What the model says after a text."""
+    return run(bundle, "--raw", "-p", text, "-n", str(tokens), "-q").stdout.removeprefix(text)
+
+
+def test_chat_keeps_the_conversation_in_the_cache(chat_bundle: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
-    result = run(copy, "--chat", "-n", "3", "--trace", trace, given=f"{PROMPT}\nThe end.\n\nnot read\n")
+    result = run(chat_bundle, "--chat", "-n", "3", "--json", trace, given=f"{PROMPT}\n\nThe end.\n/exit\nnot read\n")
     assert result.exit_code == 0
-    assert result.stderr.count("answer 3 tokens") == 2
+    assert result.stderr.count("answer 3 tokens") == 2  # an empty line is no message
     second = json.loads(trace.read_text(encoding="utf-8"))
     assert second["reused_tokens"] >= 14  # the first message at least
     assert second["reused_tokens"] < second["prompt_tokens"]
 
 
+def test_a_prompt_is_a_message_where_there_is_a_chat_template(chat_bundle: Path) -> None:
+    result = run(chat_bundle, "-p", "Hello.", "-n", "3")
+    assert result.stdout == continuation(chat_bundle, "[user] Hello. ", 3)
+    _warning, note, _statistics = result.stderr.splitlines()
+    assert "chat template" in note
+    assert "--raw" in note
+    assert run(chat_bundle, "-n", "3", "-q", given="Hello.\n").stdout == result.stdout
+    assert run(chat_bundle, "-p", "Hello.", "--raw", "-n", "3", "-q").stdout.startswith("Hello.")
+    system = run(chat_bundle, "-p", "Hello.", "--system", "Be brief.", "-n", "3", "-q")
+    assert system.stdout == continuation(chat_bundle, "[system] Be brief. [user] Hello. ", 3)
+
+
+def test_a_chat_starts_with_the_prompt_and_can_be_reset(chat_bundle: Path) -> None:
+    first = continuation(chat_bundle, "[user] Hello. ", 2)
+    result = run(chat_bundle, "--chat", "-p", "Hello.", "-n", "2", "-q", given="/reset\nHello.\n")
+    assert result.stdout == first * 2
+    assert run(chat_bundle, "--chat", "-p", "Hello.", "-n", "2", "-q", given="").stdout == first
+
+
+def test_an_answer_without_text_has_a_reason(chat_bundle: Path) -> None:
+    text = continuation(chat_bundle, "[user] Hello. ", 8).strip()[0]
+    result = run(chat_bundle, "-p", "Hello.", "--stop", text)
+    assert result.stdout.strip() == ""
+    assert result.stderr.splitlines()[-1].endswith("ended by --stop")
+
+
 def test_chat_needs_a_template(demo_bundle: Path) -> None:
     assert "no chat template" in error_of(run(demo_bundle, "--chat"))
+    assert "no chat template" in error_of(run(demo_bundle, "--system", "x", "-p", "x"))
 
 
 @pytest.mark.parametrize(
@@ -134,11 +213,11 @@ def test_chat_needs_a_template(demo_bundle: Path) -> None:
         (["--context-length", "16", "-n", "9"], "14 prompt and 9 new tokens do not fit"),
         (["--stop", ""], "a stop string must not be empty"),
         (["--trace", "no/such/folder/trace.json"], "cannot write no/such/folder/trace.json: there is no folder"),
-        (["--trace", ".", "-n", "1", "-q"], "cannot write . (Is a directory): choose another place"),
+        (["--trace", "."], ". is a folder: give the name of a file for the result"),
     ],
 )
 def test_bad_values_give_one_line(demo_bundle: Path, arguments: list[str], message: str) -> None:
-    assert message in error_of(run(demo_bundle, "-p", PROMPT, *arguments))
+    assert message in error_of(run(demo_bundle, "-q", "-p", PROMPT, *arguments))
 
 
 def test_bundle_that_is_none_gives_one_line(demo_bundle: Path, tmp_path: Path) -> None:
@@ -151,19 +230,30 @@ def test_bundle_that_is_none_gives_one_line(demo_bundle: Path, tmp_path: Path) -
 
 
 def test_prompt_longer_than_the_context(demo_bundle: Path) -> None:
-    message = error_of(run(demo_bundle, "-p", "story " * 2000))
+    message = error_of(run(demo_bundle, "-q", "-p", "story " * 2000))
     assert "do not fit the KV cache" in message
     assert "shorten the text" in message
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["{bundle}", "--nope"], ["{bundle}", "-n", "many"], ["{bundle}", "-p"], ["{bundle}", "two"]]
+    ("arguments", "message"),
+    [
+        ([], "missing argument 'BUNDLE'"),
+        (["{bundle}", "--nope"], "no such option"),
+        (["{bundle}", "-n", "many"], "invalid value for '-n' / '--max-new-tokens': 'many' is not a valid integer"),
+        (["{bundle}", "-p"], "option '-p' requires an argument"),
+        (["{bundle}", "two"], "got unexpected extra argument (two)"),
+        (["{bundle}", "-p", "x", "--chat", "--raw"], "--chat and --raw exclude each other"),
+        (["{bundle}", "-p", "x", "--system", "x", "--raw"], "--raw and --system exclude each other"),
+        (["{bundle}", "-p", "x", "--no-kernels", "--kernels", "x"], "--kernels and --no-kernels exclude each other"),
+    ],
 )
-def test_usage_errors_exit_with_2(demo_bundle: Path, arguments: list[str]) -> None:
+def test_usage_errors_exit_with_2(demo_bundle: Path, arguments: list[str], message: str) -> None:
     result = run(*(argument.format(bundle=demo_bundle) for argument in arguments))
-    assert result.exit_code == 2
     assert result.stdout == ""
-    assert "Error: " in result.stderr
+    line = error_of(result, code=2)
+    assert line.startswith(message)
+    assert line.endswith("(see `pmpd-run --help`)")
 
 
 def test_help_and_version() -> None:
@@ -173,7 +263,9 @@ def test_help_and_version() -> None:
 
 def start(*arguments: str | Path, **options: IO[bytes] | int) -> subprocess.Popen[bytes]:
     command = [*COMMAND, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
 
 
 def test_reader_that_leaves_causes_no_traceback(demo_bundle: Path) -> None:
@@ -186,15 +278,16 @@ def test_reader_that_leaves_causes_no_traceback(demo_bundle: Path) -> None:
 
 
 @pytest.mark.interruptible
-def test_text_streams_and_ctrl_c_ends_it(demo_bundle: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_text_streams_until_sigint_or_sigterm_ends_it(demo_bundle: Path, number: signal.Signals) -> None:
     with start(demo_bundle, "-p", PROMPT, "-n", "150", "-q") as process:
         assert process.stdout is not None
         wanted = (PROMPT + ANSWER).encode()
         assert process.stdout.read(len(wanted)) == wanted  # comes long before the end
         assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert errors == b"error: interrupted\n"
 
 
@@ -205,11 +298,18 @@ def test_bytes_that_are_no_text(demo_bundle: Path) -> None:
     assert re.fullmatch(rb"error: [^\n]*(UTF-8)[^\n]*\n", errors)
 
 
+def test_closed_stdin_is_a_usage_error(demo_bundle: Path) -> None:
+    shell = ["sh", "-c", 'exec "$0" "$@" <&-', *COMMAND, str(demo_bundle), "-n", "1"]
+    process = subprocess.run(shell, capture_output=True, text=True, check=False, timeout=60)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith("error: give a prompt with -p")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_that_cannot_be_written(demo_bundle: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         command = [*COMMAND, str(demo_bundle), "-p", "x", "-n", "1"]
         process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, timeout=60)
-    assert process.returncode != 0
-    assert b"error: cannot write the output: No space left on device\n" in process.stderr
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == b"error: cannot write the output: No space left on device"
     assert b"Traceback" not in process.stderr
