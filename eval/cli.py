@@ -30,7 +30,7 @@ from pmpd.runtime.console.command import (
 )
 
 if TYPE_CHECKING:
-    from pmpd.eval.report.results import Results
+    from pmpd.eval.report.results import QualityResults
     from pmpd.eval.speed.results import SpeedResults
 
 __all__ = ["main"]
@@ -234,7 +234,7 @@ def speed(bundle: Path, json_file: Path | None, csv_file: Path | None, **options
     _fail_if_unfinished(results)
 
 
-def _fail_if_unfinished(results: Results | SpeedResults) -> None:
+def _fail_if_unfinished(results: QualityResults | SpeedResults) -> None:
     """End with the exit code of an interrupt if one cut the measurement short; what was finished is written."""
     if results.unfinished:
         raise Failure(f"interrupted: {results.progress}; missing: {', '.join(results.unfinished)}", INTERRUPTED)

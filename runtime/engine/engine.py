@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pmpd.runtime.engine.device import open_device
 from pmpd.runtime.engine.kernels import NodeKernel, choose_library, portable_kernels, require_fast, slow_kernels
+from pmpd.runtime.engine.onnxruntime import onnxruntime
 from pmpd.runtime.engine.sessions import LoadedGraph, open_session
 from pmpd.runtime.engine.threads import available_threads, check_threads
 from pmpd.runtime.format.bundle import Bundle
@@ -59,6 +60,7 @@ class Engine:
         accuracy: str | None = None,
         require_fast_kernels: bool = False,
     ) -> None:
+        onnxruntime()  # if it is missing, say so before anything about kernels
         manifest = bundle.manifest
         self.bundle = bundle
         self.device = open_device(device)

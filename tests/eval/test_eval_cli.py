@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pmpd.eval.cli import main
-from pmpd.eval.tasks.base import TASKS
+from pmpd.eval.tasks.registry import TASKS
 
 STORIES = [
     "Once upon a time, there was a little girl named Lily. She loved to play in the park with her friends.",

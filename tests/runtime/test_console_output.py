@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmpd.runtime.console.output import write_atomically
+from pmpd.runtime.console.output import byte_size, check_writable, write_atomically
 from pmpd.runtime.errors import PmpdError, one_line, unknown_choice
 
 
@@ -100,3 +100,30 @@ def test_an_unknown_choice_is_short() -> None:
     assert unknown_choice("thing", "a\nb", ["a", "b"]).startswith("unknown thing 'a b': choose one of ")
     assert len(unknown_choice("thing", "x" * 100_000, ["a"])) < 200
     assert unknown_choice("thing", "x", []) == "unknown thing 'x': choose one of "
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (4_000_000, "4.0 MB"),
+        (99_960_000, "100 MB"),
+        (999_600_000, "1.0 GB"),
+        (1_234_000_000_000, "1.2 TB"),
+        (5e15, "5000 TB"),
+    ],
+)
+def test_sizes_have_the_unit_that_suits_them(size: float, text: str) -> None:
+    assert byte_size(size) == text
+
+
+def test_a_result_is_checked_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new")
+    check_writable(Path("relative-name"))
+    check_writable(Path(os.devnull))
+    with pytest.raises(PmpdError, match="is a folder: give the name of a file"):
+        check_writable(tmp_path)
+    with pytest.raises(PmpdError, match="there is no folder"):
+        check_writable(tmp_path / "no" / "file")
