@@ -277,7 +277,8 @@ def _open(bundle: Path) -> Model:
     from pmpd.npu_backend.program.model import Model
 
     if bundle.exists():
-        warn_unverified(Bundle.open(bundle, skeleton=True).manifest, bundle)
+        manifest = Bundle.open(bundle, skeleton=True).manifest
+        warn_unverified(bundle, verified=manifest.verified or manifest.skeleton)  # a skeleton has nothing to verify
         return Model.open(bundle)
     try:
         from pmpd.exporter.skeleton import shipped_models

@@ -159,7 +159,7 @@ def main(
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
     sampling = Sampling(**{name: options.pop(name) for name in names})
     opened = Bundle.open(bundle, verify=verify)
-    warn_unverified(opened.manifest, bundle)
+    warn_unverified(bundle, verified=opened.manifest.verified)
     tokenizer = Tokenizer.from_bundle(opened)
     if (chat or system is not None) and not tokenizer.has_chat_template:
         raise PmpdError("this model has no chat template, so it cannot chat: use -p to continue a text")

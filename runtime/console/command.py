@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -51,9 +51,6 @@ _MESSAGE_LIMIT = 1000  # characters; our own messages are shorter, whatever they
 _LOUDNESS = "pmpd.loudness"
 # Packages whose name differs from that of the module.
 _DISTRIBUTIONS = {"tvm": "apache-tvm", "rouge_score": "rouge-score", "google": "protobuf"}
-
-if TYPE_CHECKING:
-    from pmpd.runtime.format.manifest import Manifest
 
 Value = TypeVar("Value")
 log = logging.getLogger("pmpd")
@@ -285,9 +282,9 @@ def write_result(path: Path | None, content: Callable[[], str | bytes]) -> None:
         log.info("wrote %s", path)
 
 
-def warn_unverified(manifest: Manifest, path: Path) -> None:
-    """Warn if the bundle's export skipped its checks (``--no-verify``). A skeleton has no weights to check."""
-    if not manifest.verified and not manifest.skeleton:
+def warn_unverified(path: Path, *, verified: bool) -> None:
+    """Warn about a bundle whose export skipped its checks (``--no-verify``)."""
+    if not verified:
         log.warning("%s is an unverified bundle (exported with --no-verify): its answers may be wrong", path)
 
 

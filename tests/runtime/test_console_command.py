@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -154,8 +153,8 @@ def test_a_group_has_a_default_command() -> None:
 
 
 def test_an_unverified_bundle_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    for verified, skeleton, name in ((True, False, "good"), (False, True, "hollow"), (False, False, "bad")):
-        warn_unverified(SimpleNamespace(verified=verified, skeleton=skeleton), Path(name))  # type: ignore[arg-type]
+    warn_unverified(Path("good"), verified=True)
+    warn_unverified(Path("bad"), verified=False)
     (message,) = caplog.messages
     assert message.startswith("bad is an unverified bundle (exported with --no-verify)")
 
