@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pmpd.runtime.errors import PmpdError, unknown_choice
 
-__all__ = ["TARGETS", "Target", "find_target", "host_target"]
+__all__ = ["TARGETS", "Target", "find_target", "host_target", "local_target"]
 
 
 @dataclass(frozen=True)
