@@ -57,8 +57,8 @@ class KvCache:
     def bind(self, binding: Any) -> None:
         """Bind the mask and all buffers, each as past and present, to an IOBinding."""
         past, present = (
-            {pattern.format(layer=layer, part=part): buffer for (layer, part), buffer in self.buffers.items()}
-            for pattern in (self.contract.past, self.contract.present)
+            {name(layer, part): buffer for (layer, part), buffer in self.buffers.items()}
+            for name in (self.contract.past_name, self.contract.present_name)
         )
         self._device.bind(binding, inputs={"attention_mask": self._mask, **past}, outputs=present)
 

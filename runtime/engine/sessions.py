@@ -19,6 +19,7 @@ from pmpd.runtime.engine.onnxruntime import onnxruntime
 from pmpd.runtime.engine.threads import check_threads
 from pmpd.runtime.errors import BundleError, PmpdError, one_line
 from pmpd.runtime.format.bundle import Bundle
+from pmpd.runtime.format.graph_file import check_graph
 from pmpd.runtime.format.manifest import Graph
 
 __all__ = ["GraphRunner", "LoadedGraph", "StepBuffers", "open_session"]
@@ -41,7 +42,7 @@ def open_session(
     one session at once, each with a binding of its own.
 
     Raises:
-        BundleError: ONNX Runtime refuses the graph.
+        BundleError: the graph and the manifest disagree about a tensor, or ONNX Runtime refuses the graph.
         PmpdError: `threads` is out of range, or ONNX Runtime refuses the kernels.
     """
     device = Cpu() if device is None else device
@@ -56,6 +57,7 @@ def open_session(
     if kernels is not None:
         kernels.register(options, tag=tag)
     path = bundle.path / graph.file
+    check_graph(bundle.manifest, graph, path)  # ONNX Runtime would take a tensor of any type and size
     weights = []
     with _load_errors(path):
         for tensor in bundle.manifest.tensors_at(graph.precision):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -11,8 +10,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pmpd.runtime.errors import BundleError
-from pmpd.runtime.format.manifest import MANIFEST_NAME, FileEntry, Manifest, Tensor
+from pmpd.runtime.errors import BundleError, one_line
+from pmpd.runtime.format.manifest import MANIFEST_NAME, MAX_HASHED_BYTES, MAX_MANIFEST_BYTES, FileEntry, Manifest
+from pmpd.runtime.format.tensor import Tensor
+from pmpd.runtime.format.typed_json import parse_object
 
 __all__ = ["Bundle", "sha256_of"]
 
@@ -33,6 +34,19 @@ def _check_file(root: Path, name: str, entry: FileEntry, *, hashed: bool) -> Non
         raise BundleError(f"{file} has {file.stat().st_size} bytes instead of {entry.size}: copy the bundle again")
     if hashed and sha256_of(file) != entry.sha256:
         raise BundleError(f"{file} does not have the SHA-256 that bundle.json lists: copy the bundle again")
+
+
+def _read_text(file: Path, *, limit: int) -> str:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(limit + 1)  # the size that a file claims may change, or be a terabyte of nothing
+        if len(data) > limit:
+            raise BundleError(f"{file} is larger than {limit:,} bytes: do not use this bundle")
+        return str(data, "utf-8")
+    except UnicodeDecodeError:
+        raise BundleError(f"{file} is not UTF-8 text: the bundle is damaged, export again") from None
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read ({error.strerror}): copy the bundle again") from None
 
 
 def _no_weights(root: Path) -> BundleError:
@@ -75,22 +89,17 @@ class Bundle:
                 else "give a bundle's folder"
             )
             raise BundleError(f"{root} has no {MANIFEST_NAME}: {hint} (pmpd-export makes one)")
-        try:
-            manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise BundleError(f"{manifest_path} is not UTF-8 text: the bundle is damaged, export again") from None
-        except OSError as error:
-            raise BundleError(f"{manifest_path} cannot be read ({error.strerror})") from None
+        manifest = Manifest.from_json(_read_text(manifest_path, limit=MAX_MANIFEST_BYTES))
         if manifest.skeleton and not skeleton:
             raise _no_weights(root)
-        others = {graph.file for graph in manifest.graphs} | set(manifest.kernels.values())
-        weight_files = {tensor.file for tensor in manifest.tensors} - others
         for name, entry in manifest.files.items():
             try:
-                _check_file(root, name, entry, hashed=verify or name not in weight_files)
+                _check_file(root, name, entry, hashed=verify or name not in manifest.weight_files)
             except OSError as error:
                 raise BundleError(f"{root / name} cannot be read ({error.strerror}): copy the bundle again") from None
-        return cls(root, manifest)
+        bundle = cls(root, manifest)
+        bundle.stop_ids  # noqa: B018 - a fault in its file is found now, not when text is generated
+        return bundle
 
     def tensor(self, tensor: Tensor, *, planes: int | None = None) -> npt.NDArray[Any]:
         """Return a read-only view of a tensor in the mapped file; of a nested one, the first `planes` planes."""
@@ -104,12 +113,29 @@ class Bundle:
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """The checkpoint's `generation_config.json` (``eos_token_id`` and the like), empty when it has none."""
+        """The checkpoint's `generation_config.json` (``eos_token_id`` and the like), empty when it has none.
+
+        Raises:
+            BundleError: it is not a JSON object in UTF-8.
+        """
         file = self.path / "generation_config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.name in self.manifest.files else {}
+        if file.name not in self.manifest.files:
+            return {}
+        return parse_object(_read_text(file, limit=MAX_HASHED_BYTES), one_line(file))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The token ids that end a text."""
-        eos = self.generation_config.get("eos_token_id")
-        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        """The token ids that end a text, as ``eos_token_id`` states them: none, one or several.
+
+        Raises:
+            BundleError: it states something else.
+        """
+        stated = self.generation_config.get("eos_token_id")
+        ids = [] if stated is None else stated if isinstance(stated, list) else [stated]
+        for token_id in ids:
+            if type(token_id) is not int or token_id < 0:
+                raise BundleError(
+                    f"{self.path / 'generation_config.json'}: eos_token_id must be a token id or a list of them, "
+                    f"got {stated!r:.60}: the bundle is damaged, export again"
+                )
+        return tuple(ids)

@@ -7,11 +7,14 @@ and a tensor that lies outside its file.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Self
 
-from pmpd.runtime.errors import BundleError, unknown_choice
+from pmpd.runtime.errors import BundleError, one_line, unknown_choice
+from pmpd.runtime.format.bitplanes import MAX_PRECISION
 from pmpd.runtime.format.tensor import DTYPE_SIZES, Tensor, check_tensors
 from pmpd.runtime.format.typed_json import build, parse_object
 from pmpd.runtime.format.version1 import upgrade
@@ -36,25 +39,43 @@ MANIFEST_NAME = "bundle.json"
 ACCURACIES = ("exact", "int8")
 PHASES = ("prefill", "decode")
 ACTIVATIONS = ("float32", "float16")
+_KV_DTYPES = ("float16", "float32")
 DEVICES = ("cpu", "cuda")
+# A reader's memory and time must not depend on what a manifest claims. Each limit is far above any model of today.
+MAX_MANIFEST_BYTES = 64 << 20  # one of 40 layers has 200 kB
+MAX_HASHED_BYTES = 1 << 30  # of all files but weights, which are hashed at every opening: a tokenizer has up to 40 MB
+MAX_GRAPH_BYTES = 64 << 20
+_MAX_LAYERS = 10_000
+_MAX_NUMBER = 2**31 - 1
+_MAX_ENTRIES = 1000  # schedules, kernel libraries, graphs
+_MAX_NAME = 300  # characters
 
 
 def contained_name(name: str) -> str:
     """Return `name` if it is a plain relative path inside a bundle.
 
     Raises:
-        BundleError: the name is absolute, empty, has control characters, or climbs out of the bundle.
+        BundleError: the name is absolute, empty, very long, has control characters, or climbs out of the bundle.
     """
-    path = PurePosixPath(name)
+    path = PurePosixPath(name[: _MAX_NAME + 1])
     plain = name.isprintable() and not {"\\", ":"} & set(name) and str(path) == name != "."
-    if not plain or path.is_absolute() or ".." in path.parts:
-        raise BundleError(f"bundle.json names the file {name!r}, which lies outside the bundle: do not use this bundle")
+    if not plain or path.is_absolute() or ".." in path.parts or len(name) > _MAX_NAME:
+        raise BundleError(
+            f"bundle.json names the file {name[:_MAX_NAME]!r}, which lies outside the bundle or is not a plain name: "
+            "do not use this bundle"
+        )
     return name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the weights came from: hub id, alias or folder as the user gave it; revision and licence when known."""
+    """Where the weights came from. A bundle is published, so nothing here names a place on the exporter's machine.
+
+    Attributes:
+        model: hub id or alias; of a local folder only its last part.
+        revision: commit on the hub, if known.
+        license: licence of the weights, if known.
+    """
 
     model: str
     revision: str | None = None
@@ -75,14 +96,21 @@ class Architecture:
     parameters: int
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        _check_numbers(self)
+        if self.attention_heads % self.kv_heads:
+            raise BundleError(
+                f"Architecture: {self.attention_heads} attention heads cannot share {self.kv_heads} key and value "
+                "heads: export the model again"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class KvContract:
     """One key and one value buffer per layer: `dtype` ``[1, heads, positions, head_dim]``, past and present the same.
 
-    ``past`` and ``present`` are the graphs' input and output names, with ``{layer}`` and ``{part}`` (key or value).
+    `heads` are the model's key and value heads; `head_dim` is that of the cache, which may be padded. ``past`` and
+    ``present`` are the graphs' input and output names, in which ``{layer}`` (from 0) and ``{part}`` (``key`` or
+    ``value``) are replaced.
     """
 
     layers: int
@@ -93,15 +121,24 @@ class KvContract:
     present: str = "present.{layer}.{part}"
 
     def __post_init__(self) -> None:
-        _check_positive(self)
-        if self.dtype not in DTYPE_SIZES:
-            raise BundleError(f"KvContract has the unknown type {self.dtype!r}: choose of {list(DTYPE_SIZES)}")
-        try:
-            self.past.format(layer=0, part="key"), self.present.format(layer=0, part="key")
-        except (ValueError, LookupError, AttributeError):
-            raise BundleError(
-                f"KvContract names buffers {self.past!r} and {self.present!r}: only {{layer}} and {{part}} may vary"
-            ) from None
+        _check_numbers(self)
+        if self.dtype not in _KV_DTYPES:
+            raise BundleError(f"KvContract: {unknown_choice('type', self.dtype, _KV_DTYPES)}")
+        for pattern in (self.past, self.present):
+            fixed = pattern.replace("{layer}", "", 1).replace("{part}", "", 1)
+            if len(fixed) != len(pattern) - len("{layer}{part}") or {"{", "}"} & set(fixed) or len(pattern) > _MAX_NAME:
+                raise BundleError(
+                    f"KvContract names buffers {pattern!r:.60}: {{layer}} and {{part}} must each appear once, and no "
+                    "other braces"
+                )
+
+    def past_name(self, layer: int, part: str) -> str:
+        """Return the name of the input that takes a layer's ``key`` or ``value`` buffer."""
+        return _fill(self.past, layer, part)
+
+    def present_name(self, layer: int, part: str) -> str:
+        """Return the name of the output that is written to a layer's ``key`` or ``value`` buffer."""
+        return _fill(self.present, layer, part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +175,10 @@ class FileEntry:
 
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise BundleError(f"bundle.json lists a file of {self.size} bytes: the bundle is damaged, export again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,30 +229,65 @@ class Manifest:
     skeleton: bool = False
 
     def __post_init__(self) -> None:
+        bits = (*self.precisions, self.prefill_precision, self.parent_precision)
+        if not all(1 <= number <= MAX_PRECISION for number in bits):
+            raise BundleError(f"bundle.json: precisions must be 1 to {MAX_PRECISION} bits: export the model again")
         if not self.precisions or list(self.precisions) != sorted(set(self.precisions), reverse=True):
             raise BundleError(f"precisions must fall from high to low without repeats, got {list(self.precisions)}")
-        if self.context_length < 1:
-            raise BundleError(f"context length must be 1 or more, got {self.context_length}: export the model again")
+        if not 1 <= self.context_length <= _MAX_NUMBER:
+            raise BundleError(
+                f"context length must be 1 to {_MAX_NUMBER:,}, got {self.context_length!s:.30}: export the model again"
+            )
         if self.accuracy not in ACCURACIES:
             raise BundleError(f"bundle.json: {unknown_choice('accuracy', self.accuracy, ACCURACIES)}")
+        for what, entries in (("schedules", self.schedules), ("kernels", self.kernels), ("graphs", self.graphs)):
+            if len(entries) > _MAX_ENTRIES:
+                raise BundleError(f"bundle.json lists {len(entries):,} {what}: this is more than {_MAX_ENTRIES:,}")
+        self._check_schedules()
+        self._check_files()
+        self._check_graphs()
+        self._check_cache()
+        check_tensors(self.tensors, self.precisions)
+
+    def _check_schedules(self) -> None:
+        """The form alone: what a schedule means, the package `schedule` knows, and says when it is used."""
+        for name, text in self.schedules.items():
+            plain = re.fullmatch(r"[\w.-]{1,60}", name) and len(text) <= _MAX_NAME
+            if not plain or not re.fullmatch(r"[a-z][a-z0-9_-]*:[!-~]+", text):
+                raise BundleError(
+                    f"bundle.json: schedule {name!r:.60} is {text!r:.60}, which does not have the form KIND:ARGUMENTS: "
+                    "export the model again"
+                )
         if self.default_schedule not in self.schedules:
             raise BundleError(
                 f"bundle.json: {unknown_choice('default schedule', self.default_schedule, self.schedules)}"
             )
-        self._check_files()
-        self._check_graphs()
-        check_tensors(self.tensors, self.precisions)
+
+    def _check_cache(self) -> None:
+        cache, model = self.kv_cache, self.architecture
+        if (cache.layers, cache.heads) != (model.layers, model.kv_heads) or cache.head_dim < model.head_dim:
+            raise BundleError(
+                f"bundle.json: the KV cache of {cache.layers} layers and {cache.heads} heads of {cache.head_dim} does "
+                f"not fit the architecture, {model.layers} layers and {model.kv_heads} heads of {model.head_dim}: "
+                "export the model again"
+            )
 
     def _check_files(self) -> None:
         for name in self.files:
             contained_name(name)
         weights = {contained_name(tensor.file) for tensor in self.tensors}
+        others = sum(entry.size for name, entry in self.files.items() if name not in self.weight_files)
+        if others > MAX_HASHED_BYTES:
+            raise BundleError(f"bundle.json lists {others:,} bytes besides the weights: do not use this bundle")
         if self.skeleton and (listed := sorted(weights & self.files.keys())):
             raise BundleError(f"bundle.json is of a skeleton but lists {listed[0]!r}: export the model again")
         named = (*(graph.file for graph in self.graphs), *self.kernels.values(), *(() if self.skeleton else weights))
         for file in named:
             if contained_name(file) not in self.files:
                 raise BundleError(f"bundle.json refers to {file!r} but does not list it: export the model again")
+        for graph in self.graphs:
+            if self.files[graph.file].size > MAX_GRAPH_BYTES:
+                raise BundleError(f"{graph.file} is larger than {MAX_GRAPH_BYTES:,} bytes: do not use this bundle")
         for tensor in () if self.skeleton else self.tensors:
             if tensor.offset + tensor.length > self.files[tensor.file].size:
                 raise BundleError(
@@ -227,6 +303,12 @@ class Manifest:
             self.graph("prefill", self.prefill_precision, device=device)
             for precision in self.precisions:
                 self.graph("decode", precision, device=device)
+
+    @cached_property
+    def weight_files(self) -> frozenset[str]:
+        """The files that hold tensors and nothing else."""
+        others = {graph.file for graph in self.graphs} | set(self.kernels.values())
+        return frozenset(tensor.file for tensor in self.tensors) - others
 
     @property
     def schedule(self) -> str:
@@ -272,11 +354,22 @@ class Manifest:
                 f"bundle.json has version {version!r:.60}, this runtime reads versions 1 to {VERSION}: "
                 "upgrade pmpd, or export the model with this version"
             )
-        manifest: Self = build(cls, upgrade(document) if version == 1 else document, "bundle.json")
+        try:
+            manifest: Self = build(cls, upgrade(document) if version == 1 else document, "bundle.json")
+        except BundleError as error:  # it may quote the manifest
+            raise BundleError(one_line(error, 500)) from None
         return manifest
 
 
-def _check_positive(value: Architecture | KvContract) -> None:
+def _check_numbers(value: Architecture | KvContract) -> None:
     for name, number in asdict(value).items():
-        if isinstance(number, int) and number < 1:
-            raise BundleError(f"{type(value).__name__}: {name} must be 1 or more, got {number}: export the model again")
+        limit = {"layers": _MAX_LAYERS, "parameters": 2**63 - 1}.get(name, _MAX_NUMBER)
+        if isinstance(number, int) and not 1 <= number <= limit:
+            size = "1 or more" if number < 1 else f"at most {limit:,}"
+            raise BundleError(
+                f"{type(value).__name__}: {name} must be {size}, got {number!s:.30}: export the model again"
+            )
+
+
+def _fill(pattern: str, layer: int, part: str) -> str:
+    return pattern.replace("{layer}", str(layer)).replace("{part}", part)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pmpd.runtime.errors import BundleError, unknown_choice
-from pmpd.runtime.format.bitplanes import MAX_PRECISION
+from pmpd.runtime.format.bitplanes import CACHE_LINE, MAX_PRECISION
 
 __all__ = ["DTYPE_SIZES", "ROLES", "Tensor", "check_tensors"]
 
@@ -51,11 +52,18 @@ class Tensor:
             raise BundleError(f"tensor {self.name!r}: {unknown_choice('type', self.dtype, DTYPE_SIZES)}")
         if self.role not in ROLES:
             raise BundleError(f"tensor {self.name!r}: {unknown_choice('role', self.role, ROLES)}")
+        if len(self.shape) > 4 or not 0 < len(self.name) <= 300:
+            raise BundleError(f"tensor {self.name!r:.60} has a name of more than 300 characters or over 4 dimensions")
         want = math.prod(self.shape) * DTYPE_SIZES[self.dtype]
         if self.offset < 0 or self.length != want or min(self.shape, default=1) < 1:
             raise BundleError(
                 f"tensor {self.name!r} claims {self.length} bytes at {self.offset}, "
                 f"but {self.dtype} {list(self.shape)} takes {want}: export the model again"
+            )
+        if self.offset % CACHE_LINE:
+            raise BundleError(
+                f"tensor {self.name!r} begins at byte {self.offset}, not at a multiple of {CACHE_LINE}: "
+                "export the model again"
             )
         if problem := self._problem():
             raise BundleError(f"tensor {self.name!r} ({self.role}) {problem}: export the model again")
@@ -83,7 +91,7 @@ def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
     """Check that a tensor table is whole: every layer has planes and a codebook for each precision it is read at.
 
     Raises:
-        BundleError: a tensor is listed twice, lacks its layer, has other rows than it, or is missing.
+        BundleError: a tensor is listed twice, overlaps another, has other rows than its layer's planes, or is missing.
     """
     names: set[str] = set()
     parts: dict[tuple[str, str, int | None], Tensor] = {}
@@ -93,6 +101,12 @@ def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
             raise BundleError(f"bundle.json lists tensor {tensor.name!r} twice: export the model again")
         names.add(tensor.name)
         parts[key] = tensor
+    ordered = sorted(tensors, key=lambda tensor: (tensor.file, tensor.offset))
+    for tensor, following in pairwise(ordered):
+        if tensor.file == following.file and tensor.offset + tensor.length > following.offset:
+            raise BundleError(
+                f"tensors {tensor.name!r} and {following.name!r} overlap in {tensor.file}: export the model again"
+            )
     planes = {tensor.layer: tensor for tensor in tensors if tensor.role == "planes"}
     for tensor in tensors:
         if tensor.role in ("codebook", "bias"):

@@ -107,6 +107,46 @@ def test_damage_gives_one_clear_error(bundle_copy: Path, damage: Edit, message: 
     assert message in one_error(bundle_copy)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "generation_config.json is not valid JSON"),
+        (b"{", "generation_config.json is not valid JSON"),
+        (b"[" * 100_000, "generation_config.json is not valid JSON"),
+        (b'{"a": 1, "a": 2}', "the key 'a' appears twice in one object"),
+        (b'{"eos_token_id": "\xff"}', "generation_config.json is not UTF-8 text"),
+        (b"[2]", "generation_config.json must be an object, got [2]"),
+        (b"17", "generation_config.json must be an object, got 17"),
+        *(
+            (json.dumps({"eos_token_id": ids}).encode(), f"must be a token id or a list of them, got {ids!r}")
+            for ids in ("</s>", True, 2.0, -1, [2, "x"], [[2]], [True], {"2": 2})
+        ),
+    ],
+)
+def test_a_generation_config_that_is_not_one(bundle_copy: Path, text: bytes, message: str) -> None:
+    (bundle_copy / "generation_config.json").write_bytes(text)
+    list_file(bundle_copy, "generation_config.json", bundle_copy / "generation_config.json")
+    assert message in one_error(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"), [("{}", ()), ('{"eos_token_id": null}', ()), ('{"eos_token_id": [2, 0, 7]}', (2, 0, 7))]
+)
+def test_a_text_may_end_at_none_one_or_several_tokens(bundle_copy: Path, text: str, ids: tuple[int, ...]) -> None:
+    (bundle_copy / "generation_config.json").write_text(text)
+    list_file(bundle_copy, "generation_config.json", bundle_copy / "generation_config.json")
+    assert Bundle.open(bundle_copy).stop_ids == ids
+
+
+def test_files_of_a_terabyte_are_refused_at_once(bundle_copy: Path) -> None:
+    os.truncate(bundle_copy / "tokenizer.json", 2**40)  # a hole: it takes no disk
+    edit_manifest(bundle_copy, lambda d: d["files"]["tokenizer.json"].update(size=2**40))
+    assert "bytes besides the weights: do not use this bundle" in one_error(bundle_copy)
+    edit_manifest(bundle_copy, lambda d: d["files"]["prefill.onnx"].update(size=2**40))
+    os.truncate(bundle_copy / "bundle.json", 2**40)
+    assert "bundle.json is larger than 67,108,864 bytes" in one_error(bundle_copy)
+
+
 def test_bit_flip_in_the_weights_is_found_when_asked(bundle_copy: Path) -> None:
     flip_bit(bundle_copy / "weights.bin")
     Bundle.open(bundle_copy)
@@ -156,10 +196,10 @@ def test_link_to_a_bundle_is_fine(demo_bundle: Path, tmp_path: Path) -> None:
     [
         lambda d: d["graphs"][0].update(file="tokenizer.json"),
         lambda d: d["graphs"][0].update(file="decode-2.onnx"),
-        lambda d: d["kv_cache"].update(heads=3),
-        lambda d: d["kv_cache"].update(head_dim=32),
-        lambda d: d["kv_cache"].update(layers=4),
-        lambda d: d["kv_cache"].update(layers=6),
+        lambda d: (d["kv_cache"].update(heads=1), d["architecture"].update(kv_heads=1)),
+        lambda d: d["kv_cache"].update(head_dim=80),
+        lambda d: (d["kv_cache"].update(layers=4), d["architecture"].update(layers=4)),
+        lambda d: (d["kv_cache"].update(layers=6), d["architecture"].update(layers=6)),
         lambda d: d["kv_cache"].update(dtype="float32"),
         lambda d: d["kv_cache"].update(past="past.{layer}.{part}"),
         lambda d: d["architecture"].update(vocab_size=100),
@@ -174,13 +214,20 @@ def test_manifest_that_does_not_fit_the_graphs(bundle_copy: Path, edit: Callable
         generator.prefill([1, 5])
         generator.decode_step(7, precision=2)
 
-    with pytest.raises(PmpdError, match=r"refuses|failed while running") as caught:
+    with pytest.raises(PmpdError, match=r"refuses|failed while running|not an ONNX|disagree about") as caught:
         use()
     assert "\n" not in str(caught.value)
 
 
 def test_kv_cache_beyond_memory(bundle_copy: Path) -> None:
-    edit_manifest(bundle_copy, lambda d: d["kv_cache"].update(heads=10**12))
+    heads = 2**31 - 1
+    edit_manifest(
+        bundle_copy,
+        lambda d: (
+            d["kv_cache"].update(heads=heads),
+            d["architecture"].update(kv_heads=heads, attention_heads=heads),
+        ),
+    )
     with pytest.raises(PmpdError, match="no memory for a KV cache of 16 positions"):
         Generator(Bundle.open(bundle_copy), context_length=16)
 

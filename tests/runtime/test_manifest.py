@@ -212,7 +212,7 @@ def drop(*path: str | int) -> Callable[[Document], None]:
         (change("context_length", to="64"), "bundle.json: context_length must be int, got '64'"),
         (change("context_length", to=64.0), "context_length must be int, got 64.0"),
         (change("context_length", to=True), "context_length must be int, got True"),
-        (change("context_length", to=0), "context length must be 1 or more, got 0"),
+        (change("context_length", to=0), "context length must be 1 to 2,147,483,647, got 0"),
         (change("graphs", to={}), "bundle.json: graphs must be list"),
         (change("graphs", 1, to=7), "bundle.json: graphs[1] must be dict, got 7"),
         (change("files", to=[]), "bundle.json: files must be dict"),
@@ -225,14 +225,52 @@ def drop(*path: str | int) -> Callable[[Document], None]:
         (change("architecture", "vocab_size", to=0), "vocab_size must be 1 or more, got 0"),
         (change("kv_cache", "heads", to=-3), "heads must be 1 or more, got -3"),
         (change("kv_cache", "dtype", to="bfloat8"), "unknown type 'bfloat8'"),
-        (change("kv_cache", "past", to="{oops}"), "only {layer} and {part} may vary"),
-        (change("kv_cache", "present", to="{"), "only {layer} and {part} may vary"),
+        *(
+            (
+                change("kv_cache", part, to=name),
+                f"names buffers {name!r:.60}: {{layer}} and {{part}} must each appear once",
+            )
+            for part in ("past", "present")
+            for name in (
+                *("", "{", "{oops}", "{layer}{part}{", "{layer}.{part}.{layer}", "past.{layer}", "{part}", "{0}{part}"),
+                *(
+                    "{layer:>9000000000}.{part}",
+                    "{layer.real}.{part}",
+                    "{layer!r}.{part}",
+                    "{layer}{part}" + "x" * 10**6,
+                ),
+            )
+        ),
         (change("tensors", 0, "dtype", to="int3"), "tensor 'a.planes': unknown type 'int3': choose one of"),
         (change("tensors", 0, "length", to=383), "claims 383 bytes at 0, but uint8 [3, 2, 64] takes 384"),
         (change("tensors", 0, "offset", to=-1), "claims 384 bytes at -1"),
         (change("tensors", 0, "shape", to=[-3, -2, 64]), "claims 384 bytes at 0, but uint8 [-3, -2, 64]"),
         (change("tensors", 4, to={**document()["tensors"][4], "shape": [0, 2**62], "length": 0}), "claims 0 bytes"),
-        (change("tensors", 4, "offset", to=577), "tensor 'norm.weight' ends at byte 593 of w.bin, which has 592"),
+        (change("tensors", 4, "offset", to=640), "tensor 'norm.weight' ends at byte 656 of w.bin, which has 592"),
+        (change("tensors", 4, "offset", to=577), "tensor 'norm.weight' begins at byte 577, not at a multiple of 64"),
+        (change("tensors", 4, "offset", to=384), "tensors 'a.codebook.3' and 'norm.weight' overlap in w.bin"),
+        (change("tensors", 4, "shape", to=[4, 1, 1, 1, 1]), "over 4 dimensions"),
+        (change("tensors", 4, "name", to="x" * 10**6), "has a name of more than 300 characters"),
+        (change("precisions", to=[99]), "precisions must be 1 to 8 bits"),
+        (change("prefill_precision", to=0), "precisions must be 1 to 8 bits"),
+        (change("parent_precision", to=9), "precisions must be 1 to 8 bits"),
+        (change("kv_cache", "layers", to=3), "the KV cache of 3 layers and 1 heads of 4 does not fit the architecture"),
+        (change("kv_cache", "heads", to=2), "the KV cache of 2 layers and 2 heads of 4 does not fit the architecture"),
+        (change("kv_cache", "head_dim", to=3), "the KV cache of 2 layers and 1 heads of 3 does not fit"),
+        (change("architecture", "layers", to=100_000), "layers must be at most 10,000, got 100000"),
+        (change("architecture", "hidden_size", to=10**30), "hidden_size must be at most 2,147,483,647"),
+        (change("architecture", "kv_heads", to=3), "2 attention heads cannot share 3 key and value heads"),
+        (change("context_length", to=2**62), "context length must be 1 to 2,147,483,647, got 4611686018427387904"),
+        (
+            change("schedules", "default", to="sometimes"),
+            "schedule 'default' is 'sometimes', which does not",
+        ),
+        (change("schedules", "default", to="static:3@0,\n2@5"), "does not have the form KIND:ARGUMENTS"),
+        (change("schedules", "a b", to="uniform:3"), "schedule 'a b' is 'uniform:3'"),
+        (change("schedules", to={str(i): "uniform:3" for i in range(1001)}), "lists 1,001 schedules"),
+        (change("files", "decode-2.onnx", "size", to=2**27), "decode-2.onnx is larger than 67,108,864 bytes"),
+        (change("files", "kernels/libpmpd.so", "size", to=2**40), "bytes besides the weights"),
+        (change("files", "w.bin", "size", to=-1), "lists a file of -1 bytes"),
         (change("tensors", 1, "file", to="other.bin"), "refers to 'other.bin' but does not list it"),
         (change("graphs", 0, "file", to="other.onnx"), "refers to 'other.onnx' but does not list it"),
         (drop("files", "w.bin"), "refers to 'w.bin' but does not list it"),
@@ -252,6 +290,18 @@ def test_what_does_not_fit_is_named(edit: Callable[[Document], None], message: s
         Manifest.from_json(json.dumps(changed))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_appears_twice_is_refused() -> None:
+    text = json.dumps(document())
+    for again in ('"version": 2,', '"precisions": [2], "precisions": [3, 2],'):
+        with pytest.raises(BundleError, match=r"the key '\w+' appears twice in one object"):
+            Manifest.from_json("{" + again + text[1:])
+
+
+def test_buffers_are_named_by_layer_and_part() -> None:
+    contract = replace(manifest().kv_cache, past="p{layer}{part}", present="{part}/{layer}")
+    assert (contract.past_name(12, "key"), contract.present_name(0, "value")) == ("p12key", "value/0")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "17", '"x"', "\x00", "[" * 100_000, "9" * 5000, "{} {}"])
