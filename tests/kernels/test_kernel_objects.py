@@ -42,11 +42,9 @@ needs_binutils = pytest.mark.skipif(
     reason="needs objdump and as for x86-64, of GNU binutils",
 )
 
-QUICK = ("any", "avx2", "avx512vbmi")
-CHECKED = [
-    pytest.param(isa, id=isa, marks=[] if isa in QUICK else pytest.mark.slow)
-    for isa in ("any", *TARGETS["x86-64-v4"].isa)
-]
+# As test_kernels.py has them in its default run, so that they are compiled once.
+BITS = {"any": (), "avx2": (1, 2, 3, 4, 6), "avx512vbmi": (1, 2, 3, 4, 6)}
+OTHER_BITS = (3, 6)
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
@@ -65,12 +63,11 @@ def refusals(texts: list[str], processor: str) -> list[str]:
 
 
 @needs_binutils
-@pytest.mark.parametrize("isa", CHECKED)
+@pytest.mark.parametrize("isa", ["any", *TARGETS["x86-64-v4"].isa])
 def test_objects_keep_to_their_instruction_set(isa: str, tmp_path: Path) -> None:
     target = TARGETS["x86-64-v4"]
-    bits = (1, 2, 3, 4, 6) if isa in QUICK else range(1, 9)
     names = (isa, "portable") if isa == "any" else (isa,)
-    demand = Demand(precisions=bits, head_dims=[64])
+    demand = Demand(precisions=BITS.get(isa, OTHER_BITS), head_dims=[64])
     kernels = [kernel for kernel in kernels_of(target, demand) if kernel.isa.name in names]
     paths = compile_kernels(target, kernels, directory=tmp_path)[1:]
     endings = ("pmpd_any", "__portable") if isa == "any" else (f"__{isa}",)

@@ -1,8 +1,9 @@
 """Every compiled kernel against numpy, in memory that nothing outside of the arguments can be read from or written to.
 
-The default run has two instruction sets and the precisions that bundles use; the rest, and other tunings than those
-that ship, is slow to compile. aarch64 runs in qemu. AVX-VNNI's kernels are tested in the encoding of AVX-512, which
-differs in the one instruction's first bytes alone, because processors that have it are the rarest; see `EvexVnni`.
+The default run has every instruction set: two of them at the precisions that bundles use, the others at two precisions.
+The rest, and other tunings than those that ship, is slow to compile. aarch64 runs in qemu. AVX-VNNI's kernels are
+tested in the encoding of AVX-512, which differs in the one instruction's first bytes alone, because processors that
+have it are the rarest; see `EvexVnni`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,18 @@ TESTED = [TARGETS["x86-64-v4"], TARGETS["aarch64-linux"]]
 SHIPPED = [kernel for target in TESTED for kernel in shipped_kernels(target)]
 NAMES = {kernel.name for kernel in SHIPPED}
 OTHERS = [kernel for target in TESTED for kernel in other_tunings(target) if kernel.name not in NAMES]
-QUICK = [kernel for kernel in SHIPPED if kernel.isa.name in ("avx512vbmi", "avx2") and kernel.bits in (1, 2, 3, 4, 6)]
-# Kernels by the program that has them: the quick ones, and the rest of each instruction set.
-PROGRAMS = {"quick": QUICK}
-for kernel in [*SHIPPED, *OTHERS]:
-    if kernel not in QUICK:
-        PROGRAMS.setdefault(kernel.isa.name, []).append(kernel)
+# Bits of the kernels in the default run, by instruction set. All have 3, where a code's field is wider than the code,
+# and 6, where a code is looked up in several tables of 16.
+MAIN_BITS = {"avx512vbmi": (1, 2, 3, 4, 6), "avx2": (1, 2, 3, 4, 6)}
+OTHER_BITS = (3, 6)
+# Kernels by the program that has them: the quick ones of each architecture, and the rest of each instruction set.
+PROGRAMS: dict[str, list[MatmulKernel]] = {}
+for kernel in SHIPPED:
+    quick = kernel.bits in MAIN_BITS.get(kernel.isa.name, OTHER_BITS)
+    PROGRAMS.setdefault(f"quick-{kernel.isa.arch}" if quick else kernel.isa.name, []).append(kernel)
+for kernel in OTHERS:
+    PROGRAMS.setdefault(kernel.isa.name, []).append(kernel)
+QUICK = PROGRAMS["quick-x86_64"]
 
 # N, K, M, begin, end: one row and many, one column and many, tiles that end early, lines that are hardly begun.
 SHAPES = [
@@ -155,14 +162,14 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def each(kernels: Callable[[str], list[MatmulKernel]]) -> pytest.MarkDecorator:
     """Return what runs a test for each of the kernels of every program."""
     values = [
-        pytest.param(name, kernel, id=kernel.name, marks=[] if name == "quick" else pytest.mark.slow)
+        pytest.param(name, kernel, id=kernel.name, marks=[] if name.startswith("quick") else pytest.mark.slow)
         for name in PROGRAMS
         for kernel in kernels(name)
     ]
     return pytest.mark.parametrize(("program", "kernel"), values, indirect=["program"], scope="session")
 
 
-quick = pytest.mark.parametrize("program", ["quick"], indirect=True)
+on_quick_program = pytest.mark.parametrize("program", ["quick-x86_64"], indirect=True)
 
 
 @cache
@@ -212,7 +219,7 @@ def random_cases(draw: st.DrawFn, kernels: list[MatmulKernel]) -> tuple[MatmulKe
 @pytest.mark.parametrize(
     ("program", "kernels"),
     [
-        pytest.param(*item, id=item[0], marks=[] if item[0] == "quick" else pytest.mark.slow)
+        pytest.param(*item, id=item[0], marks=[] if item[0].startswith("quick") else pytest.mark.slow)
         for item in PROGRAMS.items()
     ],
     indirect=["program"],
@@ -225,7 +232,7 @@ def test_agrees_on_any_shape(program: Program, kernels: list[MatmulKernel], data
     check(kernel, case, *program.run(kernel, [case]))
 
 
-@quick
+@on_quick_program
 @pytest.mark.parametrize("accuracy", ["exact", "int8"])
 def test_one_wrong_code_is_found(program: Program, accuracy: str) -> None:
     kernel = next(kernel for kernel in QUICK if (kernel.bits, kernel.accuracy) == (4, accuracy))
@@ -237,7 +244,7 @@ def test_one_wrong_code_is_found(program: Program, accuracy: str) -> None:
         check(kernel, case, y)
 
 
-@quick
+@on_quick_program
 def test_unwritten_and_stray_results_are_found(program: Program) -> None:
     kernel = QUICK[0]
     case = random_case(np.random.default_rng(0), kernel.bits, (9, 40, 3, 2, 7))
@@ -248,7 +255,7 @@ def test_unwritten_and_stray_results_are_found(program: Program) -> None:
         check(kernel, replace(case, end=6), y)
 
 
-@quick
+@on_quick_program
 @pytest.mark.parametrize(("begin", "end"), [(8, 10), (-1, 3)])
 def test_access_outside_of_arguments_is_found(program: Program, begin: int, end: int) -> None:
     """Of nine rows: the tenth, or one before the first."""

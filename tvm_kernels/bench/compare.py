@@ -55,13 +55,13 @@ def measure_shape(
     """Let kernels of a rig and their peers take turns; return rows, and the GB/s of plain reads in between."""
     contenders = [*_ours(rig, kernels, shape, m=m, threads=threads), *_peers(shape, m=m, threads=threads)]
     rounds = ROUNDS_OF_ONE if m == 1 else ROUNDS_OF_MANY
-    taken = take_turns([each.sample for each in contenders], rig.read, rounds=rounds)
+    taken = take_turns([contender.sample for contender in contenders], rig.read, rounds=rounds)
     rows = []
-    for each, samples in zip(contenders, taken, strict=True):
-        size = [each.matrix_bytes * each.copies]
+    for contender, samples in zip(contenders, taken, strict=True):
+        size = [contender.matrix_bytes * contender.copies]
         rate = samples.rate(size)
-        figures = round(1e6 * each.matrix_bytes / rate, 1), round(rate / 1e9, 2), round(samples.of_read(size), 3)
-        rows.append(Row(each.kernel, each.p, shape.n, shape.k, m, threads, *figures))
+        figures = round(1e6 * contender.matrix_bytes / rate, 1), round(rate / 1e9, 2), round(samples.of_read(size), 3)
+        rows.append(Row(contender.kernel, contender.p, shape.n, shape.k, m, threads, *figures))
     return rows, median(float(gbs) for samples in taken for gbs in samples.read_gbs)
 
 
@@ -78,6 +78,6 @@ def _ours(rig: Rig, kernels: Sequence[MatmulKernel], shape: Shape, *, m: int, th
 def _peers(shape: Shape, *, m: int, threads: int) -> Iterator[_Contender]:
     for bits in NBITS:
         for block in BLOCKS:
-            made = nbits_graph(shape, bits=bits, block=block, m=m, threads=threads)
-            yield _Contender(f"MatMulNBits/block{block}", bits, *made)
+            run = nbits_graph(shape, bits=bits, block=block, m=m, threads=threads)
+            yield _Contender(f"MatMulNBits/block{block}", bits, *run)
     yield _Contender("MatMul/float32", 32, *float_graph(shape, m=m, threads=threads))

@@ -59,7 +59,7 @@ Sample = Callable[[], Sequence[float]]
 
 @dataclass(frozen=True)
 class Weights:
-    """Matrices of one shape that lie behind each other: planes uint8 ``[copies, p, N, S]``, codebook float16."""
+    """Matrices of one shape, stored contiguously: planes uint8 ``[copies, p, N, S]``, codebook float16."""
 
     shape: Shape
     planes: npt.NDArray[np.uint8]
@@ -110,6 +110,26 @@ def _at_line(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return memory[-memory.ctypes.data % CACHE_LINE :]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of a sample: a call multiplies a thread's rows of all matrices of a shape.
+
+    Attributes:
+        sweep: the C function.
+        arrays: what the pointers among the arguments point to.
+        arguments: of the C function, but for the rows.
+        bounds: thread t has the rows from the t-th number to the next.
+    """
+
+    sweep: Callable[..., None]
+    arrays: Sequence[npt.NDArray[Any]]
+    arguments: Sequence[Any]
+    bounds: Sequence[int]
+
+    def __call__(self, thread: int) -> None:
+        self.sweep(*self.arguments, self.bounds[thread], self.bounds[thread + 1])
+
+
 class Rig:
     """Kernels in an operator library with measuring instruments, and the threads that share out their rows.
 
@@ -146,13 +166,13 @@ class Rig:
         """
         info = self._functions.pmpd_ops_info()
         if info is None:
-            known = ", ".join(["portable", *(each.name for each in reversed(ISAS) if each.arch == isa.arch)])
-            raise PmpdError(f"PMPD_MAX_ISA is {os.environ.get('PMPD_MAX_ISA')!r}: choose one of {known}")
+            choices = ["portable", *(level.name for level in reversed(ISAS) if level.arch == isa.arch)]
+            raise PmpdError(f"PMPD_MAX_ISA is {os.environ.get('PMPD_MAX_ISA')!r}: choose one of {', '.join(choices)}")
         features = json.loads(info)["features"]
         return set(isa.needs) <= set(features)
 
     def read(self, threads: int | None = None) -> float:
-        """Read memory that no cache holds with all threads, or so many; return GB/s."""
+        """Read memory that no cache holds, with all threads or the given number of them; return GB/s."""
         threads = threads or self._threads
         memory = random_memory(WORKING_SET)
         share = READ_BYTES // threads
@@ -166,38 +186,34 @@ class Rig:
     def sweep(
         self, kernel: MatmulKernel, weights: Sequence[Weights], *, m: int = 1, threads: int | None = None
     ) -> Sample:
-        """Return what multiplies m rows of activations with all matrices, on all threads or so many.
+        """Return what multiplies m rows of activations with all matrices, on all threads or the given number of them.
 
         A sample has the seconds of each shape.
         """
         threads = threads or self._threads
-        found = ctypes.c_void_p(self._functions.pmpd_ops_kernel(kernel.name.encode()))
-        parts = [self._part(found, kernel, each, m, threads) for each in weights]
+        parts = [self._part(kernel, matrices, m, threads) for matrices in weights]
         return lambda: self._together(parts, threads)
 
-    def _part(
-        self, found: ctypes.c_void_p, kernel: MatmulKernel, weights: Weights, m: int, threads: int
-    ) -> Callable[[int], None]:
+    def _part(self, kernel: MatmulKernel, weights: Weights, m: int, threads: int) -> _Part:
         n, k = weights.shape.n, weights.shape.k
+        compiled = ctypes.c_void_p(self._functions.pmpd_ops_kernel(kernel.name.encode()))
         lines = row_stride(k) // CACHE_LINE
         x = np.random.default_rng(m).normal(size=(m, k)).astype(np.float32)
         packed = _at_line(np.zeros(m * lines * 512 * kernel.element_bytes + CACHE_LINE, np.uint8))
         scale, total, y = (np.zeros((m, size), np.float32) for size in (16 * lines, 1, n))
         activations = _pointer(packed), _pointer(scale), _pointer(total)
-        self._functions.pmpd_ops_pack(found, _pointer(x), *activations, k, lines, m)
-        fixed = (found, _pointer(weights.planes), _pointer(weights.codebook), *activations, _pointer(y))
+        self._functions.pmpd_ops_pack(compiled, _pointer(x), *activations, k, lines, m)
+        arrays: tuple[npt.NDArray[Any], ...] = weights.planes, weights.codebook, packed, scale, total, y
         rows = kernel.tuning.rows * kernel.tuning.batch
-        bounds = [n * thread // threads // rows * rows for thread in range(threads)] + [n]
-        keep = x, packed, scale, total, y, weights  # the pointers outlive this call
-
-        def part(thread: int) -> None:
-            copies = keep[-1].copies
-            self._functions.pmpd_ops_sweep(*fixed, n, lines, m, copies, bounds[thread], bounds[thread + 1])
-
-        return part
+        return _Part(
+            sweep=self._functions.pmpd_ops_sweep,
+            arrays=arrays,
+            arguments=(compiled, *map(_pointer, arrays), n, lines, m, weights.copies),
+            bounds=[n * thread // threads // rows * rows for thread in range(threads)] + [n],
+        )
 
     def _together(self, parts: Sequence[Callable[[int], None]], threads: int) -> list[float]:
-        """Run all parts on every one of so many threads; return the seconds of each on the slowest."""
+        """Run all parts on each of `threads` threads; return the seconds of each part on the slowest."""
         barrier = threading.Barrier(threads)
 
         def run(thread: int) -> list[float]:
@@ -274,4 +290,4 @@ def take_turns(contenders: Sequence[Sample], read: Callable[[], float], *, round
             after = read()
             reads[contender].append((before + after) / 2)
             before = after
-    return [Samples(np.array(one), np.array(around)) for one, around in zip(seconds, reads, strict=True)]
+    return [Samples(np.array(taken), np.array(around)) for taken, around in zip(seconds, reads, strict=True)]

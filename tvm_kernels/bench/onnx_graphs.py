@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,15 +26,29 @@ __all__ = ["bitplane_graph", "float_graph", "nbits_graph"]
 # Operator, domain, shape, attributes, and weights by name.
 _Node = tuple[str, str, Shape, Mapping[str, Any], Mapping[str, npt.NDArray[Any]]]
 _ACCURACY_LEVEL = 4  # of MatMulNBits: 8-bit activations
-_STUB = "weights"  # a file that must be there, empty: the session is given the weights in memory
+_STUB = "weights"  # an empty file that must exist: the session gets the weights in memory
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A sample: one run of a session. The session reads its weights in the memory of `values`."""
+
+    session: Any
+    binding: Any
+    values: Mapping[str, Any]
+
+    def __call__(self) -> list[float]:
+        begin = time.perf_counter()
+        self.session.run_with_iobinding(self.binding)
+        return [time.perf_counter() - begin]
 
 
 def bitplane_graph(library: Path, weights: Sequence[Weights], *, accuracy: str, m: int, threads: int) -> Sample:
     """Return a run of our operator with the kernels of a library, at an accuracy, on all matrices."""
     nodes: list[_Node] = [
-        ("BitplaneMatMul", "pmpd", each.shape, {"K": each.shape.k}, {"planes": planes, "codebook": codebook})
-        for each in weights
-        for planes, codebook in zip(each.planes, each.codebook, strict=True)
+        ("BitplaneMatMul", "pmpd", matrices.shape, {"K": matrices.shape.k}, {"planes": planes, "codebook": codebook})
+        for matrices in weights
+        for planes, codebook in zip(matrices.planes, matrices.codebook, strict=True)
     ]
     options = onnxruntime().SessionOptions()
     KernelLibrary(library, accuracy=accuracy).register(options, tag="")
@@ -49,7 +64,7 @@ def nbits_graph(shape: Shape, *, bits: int, block: int, m: int, threads: int) ->
     scales = np.full((shape.n, blocks), 0.01, np.float32)
     attributes = {"K": shape.k, "N": shape.n, "bits": bits, "block_size": block, "accuracy_level": _ACCURACY_LEVEL}
     nodes: list[_Node] = [
-        ("MatMulNBits", "com.microsoft", shape, attributes, {"B": each, "scales": scales.copy()}) for each in values
+        ("MatMulNBits", "com.microsoft", shape, attributes, {"B": matrix, "scales": scales.copy()}) for matrix in values
     ]
     sample = _graph(nodes, onnxruntime().SessionOptions(), m=m, threads=threads)
     return sample, size + scales.nbytes, copies
@@ -74,14 +89,16 @@ def _graph(nodes: Sequence[_Node], options: Any, *, m: int, threads: int) -> Sam
     except ImportError:
         raise MissingExtraError("onnx", "tune") from None
 
-    made, outputs, stubs = [], [], []
+    onnx_nodes, outputs, stubs = [], [], []
     inputs = {f"x{k}": k for k in sorted({shape.k for _, _, shape, _, _ in nodes})}
     arrays: dict[str, npt.NDArray[Any]] = {}
     for number, (operator, domain, shape, attributes, weights) in enumerate(nodes):
-        own = {f"{name}.{number}": array for name, array in weights.items()}
-        arrays |= own
+        initializers = {f"{name}.{number}": array for name, array in weights.items()}
+        arrays |= initializers
         output = f"y{number}"
-        made.append(helper.make_node(operator, [f"x{shape.k}", *own], [output], domain=domain, **attributes))
+        onnx_nodes.append(
+            helper.make_node(operator, [f"x{shape.k}", *initializers], [output], domain=domain, **attributes)
+        )
         outputs.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, [m, shape.n]))
     for name, array in arrays.items():
         stub = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
@@ -89,14 +106,14 @@ def _graph(nodes: Sequence[_Node], options: Any, *, m: int, threads: int) -> Sam
         stub.external_data.add(key="location", value=_STUB)
         stubs.append(stub)
     graph = helper.make_graph(
-        made,
+        onnx_nodes,
         "multiplications",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, [m, k]) for name, k in inputs.items()],
         outputs,
         stubs,
     )
     domains = [("", 21), ("com.microsoft", 1), ("pmpd", 1)]
-    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid(*each) for each in domains])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid(*domain) for domain in domains])
 
     runtime = onnxruntime()
     options.intra_op_num_threads = threads
@@ -121,9 +138,4 @@ def _graph(nodes: Sequence[_Node], options: Any, *, m: int, threads: int) -> Sam
         binding.bind_ortvalue_output(output.name, y)
     session.run_with_iobinding(binding)
 
-    def sample(keep: Any = (values, arrays)) -> list[float]:  # the session reads them where they are
-        begin = time.perf_counter()
-        session.run_with_iobinding(binding)
-        return [time.perf_counter() - begin]
-
-    return sample
+    return _Run(session, binding, values)

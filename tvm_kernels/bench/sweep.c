@@ -16,11 +16,11 @@ EXPORT void pmpd_ops_pack(const struct pmpd_kernel *kernel, const float *x, void
   kernel->pack(x, packed, scale, sum, k, lines, 0, m);
 }
 
-/* Rows [begin, end), if any, of each of the matrices [n, 512 * lines] that lie behind each other. */
+/* Rows [begin, end), if any, of each of the matrices [n, 512 * lines], which are stored contiguously. */
 EXPORT void pmpd_ops_sweep(const struct pmpd_kernel *kernel, const uint8_t *planes, const uint16_t *codebook,
                            const void *packed, const float *scale, const float *sum, float *y, int32_t n,
                            int32_t lines, int32_t m, int32_t copies, int32_t begin, int32_t end) {
-  if (begin == end) return; /* kernels want a row at least */
+  if (begin == end) return; /* kernels need at least one row */
   uint8_t memory[kernel->scratch_bytes + 63];
   uint8_t *scratch = memory + (-(uintptr_t)memory & 63);
   const int64_t plane_bytes = (int64_t)n * lines * 64;

@@ -1,7 +1,7 @@
 """The search for a kernel's best choices: small grids one after another, each searched by successive halving.
 
 All candidates of a grid are sampled a few times, in turns; the better half goes on and is sampled twice as often, until
-one is left. What most candidates lose by shows in a few samples, and the many samples that tell the best ones apart are
+one is left. A few samples are enough to drop most candidates, and the many samples that tell the best ones apart are
 spent on those alone (Jamieson and Talwalkar, AISTATS 2016). The next grid starts from what won the one before.
 """
 
@@ -15,7 +15,7 @@ from pmpd.tvm_kernels.ops.matmul.kernel import MatmulKernel, Phase
 
 __all__ = ["GRIDS", "Scores", "candidates", "halve", "search"]
 
-# How good each kernel is, higher is better, from so many samples of each.
+# Scores kernels (higher is better) from a number of samples of each.
 Scores = Callable[[Sequence[MatmulKernel], int], Sequence[float]]
 
 _FIRST_SAMPLES = 4
@@ -37,7 +37,7 @@ def candidates(kernel: MatmulKernel, grid: Mapping[str, Sequence[int]]) -> list[
     """Return the kernel with every combination of a grid's values that is worth a try."""
     combinations = (dict(zip(grid, values, strict=True)) for values in product(*grid.values()))
     tried = (replace(kernel, tuning=replace(kernel.tuning, **values)) for values in combinations)
-    return [each for each in tried if _sensible(each)]
+    return [candidate for candidate in tried if _sensible(candidate)]
 
 
 def _sensible(kernel: MatmulKernel) -> bool:
@@ -53,7 +53,7 @@ def halve(entrants: Sequence[MatmulKernel], scores: Scores) -> MatmulKernel:
     """Return the best of the entrants."""
     samples = _FIRST_SAMPLES
     while len(entrants) > 1:
-        ranking = sorted(zip(scores(entrants, samples), entrants, strict=True), key=lambda each: -each[0])
+        ranking = sorted(zip(scores(entrants, samples), entrants, strict=True), key=lambda scored: -scored[0])
         entrants = [kernel for _, kernel in ranking[: (len(ranking) + 1) // 2]]
         samples *= 2
     return entrants[0]

@@ -39,7 +39,7 @@ class TuneSettings:
         shapes: of the matrices.
         threads: that share out the rows.
         output: the folder of records.
-        overwrite: start anew where there are records.
+        overwrite: start over where there are records.
     """
 
     isas: tuple[str, ...]
@@ -56,8 +56,8 @@ class Arena:
     """Scores kernels on this machine: a GEMV by its share of memory's bandwidth, a GEMM by products a second.
 
     Both are medians over samples and geometric means over shapes. For a GEMV also over all threads, where memory is
-    the limit, and a single one, where the processor is: memory that others slow down just now, or a machine with more
-    of it, must not decide by chance.
+    the limit, and a single one, where the processor is: a moment in which others slow memory down, or a machine with
+    more bandwidth, must not decide.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Arena:
         def scores(kernels: Sequence[MatmulKernel], rounds: int) -> list[float]:
             scored = []
             for threads in {self._threads, 1} if m == 1 else {self._threads}:
-                samples = [rig.sweep(kernel, weights, m=m, threads=threads) for kernel in kernels]
-                taken = take_turns(samples, partial(rig.read, threads), rounds=rounds)
-                scored.append([_score(each, weights, m) for each in taken])
-            return [geometric_mean(several) for several in zip(*scored, strict=True)]
+                sweeps = [rig.sweep(kernel, weights, m=m, threads=threads) for kernel in kernels]
+                taken = take_turns(sweeps, partial(rig.read, threads), rounds=rounds)
+                scored.append([_score(samples, weights, m) for samples in taken])
+            return [geometric_mean(of_kernel) for of_kernel in zip(*scored, strict=True)]
 
         return scores
 
@@ -93,7 +93,7 @@ class Arena:
 
         def scores(kernels: Sequence[MatmulKernel], rounds: int) -> list[float]:
             taken = take_turns([samples[kernel] for kernel in kernels], rig.read, rounds=rounds)
-            return [_score(each, weights, m) for each in taken]
+            return [_score(run, weights, m) for run in taken]
 
         return scores
 
@@ -104,7 +104,7 @@ class Arena:
         (samples,) = take_turns([rig.sweep(kernel, weights, m=m)], rig.read, rounds=FINAL_SAMPLES)
         if m > 1:
             return {"gmacs": round(_score(samples, weights, m) / 1e9, 1)}
-        gbs = samples.rate([each.planes.nbytes + each.codebook.nbytes for each in weights]) / 1e9
+        gbs = samples.rate([matrices.planes.nbytes + matrices.codebook.nbytes for matrices in weights]) / 1e9
         return {"gbs": round(gbs, 1), "of_read": round(_score(samples, weights, m), 3)}
 
     def _rig(self, kernels: Sequence[MatmulKernel]) -> Rig:
@@ -122,8 +122,8 @@ def _score(samples: Samples, weights: Sequence[Weights], m: int) -> float:
         return amounts if samples.parts == len(amounts) else [sum(amounts)]
 
     if m > 1:
-        return samples.rate(parts([each.copies * each.shape.n * each.shape.k * m for each in weights]))
-    return samples.of_read(parts([each.planes.nbytes + each.codebook.nbytes for each in weights]))
+        return samples.rate(parts([part.copies * part.shape.n * part.shape.k * m for part in weights]))
+    return samples.of_read(parts([part.planes.nbytes + part.codebook.nbytes for part in weights]))
 
 
 class Tuner:
@@ -171,14 +171,14 @@ class Tuner:
             "threads": settings.threads,
             "shapes": [str(shape) for shape in settings.shapes],
         }
-        found = {} if settings.overwrite else load_records(isa, settings.output)
+        records = {} if settings.overwrite else load_records(isa, settings.output)
         for name, value in conditions.items():
-            if found and found.get(name) != value:
+            if records and records.get(name) != value:
                 raise PmpdError(
-                    f"{settings.output / f'{isa}.json'} has {name} {found.get(name)}, not {value}: "
-                    "choose another --output, or start anew with --overwrite"
+                    f"{settings.output / f'{isa}.json'} has {name} {records.get(name)}, not {value}: "
+                    "choose another --output, or start over with --overwrite"
                 )
-        return found or {**conditions, "date": date.today().isoformat(), "kernels": {}}
+        return records or {**conditions, "date": date.today().isoformat(), "kernels": {}}
 
 
 def _cpu() -> str:
