@@ -23,10 +23,10 @@ from pmpd.exporter.source.checkpoint import read_json
 from pmpd.exporter.source.models import DEMO, published_name, resolve_model
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.manifest import MANIFEST_NAME, Graph, Manifest, Source
+from pmpd.tvm_kernels.models import shipped_config, shipped_models
 
-__all__ = ["Skeleton", "export_skeleton", "shipped_models"]
+__all__ = ["Skeleton", "export_skeleton"]
 
-_CONFIGS = Path(__file__).parent / "source" / "configs"
 # Options of an export that say how weights are fetched, quantized and computed with.
 _OF_WEIGHTS = (
     "revision",
@@ -38,11 +38,6 @@ _OF_WEIGHTS = (
     "targets",
     "accuracy",
 )
-
-
-def shipped_models() -> tuple[str, ...]:
-    """Return the names of the models whose configurations come with the package."""
-    return tuple(sorted(file.stem for file in _CONFIGS.glob("*.json")))
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ def export_skeleton(config: ExportConfig) -> Manifest:
 def _read_config(model: str) -> Mapping[str, Any]:
     if model != DEMO and not Path(model).is_dir():  # a folder comes first, as in `resolve_model`
         if model in shipped_models():
-            return read_json(_CONFIGS / f"{model}.json")
+            return shipped_config(model)
         choices = [DEMO, *shipped_models()]
         raise PmpdError(f"{unknown_choice('model', model, choices)}, or give a folder with a config.json")
     path = resolve_model(model) / "config.json"

@@ -281,7 +281,7 @@ def _open(bundle: Path) -> Model:
         warn_unverified(bundle, verified=manifest.verified or manifest.skeleton)  # a skeleton has nothing to verify
         return Model.open(bundle)
     try:
-        from pmpd.exporter.skeleton import shipped_models
+        from pmpd.exporter.source.models import shipped_models
     except ImportError:
         raise PmpdError(
             f"there is no bundle {bundle}: give a folder; a model's name needs `pip install 'pmpd[export]'`"

@@ -6,21 +6,10 @@ from pathlib import Path
 
 from pmpd.exporter.demo import demo_model_path
 from pmpd.runtime.errors import PmpdError, one_line, unknown_choice
+from pmpd.tvm_kernels.models import MODELS, shipped_models
 
-__all__ = ["ALIASES", "DEMO", "published_name", "resolve_model"]
+__all__ = ["DEMO", "published_name", "resolve_model", "shipped_models"]
 
-ALIASES = {
-    "phi-1": "microsoft/phi-1",
-    "phi-1.5": "microsoft/phi-1_5",
-    "phi-2": "microsoft/phi-2",
-    "vicuna-7b": "lmsys/vicuna-7b-v1.5",
-    "vicuna-13b": "lmsys/vicuna-13b-v1.5",
-    "mobilellama-1.4b": "mtgv/MobileLLaMA-1.4B-Chat",
-    "stablelm-zephyr-3b": "stabilityai/stablelm-zephyr-3b",
-    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "longchat-13b": "lmsys/longchat-13b-16k",
-}
 DEMO = "demo"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
 
@@ -43,11 +32,9 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
         raise PmpdError(f"{path} is {what}: give the folder of a Hugging Face checkpoint (config.json, *.safetensors)")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise PmpdError(f"there is no folder {path}: give the folder of a Hugging Face checkpoint, or a hub id")
-    hub_id = ALIASES.get(model, model)
+    hub_id = MODELS[model].hub_id if model in MODELS else model
     if hub_id.count("/") != 1:
-        raise PmpdError(
-            f"{unknown_choice('model', model, [DEMO, *ALIASES])}, or give a hub id (owner/name) or a folder"
-        )
+        raise PmpdError(f"{unknown_choice('model', model, [DEMO, *MODELS])}, or give a hub id (owner/name) or a folder")
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

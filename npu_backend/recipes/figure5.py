@@ -33,8 +33,8 @@ __all__ = ["Bar", "bars", "prefill_overheads", "run", "schedule_of"]
 SCHEDULES = ("uniform-high", "static", "learned")
 # Tokens of prompt and of answer, by data set.
 LENGTHS = {"CNN/DM": (996, 256), "DialogSum": (229, 33), "IWSLT": (116, 256)}
-# The NPU of each model (A.6), and its high precision; the low one is a bit less. StableLM Zephyr has no bars.
-MODELS = {"vicuna-7b": ("npu-16k", 3), "mobilellama-1.4b": ("npu-4k", 4), "phi-1.5": ("npu-4k", 4)}
+# The NPU of each model (A.6). StableLM Zephyr has no bars.
+NPUS = {"vicuna-7b": "npu-16k", "mobilellama-1.4b": "npu-4k", "phi-1.5": "npu-4k"}
 # Average bits of the schedules above, Table 1.
 BITS = {
     ("vicuna-7b", "CNN/DM"): (3.0, 2.39, 2.43),
@@ -46,6 +46,8 @@ BITS = {
     ("phi-1.5", "CNN/DM"): (4.0, 3.71, 3.09),
     ("phi-1.5", "DialogSum"): (4.0, 3.30, 3.52),
 }
+# The high precision of each model, in bits; the low one is one bit less.
+HIGH = {model: int(bits[0]) for (model, _), bits in BITS.items()}
 # Speed-ups read off Figure 5; it has no bars of Phi-1.5.
 PAPER = {
     ("vicuna-7b", "CNN/DM"): (4.9, 6.1, 5.9),
@@ -89,7 +91,8 @@ def bars() -> Iterator[Bar]:
     Raises:
         MissingExtraError: the exporter's packages, which make the graphs, are not installed.
     """
-    for model, (npu, high) in MODELS.items():
+    for model, npu in NPUS.items():
+        high = HIGH[model]
         graphs, hardware = _layers(model, high), read_hardware(npu)
         for data in (data for name, data in BITS if name == model):
             base = _generation(graphs, hardware, data, None)
@@ -107,7 +110,8 @@ def prefill_overheads() -> dict[tuple[str, str], float]:
     The generations decode at the low precision throughout (Section 5.3 of the paper gives 0.07 % to 1.05 %).
     """
     shares = {}
-    for model, (npu, high) in MODELS.items():
+    for model, npu in NPUS.items():
+        high = HIGH[model]
         hardware, low = read_hardware(npu), StaticSchedule(((high - 1, 0),))
         graphs = [_layers(model, high, prefill=bits) for bits in (high, high - 1)]
         for data in (data for name, data in BITS if name == model):
@@ -177,7 +181,7 @@ def _plot(rows: list[Bar], path: Path) -> None:
     from pmpd.npu_backend.study.plots import STYLE, render
 
     colors = dict(zip(SCHEDULES, ("#8c96a8", "#2f6fb3", "#d9822b"), strict=True))
-    groups = {name: list(dict.fromkeys(row.data for row in rows if row.model == name)) for name in MODELS}
+    groups = {name: list(dict.fromkeys(row.data for row in rows if row.model == name)) for name in NPUS}
     found = {(row.model, row.data, row.schedule): row for row in rows}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.8), layout="constrained")

@@ -20,8 +20,9 @@ from pmpd.exporter import Export, ExportConfig, export_bundle
 from pmpd.exporter.arch import read_family
 from pmpd.exporter.demo import demo_model_path
 from pmpd.exporter.source.checkpoint import Checkpoint
-from pmpd.exporter.source.models import ALIASES, resolve_model
+from pmpd.exporter.source.models import resolve_model
 from pmpd.runtime.errors import PmpdError
+from pmpd.tvm_kernels.models import MODELS
 
 Damage = Callable[[Path], None]
 WEIGHTS = "model.safetensors"
@@ -95,7 +96,7 @@ def broken(whole: Path, tmp_path: Path, damage: Damage) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("alias", ALIASES)
+@pytest.mark.parametrize("alias", MODELS)
 def test_an_alias_stands_for_a_hub_id(alias: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
@@ -105,13 +106,13 @@ def test_an_alias_stands_for_a_hub_id(alias: str, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model(alias, revision="v1") == tmp_path
-    assert (asked["hub_id"], asked["revision"]) == (ALIASES[alias], "v1")
+    assert (asked["hub_id"], asked["revision"]) == (MODELS[alias].hub_id, "v1")
     assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["allow_patterns"])
 
 
 def test_the_aliases_of_the_readme_are_there() -> None:
-    assert ALIASES["phi-1.5"] == "microsoft/phi-1_5"
-    assert {"vicuna-7b", "mobilellama-1.4b", "stablelm-zephyr-3b", "llama3-8b", "longchat-13b"} < ALIASES.keys()
+    assert MODELS["phi-1.5"].hub_id == "microsoft/phi-1_5"
+    assert {"vicuna-7b", "mobilellama-1.4b", "stablelm-zephyr-3b", "llama3-8b", "longchat-13b"} < MODELS.keys()
 
 
 def test_a_snapshot_of_the_hub_knows_its_commit(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +164,7 @@ def test_demo_and_folders_need_no_hub(whole: Path, monkeypatch: pytest.MonkeyPat
 def test_a_misspelt_alias_lists_the_choices_nearest_first(name: str, nearest: str, tmp_path: Path) -> None:
     message = refusal(name, tmp_path / "place")
     assert message.startswith(f"unknown model '{name}': choose one of {nearest}")
-    assert all(alias in message for alias in ALIASES)
+    assert all(alias in message for alias in MODELS)
     assert "a folder" in message
 
 

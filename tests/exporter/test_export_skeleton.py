@@ -16,16 +16,18 @@ from tiny_models import TINY_MODELS
 
 from pmpd.exporter import ExportConfig, Skeleton, export_bundle, export_skeleton, outline
 from pmpd.exporter.cli import main
-from pmpd.exporter.skeleton import shipped_models
-from pmpd.exporter.source.models import ALIASES
 from pmpd.runtime import Bundle, BundleError, Generator, Manifest, PmpdError
 from pmpd.runtime.engine.sessions import open_session
+from pmpd.tvm_kernels.models import MODELS, shipped_models
 
 # Parameters as published (millions), norms included, which ours are without.
 PUBLISHED = {
     "llama-2-7b": 6738.4,
+    "llama3-8b": 8030.3,
     "mobilellama-1.4b": 1364.6,
+    "phi-1": 1418.3,
     "phi-1.5": 1418.3,
+    "phi-2": 2779.7,
     "stablelm-zephyr-3b": 2795.4,
     "vicuna-13b": 13015.9,
     "vicuna-7b": 6738.4,
@@ -124,7 +126,7 @@ def test_shipped_models(model: str, tmp_path: Path) -> None:
 
 
 def test_every_shipped_model_is_known_and_has_an_alias() -> None:
-    assert set(shipped_models()) == PUBLISHED.keys() <= ALIASES.keys()
+    assert set(shipped_models()) == PUBLISHED.keys() <= MODELS.keys()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from /proc")
@@ -209,7 +211,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place: Path) -> None:
     [
         ("-m vicuna7b", "unknown model 'vicuna7b': choose one of vicuna-7b, "),
         ("-m lmsys/vicuna-7b-v1.5", "choose one of vicuna-7b, "),
-        ("-m llama3-8b", "choose one of llama-2-7b, mobilellama-1.4b, "),
+        ("-m longchat-13b", "choose one of "),
         ("-m .", "has no config.json: give a Hugging Face checkpoint's folder"),
         ("-m vicuna-7b --calibration FILE", "a skeleton has no weights to use --calibration for: leave out"),
         ("-m vicuna-7b --calibration-samples 3", "--calibration-samples"),

@@ -18,8 +18,9 @@ from click.testing import CliRunner
 
 from pmpd.tvm_kernels.bench import measure
 from pmpd.tvm_kernels.bench.measure import machine_isas
-from pmpd.tvm_kernels.bench.shapes import MODELS, Shape, model_shapes, parse_shape
+from pmpd.tvm_kernels.bench.shapes import Shape, model_shapes, parse_shape
 from pmpd.tvm_kernels.codegen.isa import ISAS, isa_named
+from pmpd.tvm_kernels.models import shipped_config
 from pmpd.tvm_kernels.ops.matmul import tuned
 from pmpd.tvm_kernels.ops.matmul.kernel import ACCURACIES, MatmulKernel
 from pmpd.tvm_kernels.ops.matmul.tuned import RECORDS, default_tuning, key_of, load_records, tuned_kernels, tuning
@@ -206,7 +207,7 @@ def test_shapes_of_models() -> None:
 
 
 def test_shapes_of_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(MODELS["phi-1.5"]))
+    (tmp_path / "config.json").write_text(json.dumps(shipped_config("phi-1.5")))
     assert model_shapes(str(tmp_path)) == model_shapes("phi-1.5")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(PmpdError, match="lacks 'hidden_size'"):

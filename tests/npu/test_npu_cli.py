@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from pmpd.exporter import ExportConfig, export_skeleton
-from pmpd.exporter.skeleton import shipped_models
+from pmpd.exporter.source.models import shipped_models
 from pmpd.npu_backend import shipped_hardware
 from pmpd.npu_backend.cli import main
 

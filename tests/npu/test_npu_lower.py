@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_models import TINY_MODELS
 
 from pmpd.exporter import ExportConfig, export_skeleton
-from pmpd.exporter.skeleton import shipped_models
+from pmpd.exporter.source.models import shipped_models
 from pmpd.npu_backend import Model, lower, read_hardware
 from pmpd.npu_backend.machine.instructions import Load, Matrix, Program, Special, Store
 from pmpd.npu_backend.program.graph import read_graph

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pmpd.npu_backend import Model, lower, read_hardware, simulate
-from pmpd.npu_backend.recipes.figure5 import MODELS, PAPER, Bar, bars, prefill_overheads, run, schedule_of
+from pmpd.npu_backend.recipes.figure5 import NPUS, PAPER, Bar, bars, prefill_overheads, run, schedule_of
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,7 @@ def test_figure5_speedups(figure: list[Bar]) -> None:
 
 def test_figure5_rates_of_the_float16_models(figure: list[Bar]) -> None:
     rates = {
-        name: [bar.tokens_per_second for bar in figure if bar.model == name and bar.schedule == "fp16"]
-        for name in MODELS
+        name: [bar.tokens_per_second for bar in figure if bar.model == name and bar.schedule == "fp16"] for name in NPUS
     }
     assert all(rate == pytest.approx(2.4, rel=0.05) for rate in rates["vicuna-7b"])
     # What can be read off the axis is a range.
@@ -58,7 +57,7 @@ def test_recipe_writes_what_it_prints(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "figure5.json").read_text())
     keys = {"model", "data", "schedule", "average_bits", "speedup", "paper_speedup", "tokens_per_second"}
     assert all(row.keys() == keys for row in document["rows"])
-    assert {row["model"] for row in document["rows"]} == set(MODELS)
+    assert {row["model"] for row in document["rows"]} == set(NPUS)
     assert sum(row["paper_speedup"] is not None for row in document["rows"]) == 3 * len(PAPER)
     assert f"{100 * document['mean_absolute_error']:.1f} %" in text
     assert (tmp_path / "figure5.svg").read_text().count("<path") > 50

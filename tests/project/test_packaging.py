@@ -22,7 +22,7 @@ PACKAGES = ("runtime", "exporter", "tvm_kernels", "eval", "npu_backend")
 DATA = (
     "exporter/demo/model/*",
     "exporter/demo/openings.jsonl",
-    "exporter/source/configs/*.json",
+    "tvm_kernels/models/configs/*.json",
     "tvm_kernels/**/records/*.json",
     "tvm_kernels/ort_ops/**/*.c",
     "tvm_kernels/ort_ops/**/*.h",

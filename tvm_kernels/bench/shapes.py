@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.tvm_kernels.models import MODELS, shipped_config, shipped_models
 
-__all__ = ["MODELS", "SUPPORTED", "Shape", "model_shapes", "parse_shape"]
+__all__ = ["SUPPORTED", "Shape", "model_shapes", "parse_shape"]
 
 
 @dataclass(frozen=True, order=True)
@@ -24,22 +25,8 @@ class Shape:
         return f"{self.n}x{self.k}"
 
 
-# From the models' `config.json` on the Hugging Face hub.
-MODELS: dict[str, dict[str, Any]] = {
-    name: dict(zip(("model_type", "hidden_size", "intermediate_size", "num_attention_heads"), values, strict=False))
-    | {"num_key_value_heads": values[4], "vocab_size": values[5]}
-    for name, values in {
-        "phi-1.5": ("phi", 2048, 8192, 32, 32, 51200),
-        "phi-2": ("phi", 2560, 10240, 32, 32, 51200),
-        "mobilellama-1.4b": ("llama", 2048, 5632, 16, 16, 32000),
-        "stablelm-zephyr-3b": ("stablelm", 2560, 6912, 32, 32, 50304),
-        "vicuna-7b": ("llama", 4096, 11008, 32, 32, 32000),
-        "llama3-8b": ("llama", 4096, 14336, 32, 8, 128256),
-        "longchat-13b": ("llama", 5120, 13824, 40, 40, 32000),
-    }.items()
-}
-# The models of the paper, on whose shapes records are tuned by default.
-SUPPORTED = ("phi-1.5", "mobilellama-1.4b", "stablelm-zephyr-3b", "vicuna-7b")
+# The models on whose shapes records are tuned by default.
+SUPPORTED = tuple(model.name for model in MODELS.values() if model.tuned)
 _UNGATED = ("phi",)
 
 
@@ -47,12 +34,12 @@ def model_shapes(model: str) -> tuple[Shape, ...]:
     """Return the matrices of a decoder layer of a model: attention in and out, MLP in and out.
 
     Args:
-        model: one of `MODELS`, or a folder with a Hugging Face `config.json`.
+        model: one of `shipped_models`, or a folder with a Hugging Face `config.json`.
 
     Raises:
         PmpdError: there is no such model, or its configuration lacks something.
     """
-    config = MODELS.get(model) or _read_config(model)
+    config = shipped_config(model) if model in shipped_models() else _read_config(model)
     try:
         hidden, heads, middle = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
     except KeyError as error:
@@ -84,7 +71,9 @@ def _read_config(model: str) -> Mapping[str, Any]:
     try:
         config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise PmpdError(f"{unknown_choice('model', model, MODELS)}, or give a folder with a config.json") from None
+        raise PmpdError(
+            f"{unknown_choice('model', model, shipped_models())}, or give a folder with a config.json"
+        ) from None
     except ValueError as error:
         raise PmpdError(f"{path} is not JSON ({error})") from None
     return config
