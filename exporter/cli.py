@@ -15,6 +15,7 @@ except ImportError:
 
 from pmpd.runtime.console.command import Command, check_outputs, is_quiet, json_option, list_option, print_result
 from pmpd.runtime.console.output import json_text
+from pmpd.runtime.format.targets import MACHINES
 
 if TYPE_CHECKING:
     from pmpd.exporter.config import ExportConfig
@@ -116,7 +117,7 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     "--target",
     "targets",
     metavar="NAME",
-    help="Machine to build kernels for: x86-64-v4, x86-64-v3, aarch64-linux or none. Repeatable, or a list with commas."
+    help=f"Machine to build kernels for: {', '.join(MACHINES)} or none. Repeatable, or a list with commas."
     "  [default: this machine]",
 )
 @click.option(

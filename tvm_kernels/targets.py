@@ -1,12 +1,12 @@
-"""The machines that operator libraries are built for."""
+"""How the operator library of each target is compiled. The list of targets is `pmpd.runtime.format.targets`."""
 
 from __future__ import annotations
 
 import platform
-import sys
 from dataclasses import dataclass
 
-from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.format.targets import MACHINES, check_target, machine_targets
 
 __all__ = ["TARGETS", "Target", "find_target", "host_target", "local_target"]
 
@@ -16,7 +16,7 @@ class Target:
     """A kind of machine that one library serves.
 
     Attributes:
-        name: as in ``pmpd-export --target`` and in a bundle, ``kernels/<name>/libpmpd_ops.so``.
+        name: as in the list of targets.
         arch: as `platform.machine` calls it.
         triple: LLVM's name of the platform.
         zig: that of the zig compiler: glibc 2.17 (2012, the first with aarch64) or any later one will do.
@@ -33,18 +33,20 @@ class Target:
     isa: tuple[str, ...]
 
 
-def _linux(name: str, arch: str, baseline: str, *isa: str) -> Target:
+# By target: the least processor, and the instruction sets.
+_FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "x86-64-v4": ("x86-64", ("avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2")),
+    "x86-64-v3": ("x86-64", ("avxvnni", "avx2")),
+    "aarch64-linux": ("armv8-a", ("dotprod", "neon")),
+}
+
+
+def _linux(name: str, arch: str) -> Target:
+    baseline, isa = _FLAGS[name]
     return Target(name, arch, f"{arch}-linux-gnu", f"{arch}-linux-gnu.2.17", baseline, isa)
 
 
-TARGETS = {
-    target.name: target
-    for target in (
-        _linux("x86-64-v4", "x86_64", "x86-64", "avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2"),
-        _linux("x86-64-v3", "x86_64", "x86-64", "avxvnni", "avx2"),
-        _linux("aarch64-linux", "aarch64", "armv8-a", "dotprod", "neon"),
-    )
-}
+TARGETS = {name: _linux(name, machine.architecture) for name, machine in MACHINES.items()}
 
 
 def find_target(name: str) -> Target:
@@ -53,19 +55,12 @@ def find_target(name: str) -> Target:
     Raises:
         PmpdError: there is none.
     """
-    if name not in TARGETS:
-        raise PmpdError(unknown_choice("target", name, TARGETS))
-    return TARGETS[name]
+    return TARGETS[check_target(name)]
 
 
 def host_target() -> str | None:
-    """Return the target whose library serves this machine best, or None where none serves it.
-
-    Every x86-64 machine runs the largest library: it chooses among its kernels when it is loaded.
-    """
-    if sys.platform != "linux":
-        return None
-    return next((target.name for target in TARGETS.values() if target.arch == platform.machine()), None)
+    """Return the target whose library serves this machine best, or None where none serves it."""
+    return next(iter(machine_targets()), None)
 
 
 def local_target() -> Target:
@@ -76,5 +71,7 @@ def local_target() -> Target:
     """
     name = host_target()
     if name is None:
-        raise PmpdError(f"there are no kernels for {sys.platform} on {platform.machine()}: use Linux on x86-64 or Arm")
+        raise PmpdError(
+            f"there are no kernels for {platform.system()} on {platform.machine()}: use Linux on x86-64 or Arm"
+        )
     return find_target(name)

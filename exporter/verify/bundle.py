@@ -23,9 +23,9 @@ from pmpd.exporter.nn import FloatLinear
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.verify.reference import reference_logits
 from pmpd.runtime import Bundle, Generator, PmpdError, Tokenizer
-from pmpd.runtime.engine.kernels import machine_targets
 from pmpd.runtime.format.bitplanes import dequantize
 from pmpd.runtime.format.manifest import Manifest
+from pmpd.runtime.format.targets import machine_targets
 
 __all__ = [
     "Agreement",

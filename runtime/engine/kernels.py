@@ -19,6 +19,7 @@ from pmpd.runtime.engine.onnxruntime import onnxruntime
 from pmpd.runtime.errors import KernelError, PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import Bundle
 from pmpd.runtime.format.manifest import ACCURACIES, Graph, Manifest
+from pmpd.runtime.format.targets import machine_targets
 
 __all__ = [
     "MATMUL",
@@ -26,7 +27,6 @@ __all__ = [
     "KernelLibrary",
     "NodeKernel",
     "choose_library",
-    "machine_targets",
     "portable_kernels",
     "require_fast",
     "slow_kernels",
@@ -38,11 +38,6 @@ MATMUL = "BitplaneMatMul"
 PORTABLE = "portable"
 # Marker in the name of the generic kernel, which takes any bits and any number of codebooks per row, slowly.
 _GENERIC = "any"
-# Best first. A library holds the kernels of the levels below its own and takes what the processor has: all of them run.
-_TARGETS = {
-    ("Linux", "x86_64"): ("x86-64-v4", "x86-64-v3"),
-    ("Linux", "aarch64"): ("aarch64-linux",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +145,6 @@ class KernelLibrary:
     def reset(self, tag: str) -> None:
         """Count calls and seconds of the session's nodes from zero."""
         self._reset(tag.encode())
-
-
-def machine_targets() -> tuple[str, ...]:
-    """Return the targets whose libraries this machine loads, best first; empty where there are none."""
-    return _TARGETS.get((platform.system(), platform.machine()), ())
 
 
 def choose_library(bundle: Bundle, choice: bool | str | Path, *, accuracy: str, required: bool) -> KernelLibrary | None:
