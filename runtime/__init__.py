@@ -1,5 +1,7 @@
 """PMPD's runtime: opens a bundle and decodes with it. Needs numpy and onnxruntime; imports nothing else of PMPD."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from pmpd.runtime.decode.generate import Generator
 from pmpd.runtime.decode.sampling import Sampling
 from pmpd.runtime.decode.sequence import Sequence
@@ -37,3 +39,9 @@ __all__ = [
     "Trace",
     "parse_schedule",
 ]
+
+# `pmpd` is a namespace package and has no attributes of its own, so the version is here.
+try:
+    __version__ = version("pmpd")
+except PackageNotFoundError:  # an application that carries the folder without its metadata
+    __version__ = "unknown"

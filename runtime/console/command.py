@@ -187,7 +187,8 @@ class Group(Command, click.Group):
         if self.default is not None:
             command = self.commands[self.default]
             context = click.Context(command, info_name=self.default, parent=ctx)
-            records = [record for param in command.get_params(context) if (record := param.get_help_record(context))]
+            options = [param for param in command.get_params(context) if isinstance(param, click.Option)]
+            records = [record for option in options if (record := option.get_help_record(context))]
             with formatter.section(f"Options of {self.default}, the default command"):
                 formatter.write_dl(records)
 

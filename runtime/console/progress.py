@@ -119,7 +119,7 @@ class _Lines:
         self._file = file
 
     def write(self, text: str) -> None:
-        if line := text.replace("\x1b[A", "").strip():
+        if line := " ".join(text.replace("\x1b[A", "").split()):
             self._file.write(f"{line}\n")
 
     def flush(self) -> None:

@@ -257,7 +257,8 @@ def test_calibration_sequences_are_pieces_of_the_text(ids: int, samples: int, le
 
 
 @pytest.mark.interruptible
-def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_line(tmp_path: Path, number: signal.Signals) -> None:
     output = tmp_path / "bundle"
     command = [
         sys.executable,
@@ -275,9 +276,9 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
         while not (work := list(tmp_path.glob("*.partial/*/journal"))) or not work[0].read_text():
             assert process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (128 + number, "")
     assert err == "error: interrupted: run the same command again to resume\n"
     assert not output.exists()
 
