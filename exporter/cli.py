@@ -13,7 +13,15 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[export]'`")
 
-from pmpd.runtime.console.command import Command, check_outputs, is_quiet, json_option, list_option, print_result
+from pmpd.runtime.console.command import (
+    Command,
+    check_outputs,
+    is_quiet,
+    json_option,
+    list_option,
+    print_result,
+    warn_unverified,
+)
 from pmpd.runtime.console.output import json_text
 from pmpd.runtime.format.targets import MACHINES
 
@@ -125,6 +133,13 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
 )
 @click.option("--skeleton", is_flag=True, help="Write graphs and tensor table without weights, from config.json alone.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
+@click.option(
+    "--no-verify",
+    "verify",
+    flag_value=False,
+    default=True,
+    help="Publish the bundle without checking it. It records that, and every command that opens it says so.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option("the result")
 @click.version_option(package_name="pmpd")
@@ -166,7 +181,9 @@ def main(
         log.info(line)
     manifest = export.run(quiet=is_quiet())
     for check, result in manifest.verification.items():
-        log.info("verified  %s: cosine %.7f, argmax %.0f %%", check, result["cosine"], 100 * result["argmax_agreement"])
+        log.info("verified  %s: %s", check, result["summary"])
+    if not skeleton:
+        warn_unverified(config.output, verified=manifest.verified)
     document = {"bundle": str(config.output), "verification": manifest.verification}
     print_result(str(config.output), json_file, lambda: json_text(document))
 

@@ -50,11 +50,12 @@ class ResolvedConfig:
     kernels_required: bool
     accuracy: str
     overwrite: bool
+    verify: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return what decides the bundle's contents, as JSON-ready data; of local paths only the last part."""
         document = asdict(self)
-        for name in ("output", "overwrite", "kernels_required"):
+        for name in ("output", "overwrite", "kernels_required", "verify"):
             del document[name]
         document["model"] = published_name(self.model)
         document["precisions"] = list(self.precisions)
@@ -87,6 +88,7 @@ class ExportConfig:
         accuracy: how kernels compute, ``exact`` or ``int8``; default int8, or exact with more than one group per row,
             for which there is only a slow kernel, in float32.
         overwrite: replace an existing bundle.
+        verify: check the bundle before it is published; the manifest records whether that was done.
 
     Raises:
         PmpdError: a value out of range, or values that contradict each other.
@@ -110,6 +112,7 @@ class ExportConfig:
     targets: tuple[str, ...] | None = None
     accuracy: str | None = None
     overwrite: bool = False
+    verify: bool = True
 
     def __post_init__(self) -> None:
         for name, bits in (
@@ -177,4 +180,5 @@ class ExportConfig:
             kernels_required=self.targets is not None,
             accuracy=self.accuracy or ("int8" if self.groups == 1 else "exact"),
             overwrite=self.overwrite,
+            verify=self.verify,
         )

@@ -21,14 +21,8 @@ from pmpd.exporter.outline import Outline, file_entry
 from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
-from pmpd.exporter.verify.bundle import (
-    Agreement,
-    kernel_checks,
-    require_agreement,
-    verification_ids,
-    verify_bundle,
-    verify_float_graph,
-)
+from pmpd.exporter.verify.agreement import Check, require_passed
+from pmpd.exporter.verify.bundle import Verification
 from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import MissingExtraError, PmpdError
@@ -162,13 +156,14 @@ class Export:
             card = workspace.path / CARD
             card.unlink(missing_ok=True)  # of an earlier run; it lists the other files
             manifest = outline.manifest(workspace.path, workspace.files(), kernels=kernels)
-            results = self._verify(Bundle(workspace.path, manifest), workspace, quiet=quiet)
-            card.write_text(model_card(manifest, results, name=config.output.name), encoding="utf-8")
+            bundle = Bundle(workspace.path, manifest)
+            checks = self._verify(bundle, workspace, quiet=quiet) if config.verify else []
+            card.write_text(model_card(manifest, checks, name=config.output.name), encoding="utf-8")
             manifest = replace(
                 manifest,
                 files=manifest.files | {CARD: file_entry(card)},
-                verified=True,
-                verification={check: asdict(agreement) for check, agreement in results.items()},
+                verified=config.verify,
+                verification={check.name: check.to_json() for check in checks},
             )
             (workspace.path / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
             workspace.publish()
@@ -208,24 +203,25 @@ class Export:
                 raise PmpdError(f"layer {layer.name}: {error}") from None
             workspace.write(layer.name, layer.tensors(quantized, checkpoint))
 
-    def _verify(self, bundle: Bundle, workspace: Workspace, *, quiet: bool) -> dict[str, Agreement]:
-        family = self.outline.family
-        ids = verification_ids(bundle)
+    def _verify(self, bundle: Bundle, workspace: Workspace, *, quiet: bool) -> list[Check]:
+        verification = Verification(bundle, self.checkpoint, self.outline.family, self.plan)
         try:
-            results = {"float32 graph against transformers": verify_float_graph(self.checkpoint, family, ids)}
-            checks = verify_bundle(bundle, self.checkpoint, family, self.plan, ids)
-            runs = kernel_checks(bundle.manifest)
-            total = len(self.config.precisions) * (1 + len(runs)) + 1
-            results |= dict(track(checks, step="verify", total=total, quiet=quiet))
-            if unchecked := sorted(bundle.manifest.kernels.keys() - {target for target, _ in runs}):
+            checks = []
+            for check in track(verification, step="verify", total=len(verification), quiet=quiet):
+                require_passed(check)
+                checks.append(check)
+            checked = {target for target, _ in verification.libraries}
+            if unchecked := sorted(bundle.manifest.kernels.keys() - checked):
                 log.info("not checked, as this machine cannot run them: kernels for %s", ", ".join(unchecked))
-            require_agreement(results)
         except PmpdError as error:
             raise PmpdError(
                 f"{error}; {workspace.folder} keeps the quantized weights ({byte_text(self.plan.size)}) for the next "
                 "run of this export: delete it if there will be none"
             ) from None
-        return results
+        for check in checks:
+            if check.warning:
+                log.warning("warning   %s", check.warning)
+        return checks
 
 
 def _fingerprint(outline: Outline, checkpoint: Checkpoint) -> str:

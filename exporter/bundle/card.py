@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pmpd.runtime.format.manifest import Manifest
 
 if TYPE_CHECKING:
-    from pmpd.exporter.verify.bundle import Agreement
+    from pmpd.exporter.verify.agreement import Check
 
 __all__ = ["CARD", "model_card", "skeleton_card"]
 
 CARD = "README.md"
 
 
-def model_card(manifest: Manifest, results: dict[str, Agreement], *, name: str) -> str:
+def model_card(manifest: Manifest, checks: Sequence[Check], *, name: str) -> str:
     """Return the text of a bundle's README.md."""
     architecture, source = manifest.architecture, manifest.source
     bits = ", ".join(map(str, manifest.precisions))
@@ -22,7 +23,10 @@ def model_card(manifest: Manifest, results: dict[str, Agreement], *, name: str) 
     phases = f"decodes at {bits} bits, prefills at {manifest.prefill_precision}"
     front = f"license: {source.license}\n" if source.license else ""
     files = "\n".join(f"| {file} | {entry.size:,} |" for file, entry in sorted(manifest.files.items()))
-    checks = "\n".join(f"- {check}: {agreement}" for check, agreement in results.items())
+    verification = "\n".join(f"- {check.name}: {check}" for check in checks)
+    warnings = "".join(f"\n**{check.warning}**\n" for check in checks if check.warning)
+    if not checks:
+        verification = "**Nothing: it was exported with `--no-verify`.**"
     kernels = (
         f"{', '.join(manifest.kernels)} ({manifest.accuracy})" if manifest.kernels else "none: portable graphs, slow"
     )
@@ -36,7 +40,7 @@ tags: [onnx, pmpd]
 # {name}
 
 `{source.model}`{revision}, quantized to nested bit-planes for progressive mixed-precision decoding (PMPD, ICLR 2025).
-
+{warnings}
 | | |
 |---|---|
 | architecture | {architecture.family}, {size}, {architecture.layers} layers |
@@ -70,7 +74,7 @@ without.
 
 ## What was checked at export
 
-{checks}
+{verification}
 
 ## Files
 

@@ -24,11 +24,13 @@ from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.manifest import MANIFEST_NAME
 
-__all__ = ["Workspace", "bytes_on_disk"]
+__all__ = ["PROBE_PREFIX", "Workspace", "bytes_on_disk"]
 
 log = logging.getLogger(__name__)
 _JOURNAL = "journal"
 _BUNDLE = "bundle"
+# Graphs that the verification writes beside the weights, and deletes once they are loaded.
+PROBE_PREFIX = ".probe-"
 
 
 def bytes_on_disk(output: Path, name: str) -> int:
@@ -80,6 +82,8 @@ class Workspace:
 
     def _prepare(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        for probe in self.path.glob(f"{PROBE_PREFIX}*"):  # of a verification that was killed
+            probe.unlink()
         weights, journal = self.path / WEIGHTS_FILE, self.folder / _JOURNAL
         if journal.exists() and weights.exists() and weights.stat().st_size == self._plan.size:
             # A line that a kill cut short has no newline and does not count. Whole lines are never written again.

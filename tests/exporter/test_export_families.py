@@ -23,7 +23,7 @@ from pmpd.exporter.bundle.plan import external_tensor, plan_weights
 from pmpd.exporter.graph.build import Phase, build_graph
 from pmpd.exporter.nn import BitplaneLinear, HeadLayout, Rotary, RotaryTables
 from pmpd.exporter.source.checkpoint import Checkpoint
-from pmpd.exporter.verify.bundle import float_graph_logits
+from pmpd.exporter.verify.float_graph import FloatGraph
 from pmpd.runtime import Bundle, Generator
 from pmpd.runtime.format.bitplanes import dequantize
 
@@ -65,7 +65,7 @@ def test_the_float_graph_computes_what_transformers_computes(name: str, tmp_path
     checkpoint = Checkpoint.open(str(TINY_MODELS[name].save(tmp_path)))
     family = read_family(checkpoint.config)
     ids = random_ids(family.shape.vocab_size, POSITIONS)
-    assert_same(float_graph_logits(checkpoint, family, ids), plain_logits(plain_model(tmp_path), ids))
+    assert_same(FloatGraph(checkpoint, family).logits(ids), plain_logits(plain_model(tmp_path), ids))
 
 
 def test_the_catalogue_has_a_sharded_checkpoint(tmp_path: Path) -> None:

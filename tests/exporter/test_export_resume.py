@@ -122,7 +122,7 @@ def assert_published(config: ExportConfig, weights: bytes) -> None:
         (os, "fsync", 4, LINEARS - 1),  # the bytes of the second layer are written and not on record
         (AnyPrecision, "quantize", LINEARS - 1, 1),
         (outline, "build_graph", 0, 0),
-        (pipeline, "verify_bundle", 0, 0),
+        (pipeline, "Verification", 0, 0),
         (pipeline, "model_card", 0, 0),
         (Workspace, "publish", 0, 0),
         (Path, "rename", 0, 0),
@@ -214,14 +214,14 @@ def test_old_work_serves_the_same_export_only(
 
 
 def test_an_export_keeps_another_one_out_of_its_folder(small: ExportConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    verify_bundle = pipeline.verify_bundle
+    verification = pipeline.Verification
 
     def export_again(*arguments: Any) -> Any:
         with pytest.raises(PmpdError, match=r"another export is writing .*/bundle: wait for it or end it"):
             export_bundle(small)
-        return verify_bundle(*arguments)
+        return verification(*arguments)
 
-    monkeypatch.setattr(pipeline, "verify_bundle", export_again)
+    monkeypatch.setattr(pipeline, "Verification", export_again)
     export_bundle(small)
     Bundle.open(small.output, verify=True)
 

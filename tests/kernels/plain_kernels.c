@@ -1,4 +1,4 @@
-/* Kernels for tests, of 3, 4 and 6 bits: plain loops that are right, and an `int8` that rounds activations visibly. */
+/* Kernels for tests, of 3, 4 and 6 bits: plain loops that are right; tests replace lines of them. */
 #include <math.h>
 #include <string.h>
 
@@ -27,6 +27,7 @@ void pmpd_any(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebo
   }
 }
 
+/* The first k of 512 * lines floats of a row are the activations; int8 rounds 32 columns to 1/127 of the largest. */
 static void pack(const float *x, void *packed, float *scale, float *sum, int32_t k, int32_t lines, int32_t begin,
                  int32_t end) {
   (void)scale, (void)sum;
@@ -40,25 +41,72 @@ static void pack(const float *x, void *packed, float *scale, float *sum, int32_t
 static void pack_int8(const float *x, void *packed, float *scale, float *sum, int32_t k, int32_t lines, int32_t begin,
                       int32_t end) {
   pack(x, packed, scale, sum, k, lines, begin, end);
-  for (float *to = (float *)packed + (int64_t)begin * lines * 512; to < (float *)packed + (int64_t)end * lines * 512; to++)
-    *to = roundf(*to * 128) / 128;
+  for (int32_t i = begin; i < end; i++) {
+    float *row = (float *)packed + (int64_t)i * lines * 512;
+    sum[i] = 0;
+    for (int32_t group = 0; group < lines * 512; group += 32) {
+      float largest = 0;
+      for (int32_t column = group; column < group + 32; column++) largest = fmaxf(largest, fabsf(row[column]));
+      for (int32_t column = group; column < group + 32; column++) {
+        row[column] = rintf(row[column] * (127 / fmaxf(largest, 1e-30f))) * (largest / 127);
+        sum[i] += row[column];
+      }
+    }
+  }
 }
 
-#define MATMUL(p)                                                                                                     \
-  static void matmul_##p(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebook, const void *packed,    \
-                         const float *scale, const float *sum, float *y, int64_t ldy, uint8_t *scratch, int32_t lines, \
-                         int32_t m, int32_t begin, int32_t end) {                                                     \
-    (void)scale, (void)sum, (void)scratch;                                                                            \
-    pmpd_any(planes, plane_bytes, codebook, packed, y, ldy, p, 1, lines * 64, lines * 512, lines, m, begin, end);     \
+/* Weights are offset + step * table[code]; of exact kernels the offset is 0 and the step 1. */
+struct table {
+  float offset, step, values[256];
+};
+
+static void make_table(struct table *table, const uint16_t *codebook, int32_t bits, int32_t levels) {
+  float low = INFINITY, high = -INFINITY;
+  for (int32_t code = 0; code < 1 << bits; code++) {
+    low = fminf(low, table->values[code] = from_half(codebook[code]));
+    high = fmaxf(high, table->values[code]);
   }
-MATMUL(3)
-MATMUL(4)
-MATMUL(6)
+  table->offset = 0, table->step = 1;
+  if (!levels) return;
+  table->offset = low, table->step = fmaxf(high - low, 1e-30f) / (float)(levels - 1);
+  for (int32_t code = 0; code < 1 << bits; code++)
+    table->values[code] = floorf((table->values[code] - low) / table->step + 0.5f);
+}
+
+static void multiply(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebook, const float *x,
+                     const float *sum, float *y, int64_t ldy, int32_t bits, int32_t levels, int32_t lines, int32_t m,
+                     int32_t begin, int32_t end) {
+  struct table table;
+  for (int32_t row = begin; row < end; row++) {
+    make_table(&table, codebook + ((int64_t)row << bits), bits, levels);
+    for (int32_t i = 0; i < m; i++) y[i * ldy + row] = levels ? table.offset * sum[i] : 0;
+    for (int32_t column = 0; column < lines * 512; column++) {
+      uint32_t code = 0;
+      for (int32_t plane = 0; plane < bits; plane++)
+        code = code << 1 | (planes[plane * plane_bytes + (int64_t)row * lines * 64 + column / 8] >> column % 8 & 1);
+      const float weight = table.step * table.values[code];
+      for (int32_t i = 0; i < m; i++) y[i * ldy + row] += weight * x[(int64_t)i * lines * 512 + column];
+    }
+  }
+}
+
+#define MATMUL(p, accuracy, levels)                                                                                  \
+  static void matmul_##accuracy##_##p(const uint8_t *planes, int64_t plane_bytes, const uint16_t *codebook,           \
+                                      const void *packed, const float *scale, const float *sum, float *y,             \
+                                      int64_t ldy, uint8_t *scratch, int32_t lines, int32_t m, int32_t begin,         \
+                                      int32_t end) {                                                                  \
+    (void)scale, (void)scratch;                                                                                       \
+    multiply(planes, plane_bytes, codebook, packed, sum, y, ldy, p, levels, lines, m, begin, end);                    \
+  }
+#define BOTH(p) MATMUL(p, exact, 0) MATMUL(p, int8, 256)
+BOTH(3)
+BOTH(4)
+BOTH(6)
 
 #define KERNELS(p)                                                                  \
-  {"plain_exact_" #p, 0, p, PMPD_EXACT, 1, 4, 1, 64, 0, pack, matmul_##p},       \
-      {"plain_one_int8_" #p, 0, p, PMPD_INT8, 0, 4, 1, 64, 0, pack_int8, matmul_##p}, \
-      {"plain_int8_" #p, 0, p, PMPD_INT8, 1, 4, 1, 64, 0, pack_int8, matmul_##p}
+  {"plain_exact_" #p, 0, p, PMPD_EXACT, 1, 4, 1, 64, 0, pack, matmul_exact_##p},       \
+      {"plain_one_int8_" #p, 0, p, PMPD_INT8, 0, 4, 1, 64, 0, pack_int8, matmul_int8_##p}, \
+      {"plain_int8_" #p, 0, p, PMPD_INT8, 1, 4, 1, 64, 0, pack_int8, matmul_int8_##p}
 const struct pmpd_kernel pmpd_kernels[] = {KERNELS(3), KERNELS(4), KERNELS(6)};
 const size_t pmpd_kernel_count = sizeof pmpd_kernels / sizeof *pmpd_kernels;
 const char pmpd_any_name[] = "pmpd_any";

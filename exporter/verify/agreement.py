@@ -1,0 +1,153 @@
+"""How far two sets of logits are apart, and whether that is more than rounding can explain."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pmpd.runtime.errors import PmpdError
+
+__all__ = ["REMEDY", "Check", "Distance", "Figure", "compare", "require_passed", "same_tokens"]
+
+Doubles = npt.NDArray[np.float64]
+
+# Both distances grow with the square of an error, so this allows an error three times as large as the noise that the
+# floor is measured with. Measured: 0.4 to 0.6 times the floor for exact kernels, 1.5 to 3 times for 8-bit ones.
+FLOOR_FACTOR = 9.0
+REMEDY = "nothing was published: please report this line, or export with --no-verify to get the bundle as it is"
+# What float32 logits themselves resolve.
+LEAST_DISTANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far logits are from a reference, both ``[T, V]``.
+
+    Attributes:
+        kl: the largest Kullback-Leibler divergence of a position's next-token distribution, in nats.
+        mean_kl: its mean over the positions.
+        angle: the largest ``1 - cosine`` of a position's logits less their mean. Unlike the divergence it counts
+            unlikely tokens as much as likely ones, and unlike the plain cosine it does not see a common offset.
+        same_token: positions at which both have the same most likely token.
+        positions: T.
+    """
+
+    kl: float
+    mean_kl: float
+    angle: float
+    same_token: int
+    positions: int
+
+    @classmethod
+    def of(cls, logits: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> Distance:
+        """Measure it; what is not finite is infinitely far."""
+        if not (np.isfinite(logits).all() and np.isfinite(reference).all()):
+            return cls(math.inf, math.inf, math.inf, 0, len(reference))
+        a, b = reference.astype(np.float64), logits.astype(np.float64)
+        log_p, log_q = _log_softmax(a), _log_softmax(b)
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).clip(min=0)
+        a -= a.mean(axis=1, keepdims=True)
+        b -= b.mean(axis=1, keepdims=True)
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        cosine = np.divide((a * b).sum(axis=1), norms, out=np.zeros(len(a)), where=norms > 0)
+        return cls(
+            kl=float(kl.max()),
+            mean_kl=float(kl.mean()),
+            angle=float((1 - cosine).clip(min=0).max()),
+            same_token=int((a.argmax(axis=1) == b.argmax(axis=1)).sum()),
+            positions=len(a),
+        )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number of a check; it is only information where `allowed` is None."""
+
+    value: float
+    allowed: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within what is allowed; NaN never is."""
+        return self.allowed is None or self.value <= self.allowed
+
+    def __str__(self) -> str:
+        return f"{self.value:.2g}" + ("" if self.allowed is None else f" (allowed {self.allowed:.2g})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One comparison of the verification.
+
+    Attributes:
+        name: what was compared with what.
+        figures: what was measured and what is allowed, by what it is ("largest KL in nats").
+        note: what else a reader should know, such as the node where the error is largest.
+        warning: what a user of the bundle should know although the check passed.
+    """
+
+    name: str
+    figures: dict[str, Figure]
+    note: str = ""
+    warning: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure is within what is allowed."""
+        return all(figure.passed for figure in self.figures.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the check as it stands in the manifest."""
+        figures = {
+            name: {"value": figure.value} | ({} if figure.allowed is None else {"allowed": figure.allowed})
+            for name, figure in self.figures.items()
+        }
+        document = {"passed": self.passed, "figures": figures, "summary": str(self)}
+        return document | ({"warning": self.warning} if self.warning else {})
+
+    def __str__(self) -> str:
+        figures = ", ".join(f"{name} {figure}" for name, figure in self.figures.items())
+        return "; ".join(text for text in (figures, self.note) if text)
+
+
+def compare(
+    name: str,
+    logits: npt.NDArray[np.float32],
+    reference: npt.NDArray[np.float32],
+    *,
+    floor: Distance,
+    note: str = "",
+) -> Check:
+    """Check that logits differ from a reference by no more than `FLOOR_FACTOR` times what rounding does to them.
+
+    `floor` is what noise of the size of that rounding does to the same model at the same positions.
+    """
+    distance = Distance.of(logits, reference)
+    return Check(
+        name=name,
+        figures={
+            "largest KL in nats": Figure(distance.kl, FLOOR_FACTOR * floor.kl + LEAST_DISTANCE),
+            "largest 1 - cosine": Figure(distance.angle, FLOOR_FACTOR * floor.angle + LEAST_DISTANCE),
+        },
+        note="; ".join(text for text in (same_tokens(distance), note) if text),
+    )
+
+
+def same_tokens(distance: Distance) -> str:
+    """Return a phrase that says at how many positions both agree on the most likely token."""
+    return f"same most likely token at {distance.same_token} of {distance.positions} positions"
+
+
+def require_passed(check: Check) -> None:
+    """Raise PmpdError if a check failed."""
+    if not check.passed:
+        raise PmpdError(f"verification failed, {check.name}: {check}; {REMEDY}")
+
+
+def _log_softmax(logits: Doubles) -> Doubles:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]
