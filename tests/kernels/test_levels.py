@@ -1,4 +1,4 @@
-"""A library as exports make it, limited by PMPD_MAX_ISA to each level of this machine: right numbers and right kernels."""
+"""A library as exports make it, at each level of PMPD_MAX_ISA that this machine has: right numbers, right kernels."""
 
 from __future__ import annotations
 

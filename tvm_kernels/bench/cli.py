@@ -23,7 +23,7 @@ from pmpd.tvm_kernels.bench.shapes import SUPPORTED, Shape, model_shapes, parse_
 from pmpd.tvm_kernels.targets import local_target
 
 if TYPE_CHECKING:
-    from pmpd.tvm_kernels.bench.compare import Row
+    from pmpd.tvm_kernels.bench.compare import Timing
 
 __all__ = ["main"]
 
@@ -78,7 +78,7 @@ def main(
         os.environ["PMPD_MAX_ISA"] = isa
     chosen = [parse_shape(text) for text in shapes]
     chosen = chosen or [SHAPE, *(shape for model in SUPPORTED for shape in model_shapes(model))]
-    rows: list[Row] = []
+    rows: list[Timing] = []
     reads = []
     for measured, read_gbs in _measure(
         list(dict.fromkeys(chosen)),
@@ -107,7 +107,7 @@ def _measure(
     accuracies: Sequence[str],
     threads: int,
     records: Path | None,
-) -> Iterator[tuple[list[Row], float]]:
+) -> Iterator[tuple[list[Timing], float]]:
     """Yield the rows of one shape and number of tokens after another, and the GB/s of plain reads meanwhile."""
     # Imported here, so that --help answers at once and a missing TVM is one line.
     from pmpd.tvm_kernels.bench.compare import measure_shape
@@ -126,7 +126,7 @@ def _measure(
         yield measure_shape(rig, kernels, shape, m=m, threads=threads)
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Timing]) -> str:
     """Return rows as text."""
     cells = [("kernel", "p", "n", "k", "m", "µs", "GB/s", "of read", "GMAC/s")]
     for row in rows:

@@ -15,14 +15,14 @@ from pmpd.tvm_kernels.bench.onnx_graphs import bitplane_graph, float_graph, nbit
 from pmpd.tvm_kernels.bench.shapes import Shape
 from pmpd.tvm_kernels.ops.matmul.kernel import MatmulKernel
 
-__all__ = ["Row", "measure_shape"]
+__all__ = ["Timing", "measure_shape"]
 
 NBITS, BLOCKS = (2, 4, 8), (128, 32)  # of MatMulNBits
 ROUNDS_OF_ONE, ROUNDS_OF_MANY = 15, 7  # by rows of activations
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """What one kernel took for one matrix: p bits a weight, n rows, k columns, times m rows of activations.
 
     `gbs` counts the bytes of the matrix and its codebook or scales. `of_read` is the median share of what reads of
@@ -51,7 +51,7 @@ class _Contender:
 
 def measure_shape(
     rig: Rig, kernels: Sequence[MatmulKernel], shape: Shape, *, m: int, threads: int
-) -> tuple[list[Row], float]:
+) -> tuple[list[Timing], float]:
     """Let kernels of a rig and their peers take turns; return rows, and the GB/s of plain reads in between."""
     contenders = [*_ours(rig, kernels, shape, m=m, threads=threads), *_peers(shape, m=m, threads=threads)]
     rounds = ROUNDS_OF_ONE if m == 1 else ROUNDS_OF_MANY
@@ -61,7 +61,7 @@ def measure_shape(
         size = [contender.matrix_bytes * contender.copies]
         rate = samples.rate(size)
         figures = round(1e6 * contender.matrix_bytes / rate, 1), round(rate / 1e9, 2), round(samples.of_read(size), 3)
-        rows.append(Row(contender.kernel, contender.p, shape.n, shape.k, m, threads, *figures))
+        rows.append(Timing(contender.kernel, contender.p, shape.n, shape.k, m, threads, *figures))
     return rows, median(float(gbs) for samples in taken for gbs in samples.read_gbs)
 
 

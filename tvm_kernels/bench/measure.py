@@ -2,7 +2,7 @@
 
 Bandwidth drifts within seconds where a machine is shared. So contenders take turns, one sample of each in a round, and
 a sample is compared with the reads of memory just before and after it. A sample of one row of activations walks
-through weights that fill more memory than the caches hold; whatever m, the reads in between leave nothing of them in
+through weights that fill more memory than the caches hold; for any m, the reads in between evict them from
 the caches: weights come from memory, as they do when a model decodes.
 """
 
@@ -53,7 +53,7 @@ WORKING_SET = 256 << 20  # bytes that one sample walks through, eight times the 
 READ_BYTES = 64 << 20
 _INSTRUMENTS = Path(__file__).with_name("sweep.c")
 
-# Takes one sample: the seconds that each of its parts took.
+# Takes one sample; returns the seconds that each part of it took.
 Sample = Callable[[], Sequence[float]]
 
 

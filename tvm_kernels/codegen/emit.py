@@ -15,7 +15,7 @@ from tvm.ir import PointerType, PrimType
 
 __all__ = ["Emitter", "lanes_of", "shuffle", "vector"]
 
-# Buffers are views of raw pointers: their extent is the caller's business.
+# Buffers are views of raw pointers: the caller knows their extent.
 ANY_EXTENT = 1 << 40
 
 
@@ -31,7 +31,7 @@ def lanes_of(value: Any) -> int:
 
 
 def shuffle(values: Sequence[Any], lanes: Sequence[int]) -> Any:
-    """Return the given lanes of the vectors laid end to end."""
+    """Return the numbered lanes of the vectors, which are counted end to end."""
     have = sum(lanes_of(value) for value in values)
     if have == 1 or (len(set(lanes)) == 1 and len(lanes) > 1):
         value = values[0] if have == 1 else shuffle(values, [lanes[0]])
@@ -85,7 +85,7 @@ class Emitter:
         return buffer
 
     def load(self, buffer: Any, offset: Any, lanes: int = 1, name: str = "v") -> Any:
-        """Load `lanes` elements that lie together."""
+        """Load `lanes` contiguous elements."""
         return self.bind(tirx.BufferLoad(buffer, [_index(offset, lanes)]), name)
 
     def store(self, buffer: Any, offset: Any, value: Any) -> None:
@@ -93,9 +93,9 @@ class Emitter:
         self._emit(tirx.BufferStore(buffer, value, [_index(offset, lanes_of(value))]))
 
     def prefetch(self, buffer: Any, offset: Any) -> None:
-        """Ask for the cache line of an element, for reading, into the second-level cache."""
+        """Prefetch the cache line of an element, for reading, into the second-level cache."""
         address = tirx.address_of(tirx.BufferLoad(buffer, [offset]))
-        # Read; not into the first level, which has too few lines on their way to wait for memory; data.
+        # For reading; not into the first level, which can wait for too few lines at a time; data.
         flags = [tirx.const(flag, "int32") for flag in (0, 2, 1)]
         self._emit(tirx.Evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, *flags)))
 
@@ -131,8 +131,8 @@ class Emitter:
 def _index(offset: Any, lanes: int) -> Any:
     if lanes == 1:
         return offset
-    one = tirx.const(1, str(offset.ty.dtype)) if hasattr(offset, "ty") else 1
-    return tirx.Ramp(offset, one, lanes)
+    stride = tirx.const(1, str(offset.ty.dtype)) if hasattr(offset, "ty") else 1
+    return tirx.Ramp(offset, stride, lanes)
 
 
 def _sequence(statements: list[Any]) -> Any:

@@ -53,7 +53,7 @@ class Isa:
         integers_only: it adds nothing to the float arithmetic of the set it extends: kernels without 8-bit products,
             like attention's, are not made for it.
         width: bytes of a vector register.
-        registers: vector registers.
+        registers: how many vector registers there are.
         cpu, attributes: LLVM's names for it.
         levels: how many values an 8-bit code may take. 128 where the sum of two products must fit 16 bits.
         signed: the 8-bit product multiplies signed by signed, not unsigned by signed.
@@ -106,7 +106,7 @@ class Isa:
 
 
 class Portable(Isa):
-    """No instruction set in particular: for attention alone, whose arithmetic any compiler vectorizes."""
+    """No particular instruction set: for arithmetic that any compiler vectorizes. Only attention has such kernels."""
 
     name = "portable"
     needs: ClassVar[tuple[str, ...]] = ()
@@ -233,7 +233,7 @@ class Avx512Vnni(Avx512):
 
 
 class Avx512Vbmi(Avx512Vnni):
-    """AVX-512 with VNNI and the byte permutations of VBMI (2019): tables of 64 entries, and junk above an index."""
+    """AVX-512 with VNNI and the byte permutations of VBMI (2019): tables of 64 entries, higher bits ignored."""
 
     name = "avx512vbmi"
     integers_only = True

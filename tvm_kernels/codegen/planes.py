@@ -50,7 +50,7 @@ def split_planes(e: Emitter, isa: Isa, planes: Sequence[Any]) -> list[Codes]:
     bits = len(planes)
     width = 1 << (bits - 1).bit_length()  # of a field: 1, 2, 4 or 8 bits
     missing: list[Any] = [None] * (width - bits)
-    # Up to 4 bits junk below the code is harmless, tables repeat; above, zeros on top keep tables small.
+    # Up to 4 bits, junk below the code is harmless, as tables repeat; above, zeros on top keep tables small.
     level = [*planes, *missing] if bits <= 4 else [*missing, *planes]
     # Each vector of `fields` holds fields of `size` bits; field f of a byte is column first + f * size.
     fields: list[tuple[int, list[Any]]] = [(0, level)]

@@ -1,4 +1,4 @@
-"""Codebooks as look-up tables of bytes, made for the few rows that a kernel works on and gone with them.
+"""Codebooks as look-up tables of bytes, which a kernel makes for the few rows that it works on.
 
 `int8`: the entries of a row become 8-bit steps between its least and its greatest value, so that with w = low + step c
 a row's result is ``step * sum(c x) + low * sum(x)``. `exact`: the two bytes of each float16 entry, in two tables.
@@ -50,22 +50,24 @@ class ByteTables:
 
     def load(self, e: Emitter, isa: Isa, row: int, *, slot: Any = 0, half: int = 0) -> list[list[Any]]:
         """Return the tables of a row, for each variant, as `Isa.lookup` takes them."""
-        own = row * max(16, 2**self.bits)
+        offset = row * max(16, 2**self.bits)
         variants = range(table_variants(self.bits))
-        return [isa.tables(e, self.buffer, self._place(slot, half, variant) + own, self.bits) for variant in variants]
+        return [
+            isa.tables(e, self.buffer, self._place(slot, half, variant) + offset, self.bits) for variant in variants
+        ]
 
     def store(self, e: Emitter, half: int, lines: Sequence[Sequence[Any]], *, slot: Any = 0) -> None:
         """Lay out entries (uint8), in lines as `_entries` makes them."""
         for variant in range(table_variants(self.bits)):
             place = self._place(slot, half, variant)
             for line in lines:
-                # Stores as wide as the loads to come, so that LLVM can keep the tables in registers.
+                # Stores are as wide as the later loads, so that LLVM can hold the tables in registers.
                 for first in range(0, len(line), 64 // LANES):
                     parts = line[first : first + 64 // LANES]
                     lanes = list(range(sum(map(lanes_of, parts))))
                     if self.bits < 4:
-                        own = table_entries(self.bits, variant)
-                        lanes = [first + entry for first in lanes[:: 2**self.bits] for entry in own]
+                        entries = table_entries(self.bits, variant)
+                        lanes = [first + entry for first in lanes[:: 2**self.bits] for entry in entries]
                     codes = e.bind(shuffle(parts, lanes))
                     e.store(self.buffer, place, codes)
                     place = place + lanes_of(codes)
@@ -75,8 +77,8 @@ class ByteTables:
 class Int8Tables:
     """Tables of 8-bit steps, with the least value and the step of every row of a tile.
 
-    With two slots a kernel makes the tables of the next tile before it works on one, so that the long chain from a
-    codebook to its table is computed beside the products and not before them.
+    With two slots a kernel makes the tables of the next tile before it works on the current one, so that the long chain
+    from a codebook to its table is computed alongside the products and not before them.
     """
 
     tables: ByteTables

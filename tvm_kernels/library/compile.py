@@ -1,7 +1,7 @@
 """From kernels to objects and the tables that the operator library is linked from.
 
-Objects are kept in the user's cache folder by what they are made of: a second export compiles nothing. Compiling is
-done by processes of their own (`worker`), a few at a time, because TVM uses one thread.
+Objects are cached in the user's cache folder, under a hash of everything they are made of: a second export compiles
+nothing. Separate processes (`worker`) compile, a few at a time, because TVM uses one thread.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _code_digest() -> bytes:
 
 
 def _cached(unit: _Unit) -> Path:
-    """Return where the object of a function is kept: under a name made of everything that decides its contents."""
+    """Return the path of a function's object in the cache; its name has a hash of all that decides its contents."""
     digest = hashlib.sha256(_code_digest())
     digest.update(repr((unit.symbol, unit.triple, unit.cpu, unit.attributes, version("apache-tvm"))).encode())
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,4 +1,4 @@
-/* Instruction sets: those that kernels are made for, and what the processor and the operating system allow. */
+/* Instruction sets: those that have kernels, and those that the processor and the operating system allow. */
 #ifndef PMPD_CPU_H
 #define PMPD_CPU_H
 

@@ -8,8 +8,8 @@
 
 enum {
   LINE_COLUMNS = 512,      /* columns whose bits fill a line of 64 bytes */
-  ANY_CHUNK = 16,          /* rows of weights given to pmpd_any at a time */
-  PACK_ELEMENTS = 1 << 14, /* activations given to a thread at a time */
+  ANY_CHUNK = 16,          /* rows of weights that pmpd_any does at a time */
+  PACK_ELEMENTS = 1 << 14, /* activations that a thread packs at a time */
   MAX_SCRATCH = 1 << 19,   /* bytes, on the stack */
 };
 
@@ -60,7 +60,7 @@ struct call {
   int64_t plane_bytes;
   void *packed;
   float *scale, *sum;
-  /* What threads are sharing out at the moment: `step` items of `total` at a time. */
+  /* The work that threads share at the moment: `step` items of `total` at a time. */
   void (*part)(const struct call *, int32_t begin, int32_t end);
   int32_t total, step;
 };
@@ -125,7 +125,7 @@ static void pack(const struct call *call, int32_t begin, int32_t end) {
 }
 
 static void multiply(const struct call *call, int32_t begin, int32_t end) {
-  /* The stack is the thread's own and in its nearest cache. */
+  /* On the stack, which only this thread uses and which is in its nearest cache. */
   uint8_t memory[call->kernel->scratch_bytes + 63];
   uint8_t *scratch = memory + (-(uintptr_t)memory & 63);
   call->kernel->matmul(call->planes, call->plane_bytes, call->codebook, call->packed, call->scale, call->sum, call->y,
@@ -146,8 +146,8 @@ static void do_part(void *data, size_t i) {
   call->part(call, begin, begin + (left < call->step ? left : call->step));
 }
 
-/* Do all of a job on the session's threads. ONNX Runtime gives each a stretch of its own, from which those that have
- * finished theirs may take: threads stream through memory, and none waits long. */
+/* Do all of a job on the session's threads. ONNX Runtime gives each thread a contiguous stretch; threads that finish
+ * early take from the others' stretches. So threads stream through memory, and none waits long. */
 static OrtStatus *share(const struct pmpd_operator *operator, const OrtKernelContext *context,
                                 struct call *call, void (*part)(const struct call *, int32_t begin, int32_t end),
                                 int32_t total, int32_t step) {

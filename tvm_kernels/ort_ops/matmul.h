@@ -1,8 +1,7 @@
 /* Kernels of BitplaneMatMul. TVM makes the functions; ops/matmul/kernel.py writes the table.
  *
  * Symbols are those of runtime/format/bitplanes.py: planes uint8 [p, N, S] with S = 64 * lines, codebook float16
- * [N, G, 2^p]. A kernel reads activations in an order of its own, which its `pack` function writes once per call of the
- * operator.
+ * [N, G, 2^p]. A kernel reads activations in a special order, which its `pack` function writes once per call of the operator.
  */
 #ifndef PMPD_MATMUL_H
 #define PMPD_MATMUL_H
@@ -33,7 +32,7 @@ struct pmpd_kernel {
   uint8_t many;          /* 0: one row of activations; 1: any number */
   uint8_t element_bytes; /* of packed activations: 4 or 1 */
   int32_t rows;          /* outputs computed together: chunks are multiples of it */
-  int32_t chunk;         /* outputs given to a thread at a time, tuned */
+  int32_t chunk;         /* outputs that a thread computes at a time, tuned */
   int64_t scratch_bytes;
   pmpd_pack_fn *pack;
   pmpd_matmul_fn *matmul;

@@ -39,7 +39,7 @@ struct pmpd_op {
   const char *name;
   const struct pmpd_value *inputs, *outputs;
   size_t input_count, output_count;
-  size_t node_size; /* bytes kept of a node; a struct pmpd_operator comes first, the other bytes are 0 at first */
+  size_t node_size; /* bytes of a node's structure: a struct pmpd_operator and what follows, which is 0 at first */
   /* Read and check a node's attributes. */
   OrtStatus *(*create)(struct pmpd_operator *operator, const OrtKernelInfo *info);
   /* Run a node once. */
@@ -49,7 +49,7 @@ struct pmpd_op {
   void (*list_kernels)(struct pmpd_text *text, uint32_t features, const char **separator);
 };
 
-/* The operator of one node of a graph: the first member of what is kept of the node. */
+/* The operator of one node of a graph: the first member of the node's structure. */
 struct pmpd_operator {
   struct pmpd_node node;
   const struct pmpd_op *op;

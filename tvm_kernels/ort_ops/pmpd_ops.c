@@ -101,7 +101,7 @@ static OrtStatus *read_accuracy(const OrtApi *api, const OrtSessionOptions *opti
   return status;
 }
 
-/* ONNX Runtime calls this with the options of a session that is given the library. Two entries of the session's
+/* ONNX Runtime calls this with the options of a session that registers the library. Two entries of the session's
  * configuration are settings: pmpd.accuracy, exact (the default) or int8, and pmpd.session, the tag of its reports. */
 PMPD_EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
   const OrtApi *api = base->GetApi(PMPD_ORT_API_VERSION);

@@ -18,7 +18,7 @@ static uint64_t nanoseconds(void) {
 
 static const struct pmpd_op *op_of(const OrtCustomOp *custom) { return ((const struct pmpd_registered *)custom)->op; }
 
-/* Make what is kept of a node. */
+/* Make the structure of a node. */
 static OrtStatus *create(const OrtCustomOp *custom, const OrtApi *api, const OrtKernelInfo *info, void **kernel) {
   const struct pmpd_op *op = op_of(custom);
   size_t name = 0;

@@ -74,7 +74,7 @@ static void append_info(struct pmpd_text *text, uint32_t features) {
   pmpd_append(text, "]}");
 }
 
-/* Return the text in memory of its own; NULL without memory. */
+/* Return the text in newly allocated memory, or NULL. */
 static char *make_info(uint32_t features) {
   struct pmpd_text text = {0};
   append_info(&text, features);

@@ -2,7 +2,7 @@
 
 A tile of weight rows is decoded once for some cache lines of each, into scratch memory that stays in the first-level
 cache, and then multiplied with all rows of activations, a few at a time, so that their sums stay in registers. The
-results of one stretch of columns are added to those of the stretches before.
+results of one stretch of columns are added to those of earlier stretches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One row of activations times the weights: the kernel of decoding. It reads every plane once and nothing else twice.
 
-Rows are worked on one after another, which processors fetch best, or a few together, which load activations once for
-all of them; a batch of rows shares the work that comes once a row, tables before it and the last sums behind it. For
-each vector of plane bytes: planes to codes, codes to values, values times activations. With 8-bit activations the sum
+Rows are processed one after another, which suits prefetching best, or a few together, which load activations once for
+all of them. A batch of rows shares the work that comes once a row: building tables before it, folding sums after it.
+For each vector of plane bytes: planes to codes, codes to values, values times activations. With 8-bit activations the sum
 over 32 columns is scaled in float, so every 32 columns have a scale of their own, at the price of one conversion and
 one multiplication per eight products.
 """

@@ -1,4 +1,4 @@
-"""Any precision, any number of groups, plain vector arithmetic that LLVM fits to whatever machine: `pmpd_any`.
+"""Any precision, any number of groups, in plain vector arithmetic that LLVM compiles for any machine: `pmpd_any`.
 
 It runs where no kernel of a known instruction set does: on other architectures, and for more than one codebook a row.
 """
