@@ -2,9 +2,9 @@
 
 Rows are processed one after another, which suits prefetching best, or a few together, which load activations once for
 all of them. A batch of rows shares the work that comes once a row: building tables before it, folding sums after it.
-For each vector of plane bytes: planes to codes, codes to values, values times activations. With 8-bit activations the sum
-over 32 columns is scaled in float, so every 32 columns have a scale of their own, at the price of one conversion and
-one multiplication per eight products.
+For each vector of plane bytes: planes to codes, codes to values, values times activations. With 8-bit activations the
+sum over 32 columns is scaled in float, so every 32 columns have their own scale, at the price of one conversion and one
+multiplication per eight products.
 """
 
 from __future__ import annotations
