@@ -222,7 +222,8 @@ class Generator:
         Args:
             prompt_ids: the whole text so far, as token ids.
             max_new_tokens: the most tokens to generate; default as many as the cache has room for.
-            schedule: the precision of each decode step, also as text (``static:3@16,2@32``); default the bundle's.
+            schedule: the precision of each decode step, also as text (``static:3@16,2@32``) or as the name of one of
+                the bundle's; default the bundle's default.
             sampling: how tokens are chosen; default greedy.
             stop_ids: tokens that end the answer (not yielded); default those of the bundle.
             stop_strings: texts that end the answer (not part of it); they need a tokenizer.
@@ -248,7 +249,8 @@ class Generator:
                 f"{conversation.remedy()}, or ask for at most {room} new tokens"
             )
         if isinstance(schedule, str):
-            schedule = parse_schedule(schedule, self.bundle.manifest.precisions)
+            manifest = self.bundle.manifest
+            schedule = parse_schedule(manifest.schedules.get(schedule, schedule), manifest.precisions)
         schedule = schedule or self._default
         for precision in schedule.precisions:
             if precision not in conversation.precisions:

@@ -1,7 +1,7 @@
 """The operator library: compiled kernels that take the place of the graphs' portable functions.
 
-A bundle holds one library per target. It is native code, and using it runs it: take bundles from whom you trust, give a
-library of your own, or do without. What a library offers to its host is in `tvm_kernels/ort_ops`.
+A bundle holds one library per target. It is native code, and loading it runs it: only load bundles that you trust, give
+a library that you built, or do without. What a library offers its host is in `tvm_kernels/ort_ops`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pmpd.runtime.engine.onnxruntime import onnxruntime
-from pmpd.runtime.errors import KernelError, PmpdError, unknown_choice
+from pmpd.runtime.errors import KernelError, PmpdError, one_line, unknown_choice
 from pmpd.runtime.format.bundle import Bundle
 from pmpd.runtime.format.manifest import ACCURACIES, Graph, Manifest
 from pmpd.runtime.format.targets import machine_targets
@@ -52,7 +52,7 @@ class NodeKernel:
         n: rows of its weights, or columns of attention's output; 0 before its first run.
         k: columns of its weights, or elements of a head; None for the portable body, as the manifest does not tell.
         kernel: the kernel that ran last, None before the first run; `PORTABLE` for the portable body.
-        calls: how often it ran; None for the portable body, which nobody counts.
+        calls: how often it ran; None for the portable body, which is not counted.
         seconds: wall time of all calls; None for the portable body.
     """
 
@@ -66,6 +66,11 @@ class NodeKernel:
     calls: int | None
     seconds: float | None
 
+    @property
+    def slow(self) -> bool:
+        """Whether what ran was the portable body or the library's generic kernel."""
+        return self.kernel is not None and (self.kernel == PORTABLE or _GENERIC in self.kernel.split("_"))
+
 
 class KernelLibrary:
     """A loaded operator library, and the accuracy that its kernels compute at.
@@ -73,12 +78,11 @@ class KernelLibrary:
     Attributes:
         path: its file.
         accuracy: ``exact`` or ``int8``.
-        info: what it says of itself: ``version``, ``target``, ``features`` of this processor, and its choice of
-            ``kernels``.
+        info: what it reports: ``version``, ``target``, ``features`` of this processor, and the ``kernels`` it chose.
 
     Raises:
-        KernelError: the file cannot be loaded on this machine, or is no operator library.
-        PmpdError: ONNX Runtime or the library refuses to work together, or the accuracy.
+        KernelError: the file cannot be loaded on this machine, or is not an operator library.
+        PmpdError: ONNX Runtime refuses the library, or the library refuses ONNX Runtime or the accuracy.
     """
 
     def __init__(self, path: Path, *, accuracy: str) -> None:
@@ -90,7 +94,10 @@ class KernelLibrary:
                 getattr(library, f"pmpd_ops_{name}") for name in ("info", "report", "reset")
             )
         except (OSError, AttributeError) as error:
-            raise KernelError(f"kernel library {self.path} does not load on this machine ({error})") from None
+            raise KernelError(
+                f"kernel library {self.path} does not load on this machine ({one_line(error)}): export the model again "
+                "on this machine, or run without kernels"
+            ) from None
         self._info.restype = ctypes.c_char_p
         self._report.argtypes, self._report.restype = (
             [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t],
@@ -111,14 +118,20 @@ class KernelLibrary:
         try:
             options.register_custom_ops_library(str(self.path))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = one_line(str(error).strip() or repr(error))
             raise PmpdError(f"ONNX Runtime {onnxruntime().__version__} refuses {self.path}: {reason}") from None
 
     def kernel(self, bits: int, *, rows: str) -> str:
-        """Return the name of the matmul for weights of `bits` and ``one`` or ``many`` rows of activations."""
+        """Return the name of the matmul for weights of `bits` and ``one`` or ``many`` rows of activations.
+
+        Raises:
+            KernelError: the library has none.
+        """
         wanted = {"op": MATMUL, "bits": bits, "accuracy": self.accuracy, "rows": rows}
-        name: str = next(choice["kernel"] for choice in self.info["kernels"] if wanted.items() <= choice.items())
-        return name
+        names: list[str] = [choice["kernel"] for choice in self.info["kernels"] if wanted.items() <= choice.items()]
+        if not names:
+            raise KernelError(f"kernel library {self.path} has no kernel for {bits} bits: export the model again")
+        return names[0]
 
     def report(self, tag: str, graph: Graph) -> list[NodeKernel]:
         """Return what ran for the nodes of session `tag`, which runs `graph`."""
@@ -150,12 +163,12 @@ class KernelLibrary:
 def choose_library(bundle: Bundle, choice: bool | str | Path, *, accuracy: str, required: bool) -> KernelLibrary | None:
     """Load the kernels that a user wants: True for the bundle's, False for none, or the path of a library.
 
-    Where the bundle's are wanted and there are none that load, the answer is None and a warning says why; where they
-    are `required`, that is an error.
+    Where the bundle's are wanted and none of them loads, the answer is None and a warning is logged; where they are
+    `required`, that is an error.
 
     Raises:
-        KernelError: as `KernelLibrary` for a given path; kernels are required and there are none.
-        PmpdError: as `KernelLibrary`, or there is no such accuracy.
+        KernelError: as `KernelLibrary` for a path; or kernels are required and there are none.
+        PmpdError: as `KernelLibrary`; or there is no such accuracy.
     """
     if accuracy not in ACCURACIES:
         raise PmpdError(unknown_choice("accuracy", accuracy, ACCURACIES))
@@ -163,7 +176,7 @@ def choose_library(bundle: Bundle, choice: bool | str | Path, *, accuracy: str, 
         return KernelLibrary(Path(choice), accuracy=accuracy)
     if not choice:
         if required:
-            raise KernelError("fast kernels are required and kernels refused: give up one of the two")
+            raise KernelError("fast kernels are required and kernels refused: drop one of the two options")
         return None
     try:
         return _bundle_library(bundle, accuracy=accuracy)

@@ -76,6 +76,33 @@ def test_runs_cover_each_step_once_at_its_precision(first: int, more: int, steps
     assert covered == [(i, schedule.precision(i)) for i in range(steps)]
 
 
+def test_teacher_forcing_asks_an_adaptive_plan_after_every_step() -> None:
+    class Watchful:
+        precisions = (4, 2)
+
+        def __init__(self) -> None:
+            self.last = -1
+
+        def begin(self, prefill: Prefill) -> Plan:
+            return self
+
+        def precision(self, step: int) -> int:
+            return 2 if self.last == 4 else 4
+
+        def observe(self, step: int, logits: np.ndarray) -> None:
+            self.last = int(logits.argmax())
+
+    generator = FakeGenerator()
+    forced = Scheduled(generator, Watchful()).force([1, 2], [3, 4, 5, 6])  # type: ignore[arg-type]
+    assert [call for call in generator.calls if call[0] == "decode"] == [
+        ("decode", (3,), 4),
+        ("decode", (4,), 4),
+        ("decode", (5,), 2),
+    ]
+    assert forced.precisions == (4, 4, 4, 2)
+    assert forced.logits.argmax(axis=1).tolist() == [3, 4, 5]
+
+
 def test_teacher_forcing_makes_one_call_per_run_and_feeds_all_but_the_last_token() -> None:
     model, generator = scheduled("static:3@2,2@3")
     forced = model.force([1, 2], [3, 4, 5, 6, 9])

@@ -103,6 +103,47 @@ def test_any_object_with_precisions_is_a_schedule(generator: Generator, prompt: 
     assert [token.precision for token in tokens] == [4, 2, 4, 2]
 
 
+def test_a_plan_sees_the_prompt_and_every_steps_logits(generator: Generator, prompt: list[int]) -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Watchful:
+        """Goes to 2 bits after the second step."""
+
+        def __init__(self, prefill: Prefill) -> None:
+            assert prefill.tokens == tuple(prompt)
+            assert prefill.kv.tokens == len(prompt)
+            contract = generator.bundle.manifest.kv_cache
+            for layer in range(contract.layers):
+                for part in (prefill.kv.keys(layer), prefill.kv.values(layer)):
+                    assert part.shape == (contract.heads, len(prompt), contract.head_dim)
+            seen.append(("begin", int(prefill.logits.argmax())))
+            with pytest.raises(ValueError, match="read-only"):
+                prefill.logits[0] = 0
+
+        def precision(self, step: int) -> int:
+            return 4 if len(seen) < 3 else 2
+
+        def observe(self, step: int, logits: npt.NDArray[np.float32]) -> None:
+            assert logits.shape == (4096,)
+            seen.append((f"step {step}", int(logits.argmax())))
+
+    class ByPrompt:
+        precisions = (4, 2)
+
+        def begin(self, prefill: Prefill) -> Watchful:
+            return Watchful(prefill)
+
+    tokens = list(generator.stream(prompt, max_new_tokens=5, schedule=ByPrompt()))
+    assert [token.precision for token in tokens] == [4, 4, 4, 2, 2]
+    assert seen == [("begin", tokens[0].id), *((f"step {i}", tokens[i + 1].id) for i in range(4))]
+
+
+def test_schedules_of_the_bundle_have_names(generator: Generator, prompt: list[int]) -> None:
+    name = generator.bundle.manifest.default_schedule
+    named = ids_of(generator.stream(prompt, max_new_tokens=3, schedule=name))
+    assert named == ids_of(generator.stream(prompt, max_new_tokens=3))
+
+
 def test_precision_switch_stays_in_the_same_memory(generator: Generator, prompt: list[int]) -> None:
     cache = generator.cache
     pointers = {key: buffer.value.data_ptr() for key, buffer in cache.buffers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -237,12 +238,8 @@ def test_a_library_of_ones_own(slow: Bundle, library: Path, tmp_path: Path) -> N
         open_generator(slow, kernels=extension)
 
 
-def test_slow_kernels_are_refused_where_fast_ones_are_required(
-    fast: Bundle, copy: Path, library: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_generator(fast, require_fast_kernels=True)
-    with pytest.raises(KernelError, match=r"decode-2\.onnx: .* only the slow kernel 'pmpd_any' for model\.layers\.0"):
-        Generator(fast, require_fast_kernels=True)
+def with_two_codebooks(copy: Path, library: Path) -> Bundle:
+    """Claim two codebooks per row for one layer, at the end of a longer file."""
     document = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
     codebook = next(tensor for tensor in document["tensors"] if tensor["role"] == "codebook")
     size = document["files"]["weights.bin"]["size"]
@@ -250,9 +247,48 @@ def test_slow_kernels_are_refused_where_fast_ones_are_required(
     document["files"]["weights.bin"]["size"] = codebook["offset"] + codebook["length"]
     os.truncate(copy / "weights.bin", document["files"]["weights.bin"]["size"])
     (copy / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
-    grouped = with_kernels(copy, {HOST: library})
+    return with_kernels(copy, {HOST: library})
+
+
+def test_slow_kernels_are_refused_where_fast_ones_are_required(
+    fast: Bundle, copy: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_generator(fast, require_fast_kernels=True)
+    with pytest.raises(KernelError, match=r"decode-2\.onnx: .* only the slow kernel 'pmpd_any' for model\.layers\.0"):
+        Generator(fast, require_fast_kernels=True)
+    grouped = with_two_codebooks(copy, library)
     with pytest.raises(KernelError, match="no fast kernel has several codebooks per row"):
         open_generator(grouped, require_fast_kernels=True)
+
+
+def test_slow_kernels_are_said_when_they_are_loaded(
+    fast: Bundle, copy: Path, library: Path, warnings: Callable[[], list[str]]
+) -> None:
+    generator = Generator(fast, context_length=16)  # with 2 bits, which the library has only the generic kernel for
+    (warning,) = warnings()
+    assert "decode-2.onnx: " in warning
+    assert "only the slow kernel 'pmpd_any'" in warning
+    generator.prefill(IDS)
+    generator.decode_step(7, precision=2)
+    ran = {
+        (node.graph, node.bits, node.slow) for node in generator.kernels() if node.op == "BitplaneMatMul" and node.calls
+    }
+    assert ran == {
+        ("prefill.onnx", 4, False),
+        ("prefill.onnx", 6, False),
+        ("decode-2.onnx", 2, True),
+        ("decode-2.onnx", 6, False),
+    }
+
+
+def test_several_codebooks_per_row_are_said_when_they_are_loaded(
+    copy: Path, library: Path, warnings: Callable[[], list[str]]
+) -> None:
+    grouped = with_two_codebooks(copy, library)
+    with contextlib.suppress(BundleError):  # its graphs are those of one codebook
+        open_generator(grouped)
+    (warning,) = warnings()
+    assert warning.startswith("no fast kernel has several codebooks per row, and this bundle has 2: its products run")
 
 
 def test_a_level_that_does_not_exist_is_an_error(fast: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

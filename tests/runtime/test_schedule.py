@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmpd.runtime import PmpdError, StaticSchedule, parse_schedule
+from pmpd.runtime import AdaptivePlan, Plan, PmpdError, Prefill, StaticSchedule, parse_schedule
+from pmpd.runtime.schedule.static import step_precisions
 
 
 @st.composite
@@ -45,6 +46,32 @@ def test_uniform_is_one_precision() -> None:
     assert str(schedule) == "uniform:3"
 
 
+def test_a_number_alone_is_uniform() -> None:
+    assert parse_schedule(" 3 ", (4, 3, 2)) == parse_schedule("uniform:3", (4, 3, 2))
+    assert parse_schedule("static:3@0", (4, 3, 2)) == parse_schedule("3", (4, 3, 2))
+
+
+def test_a_static_schedule_is_its_own_plan() -> None:
+    schedule = StaticSchedule(((4, 0), (2, 3)))
+    assert schedule.begin(None) is schedule
+    assert not isinstance(schedule, AdaptivePlan)
+    assert step_precisions(schedule, 5) == (4, 4, 4, 2, 2)
+
+
+def test_callers_without_a_prompt_take_static_schedules_only() -> None:
+    class ByPrompt:
+        precisions = (4, 2)
+
+        def begin(self, prefill: Prefill) -> Plan:
+            return StaticSchedule(((4, 0),))
+
+        def __str__(self) -> str:
+            return "learned:a"
+
+    with pytest.raises(PmpdError, match="schedule learned:a decides by the prompt, and here is none"):
+        step_precisions(ByPrompt(), 5)
+
+
 def test_explicit_start_replaces_the_highest_precision() -> None:
     assert parse_schedule("static:3@0,2@5", (4, 3, 2)).switches == ((3, 0), (2, 5))
 
@@ -69,6 +96,14 @@ def test_explicit_start_replaces_the_highest_precision() -> None:
         ("static:3@2;2@4", "does not fit"),
         ("", "unknown schedule ''"),
         ("unifrom:4", "unknown schedule 'unifrom:4': choose one of uniform:4"),
+        ("uniform:４", "schedule 'uniform:４': '４' does not fit the form uniform:BITS"),
+        ("４", "unknown schedule '４'"),
+        ("static:3@２", "'3@２' does not fit the form"),
+        ("5", "schedule '5': unknown precision '5': choose one of 4, 3, 2"),
+        ("static:4@8", "schedule 'static:4@8': precisions must fall"),
+        ("static:4@8", "step 0 starts at 4 bits, the highest, as no precision is given for it"),
+        ("uniform:" + "9" * 5000, "does not fit the form"),
+        ("9" * 5000, "does not fit the form"),
     ],
 )
 def test_bad_text_gets_one_clear_line(text: str, message: str) -> None:
@@ -76,6 +111,7 @@ def test_bad_text_gets_one_clear_line(text: str, message: str) -> None:
         parse_schedule(text, (4, 3, 2))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("switches", [(), ((4, 1),), ((4, 0), (4, 3)), ((3, 0), (4, 3)), ((4, 0), (3, 5), (2, 4))])
