@@ -11,6 +11,7 @@ from pmpd.eval.measure.scoring import Metric, Sample
 from pmpd.eval.report.plots import quality_plots, row_colors, speed_plot
 from pmpd.eval.report.results import QualityResults, QualityRow, format_number
 from pmpd.eval.report.verdict import verdict
+from pmpd.runtime.console.palette import SHADES, shade_of
 from pmpd.runtime.errors import MissingExtraError
 
 try:
@@ -22,7 +23,6 @@ except ImportError:
 __all__ = ["render_html"]
 
 SHOWN_SAMPLES = 6
-_SHADES = 5  # of precisions in the page's style, from blue (high) to red (low)
 _WIDE, _NARROW = 12.0, 5.2  # inches: a plot for wide screens, and one for telephones
 
 
@@ -38,7 +38,7 @@ def render_html(results: QualityResults) -> str:
     threads = environment["threads"]
     return template.render(
         title=f"{environment['bundle']['name']} · {environment['settings']['task']}",
-        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
+        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8") + _shade_rules()),
         headline=[
             f"{environment['bundle']['architecture']}, {environment['bundle']['parameters'] / 1e6:,.1f} M parameters",
             f"{environment['samples']} samples of {environment['data']['name']}",
@@ -54,7 +54,7 @@ def render_html(results: QualityResults) -> str:
         quality=[Markup(plot) for plot in quality_plots(results)],
         speed=[Markup(plot) for plot in speed if plot],
         scheduled={row.name for row in results.schedules},
-        shades=_shades(bits),
+        shades={precision: shade_of(precision, bits).name for precision in sorted(bits, reverse=True)},
         samples=list(_side_by_side(results)),
         score=lambda sample: _score(results.metrics, sample),
         facts=_leaves(environment),
@@ -76,10 +76,11 @@ def _best(results: QualityResults, metric: Metric) -> set[str]:
     return names if len(names) < len(rows) else set()
 
 
-def _shades(bits: set[int]) -> dict[int, int]:
-    """Return the shade of each precision: blue for the highest, red for the lowest, others between."""
-    ordered = sorted(bits, reverse=True)
-    return {p: round(rank * (_SHADES - 1) / max(1, len(ordered) - 1)) for rank, p in enumerate(ordered)}
+def _shade_rules() -> str:
+    """Return the style of text by the precision that made it: blue for high precision, red for low."""
+    light = "".join(f".shade-{shade.name} {{ background: {shade.light}; }}\n" for shade in SHADES)
+    dark = "".join(f".shade-{shade.name} {{ background: {shade.dark}; }}\n" for shade in SHADES)
+    return f"{light}@media (prefers-color-scheme: dark) {{\n{dark}}}\n"
 
 
 def _share(results: QualityResults, row: QualityRow) -> int:

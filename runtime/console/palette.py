@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 __all__ = ["SHADES", "Shade", "shade_of", "shades"]
@@ -36,7 +36,7 @@ def shades(count: int) -> tuple[Shade, ...]:
     return tuple(SHADES[round(i * last / max(count - 1, 1))] for i in range(count))
 
 
-def shade_of(precision: int, precisions: Sequence[int]) -> Shade:
-    """Return the shade of one of a bundle's precisions."""
+def shade_of(precision: int, precisions: Collection[int]) -> Shade:
+    """Return the shade of one of several precisions."""
     ordered = sorted(set(precisions), reverse=True)
     return shades(len(ordered))[ordered.index(precision)]

@@ -184,7 +184,7 @@ def test_page_shows_every_row_and_follows_the_theme(results: QualityResults) -> 
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r"#0000?01|#00010\d", page)
     assert "3 bits</text>" in page
-    assert '<mark class="bits-0">some words </mark><mark class="bits-4">&lt;' in page
+    assert '<mark class="shade-blue">some words </mark><mark class="shade-red">&lt;' in page
 
 
 def test_ids_of_the_plots_do_not_clash(results: QualityResults) -> None:
