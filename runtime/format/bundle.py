@@ -1,4 +1,4 @@
-"""Opening a bundle: everything it claims is checked before any of it is used."""
+"""Opening a bundle: everything that it states is checked before it is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pmpd.runtime.errors import BundleError, one_line
-from pmpd.runtime.format.manifest import MANIFEST_NAME, MAX_HASHED_BYTES, MAX_MANIFEST_BYTES, FileEntry, Manifest
+from pmpd.runtime.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest
 from pmpd.runtime.format.tensor import Tensor
 from pmpd.runtime.format.typed_json import parse_object
 
@@ -58,9 +58,8 @@ def _no_weights(root: Path) -> BundleError:
 class Bundle:
     """An exported model on disk: its manifest, and one read-only mapping of its weights.
 
-    `Bundle.open` is the way to get one. The mapping is made once; every session that runs the bundle reads it, so the
-    weights are in memory once, and only as far as they are touched. Nothing that the bundle holds is run by opening it;
-    a `Generator` runs its kernel library (see there).
+    Open one with `Bundle.open`. The mapping is made once and every session reads it, so weights are in memory once, and
+    only those that have been read. Opening a bundle runs nothing that it holds; an `Engine` loads its kernel library.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -72,13 +71,16 @@ class Bundle:
     def open(cls, path: str | Path, *, verify: bool = False, skeleton: bool = False) -> Self:
         """Open the bundle in folder `path`.
 
-        The manifest and the size of every file are always checked, and the SHA-256 of every file but the weights; with
-        `verify` that of the weights too (about a second per gigabyte). With `skeleton` a bundle without weights will
-        do: its manifest and graphs can be read, and what asks for a tensor is refused.
+        The manifest and the size of every file are always checked, and the SHA-256 of every file except weights.
+
+        Args:
+            path: the bundle's folder.
+            verify: check the SHA-256 of weights too (about a second per gigabyte).
+            skeleton: also accept a bundle without weights. Its manifest and graphs can be read; `tensor` raises.
 
         Raises:
-            BundleError: the folder is no bundle, or a skeleton where a bundle that runs is wanted, a file is missing,
-                truncated or altered, a name leads outside the folder, or the version is one this runtime does not read.
+            BundleError: the folder is not a bundle, or it is a skeleton and those are not accepted; a file is missing,
+                truncated or altered; or the manifest is refused (see README.md of this folder).
         """
         root = Path(path)
         manifest_path = root / MANIFEST_NAME
@@ -121,7 +123,7 @@ class Bundle:
         file = self.path / "generation_config.json"
         if file.name not in self.manifest.files:
             return {}
-        return parse_object(_read_text(file, limit=MAX_HASHED_BYTES), one_line(file))
+        return parse_object(_read_text(file, limit=MAX_MANIFEST_BYTES), one_line(file))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
-"""`bundle.json`: what a bundle holds, as frozen dataclasses that check themselves when they are read.
+"""`bundle.json`: what a bundle holds, as frozen dataclasses that check themselves.
 
-A reader MUST refuse a manifest whose ``format`` or ``version`` it does not know, a file name that leaves the bundle,
-and a tensor that lies outside its file.
+What a reader has to refuse is listed in README.md of this folder.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ _MAX_LAYERS = 10_000
 _MAX_NUMBER = 2**31 - 1
 _MAX_ENTRIES = 1000  # schedules, kernel libraries, graphs
 _MAX_NAME = 300  # characters
+_PLAIN_NAME = r"[\w.-]{1,60}"
 
 
 def contained_name(name: str) -> str:
@@ -252,7 +252,7 @@ class Manifest:
     def _check_schedules(self) -> None:
         """The form alone: what a schedule means, the package `schedule` knows, and says when it is used."""
         for name, text in self.schedules.items():
-            plain = re.fullmatch(r"[\w.-]{1,60}", name) and len(text) <= _MAX_NAME
+            plain = re.fullmatch(_PLAIN_NAME, name) and len(text) <= _MAX_NAME
             if not plain or not re.fullmatch(r"[a-z][a-z0-9_-]*:[!-~]+", text):
                 raise BundleError(
                     f"bundle.json: schedule {name!r:.60} is {text!r:.60}, which does not have the form KIND:ARGUMENTS: "
@@ -275,6 +275,9 @@ class Manifest:
     def _check_files(self) -> None:
         for name in self.files:
             contained_name(name)
+        for target in self.kernels:
+            if not re.fullmatch(_PLAIN_NAME, target):
+                raise BundleError(f"bundle.json has kernels for {target!r:.60}, which is not a name: export again")
         weights = {contained_name(tensor.file) for tensor in self.tensors}
         others = sum(entry.size for name, entry in self.files.items() if name not in self.weight_files)
         if others > MAX_HASHED_BYTES:

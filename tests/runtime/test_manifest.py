@@ -277,6 +277,7 @@ def drop(*path: str | int) -> Callable[[Document], None]:
         (change("tensors", 1, "file", to="../w.bin"), "names the file '../w.bin', which lies outside"),
         (change("kernels", "arm", to="other.so"), "refers to 'other.so' but does not list it"),
         (change("kernels", "arm", to="/lib/libc.so.6"), "names the file '/lib/libc.so.6', which lies outside"),
+        (change("kernels", "a b", to="kernels/libpmpd.so"), "has kernels for 'a b', which is not a name"),
         (change("kernels", "arm", to=7), "bundle.json: kernels: arm must be str, got 7"),
         (change("accuracy", to="int4"), "unknown accuracy 'int4': choose one of int8, exact"),
         (change("accuracy", to=8), "bundle.json: accuracy must be str, got 8"),
