@@ -77,7 +77,7 @@ class Destination:
     @classmethod
     @contextmanager
     def claim(cls, output: Path, *, overwrite: bool) -> Iterator[Self]:
-        """Keep every other export away from `output`, and finish what a killed one left half done.
+        """Keep every other export away from `output`, and finish or undo a replacement that a kill cut short.
 
         Raises:
             PmpdError: another export has claimed it, the place cannot be written, or as `check_output`.

@@ -1,4 +1,4 @@
-"""The bundle's operator libraries, one per target: made before all else, so that what is missing is known early."""
+"""The bundle's operator libraries, one per target: built first, so that a missing compiler is noticed early."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def parent_scope(name: str) -> str:
 def _to_numpy(tensor: Any, dtype: ir.DataType = ir.DataType.FLOAT) -> npt.NDArray[Any]:
     if isinstance(tensor, np.ndarray):
         return tensor
-    import torch  # not at the top: a plan, which is all that a skeleton needs, is made without it
+    import torch  # not at the top: a skeleton needs the plan alone, and no torch
 
     array: npt.NDArray[Any] = tensor.to(getattr(torch, dtype.numpy().name)).numpy()
     return array

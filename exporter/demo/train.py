@@ -1,4 +1,4 @@
-"""Train a small Llama language model from text: how a model like the embedded demo is made.
+"""Train a small Llama language model from text: how the embedded demo model was made.
 
 ``python -m pmpd.exporter.demo.train --text stories.jsonl.gz --output my-model --minutes 30``
 
@@ -60,7 +60,7 @@ class TrainingStep:
 
 
 def _loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token loss in nats over rows ``[B, L]``, padding left out."""
+    """Return the mean next-token loss in nats over rows ``[B, L]``, without the padding."""
     labels = rows.masked_fill(rows == PAD, -100)
     # Without bfloat16 instructions autocast would be slower than float32.
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
@@ -79,7 +79,7 @@ def evaluate(model: Any, rows: torch.Tensor, *, batch_size: int) -> float:
 
 
 def _batches(rows: torch.Tensor, *, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield batches ``[batch_size, L]`` without end, every row once per pass in an order of its own."""
+    """Yield batches ``[batch_size, L]`` without end, every row once per pass, each pass in another order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
     while True:
@@ -131,7 +131,7 @@ def publish(output: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `output` when the block succeeds, and is removed when it does not.
 
     Raises:
-        PmpdError: `output` exists, or the folder it goes into does not.
+        PmpdError: `output` exists, or appeared while the block ran (the folder then stays), or has no parent folder.
     """
     if output.exists():
         raise PmpdError(f"output '{output}' exists: choose another --output, or remove it")
@@ -141,9 +141,15 @@ def publish(output: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        partial.rename(output)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
+        partial.rename(output)
+    except OSError as error:
+        raise PmpdError(
+            f"cannot move {partial} to {output} ({error.strerror}): the trained model stays in the former"
+        ) from None
 
 
 def save(folder: Path, model: Any, tokenizer: Tokenizer) -> None:

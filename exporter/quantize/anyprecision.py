@@ -43,10 +43,10 @@ class AnyPrecision:
         precisions: bits of the codebooks to make, each 1 to `parent`.
         parent: bits of the codes, 1 to 8.
         seed: bits of the k-means that the cuts start from, 1 to `parent`.
-        groups: G, how many runs of columns of a row have codebooks of their own.
+        groups: G, runs of columns per row; each has its own codebook.
 
     Raises:
-        PmpdError: a value out of its range, or a precision given twice.
+        PmpdError: a value out of its range, or a precision that is listed twice.
     """
 
     name: ClassVar[str] = "anyprecision"

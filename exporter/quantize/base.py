@@ -1,4 +1,4 @@
-"""Quantization methods: the contract of one, and what it returns. Methods themselves are in files of their own."""
+"""Quantization methods: the contract of one, and what it returns. Each method is in another file."""
 
 from __future__ import annotations
 

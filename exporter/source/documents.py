@@ -24,7 +24,7 @@ def read_documents(path: Path) -> list[str]:
         PmpdError: the file is missing, unreadable, of another type or empty, or a record has no text.
     """
     if not path.name.endswith((".txt", ".jsonl", ".jsonl.gz")):
-        raise PmpdError(f"'{path}' is of no known type: give a .txt, .jsonl or .jsonl.gz file")
+        raise PmpdError(f"'{path}' has an unknown file type: give a .txt, .jsonl or .jsonl.gz file")
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().replace("\r\n", "\n")
@@ -36,7 +36,7 @@ def read_documents(path: Path) -> list[str]:
         documents = text.split(DOCUMENT_END) if DOCUMENT_END in text else re.split(r"\n\s*\n", text)
     documents = [stripped for document in documents if (stripped := document.strip())]
     if not documents:
-        raise PmpdError(f"'{path}' holds no text")
+        raise PmpdError(f"'{path}' contains no text")
     return documents
 
 
@@ -46,5 +46,5 @@ def _record_text(line: str, where: str) -> str:
     except (ValueError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise PmpdError(f'{where} is not a JSON object with a "text" string: mend or remove the line')
+        raise PmpdError(f'{where} is not a JSON object with a "text" string: correct or remove the line')
     return text

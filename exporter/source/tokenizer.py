@@ -27,7 +27,7 @@ def copy_text_files(checkpoint: Checkpoint, target: Path) -> None:
     """
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
-        log.warning("%s has no tokenizer: the bundle takes and gives token ids only", checkpoint.path)
+        log.warning("%s has no tokenizer: the bundle will work with token ids only", checkpoint.path)
     else:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pmpd.exporter.demo import demo_model_path
 from pmpd.exporter.demo.corpus import BOS, EOS, PAD, pack, split_documents, train_tokenizer
 from pmpd.exporter.demo.train import main as command
+from pmpd.exporter.demo.train import publish
 from pmpd.exporter.source.documents import read_documents
 from pmpd.runtime.errors import PmpdError
 
@@ -127,13 +128,29 @@ def test_a_stopped_training_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [text]
 
 
+def test_an_output_created_during_the_training_costs_neither_of_the_two(tmp_path: Path) -> None:
+    output = tmp_path / "model"
+
+    def train() -> None:
+        with publish(output) as folder:
+            (folder / "weights").write_text("hours of work")
+            output.mkdir()
+            (output / "thesis.txt").write_text("mine")
+
+    with pytest.raises(PmpdError, match="the trained model stays in the former"):
+        train()
+    assert (output / "thesis.txt").read_text() == "mine"
+    (folder,) = tmp_path.glob("model.partial-*")
+    assert (folder / "weights").read_text() == "hours of work"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         ("--text missing.txt --output model", 1, "cannot read text from 'missing.txt': No such file or directory"),
-        ("--text empty.txt --output model", 1, "'empty.txt' holds no text"),
+        ("--text empty.txt --output model", 1, "'empty.txt' contains no text"),
         ("--text single.txt --output model", 1, "the text is a single document"),
-        ("--text text.pdf --output model", 1, "'text.pdf' is of no known type"),
+        ("--text text.pdf --output model", 1, "'text.pdf' has an unknown file type"),
         ("--text text.txt --output taken", 1, "output 'taken' exists: choose another --output"),
         ("--text text.txt --output nowhere/model", 1, "'nowhere' is not a folder"),
         ("--text text.txt --output model --kv-heads 3", 1, "--heads 4 is not a multiple of --kv-heads 3"),

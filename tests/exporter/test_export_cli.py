@@ -205,7 +205,7 @@ def test_the_output_is_named_after_the_model(tiny: Path) -> None:
             'text.jsonl:2 is not a JSON object with a "text" string',
         ),
         ("text.jsonl.gz", b"plain", "cannot read text from 'text.jsonl.gz'"),
-        ("text.pdf", b"%PDF", "'text.pdf' is of no known type"),
+        ("text.pdf", b"%PDF", "'text.pdf' has an unknown file type"),
     ],
 )
 def test_a_calibration_text_that_does_not_serve_is_one_line(name: str, text: bytes, message: str, place: Path) -> None:

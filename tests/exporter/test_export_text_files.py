@@ -91,7 +91,7 @@ def text_bundle(checkpoint: Path) -> Bundle:
     target = checkpoint.parent / "bundle"
     target.mkdir()
     copy_text_files(Checkpoint.open(str(checkpoint)), target)
-    manifest: Any = SimpleNamespace(files={file.name for file in target.iterdir()})
+    manifest: Any = SimpleNamespace(context_length=64, files={file.name for file in target.iterdir()})
     return Bundle(target, manifest)
 
 
@@ -203,7 +203,7 @@ def test_a_checkpoint_without_tokenizer_says_so(checkpoint: Path, caplog: pytest
         file.unlink()
     with caplog.at_level(logging.WARNING, logger="pmpd"):
         bundle = text_bundle(checkpoint)
-    assert "has no tokenizer: the bundle takes and gives token ids only" in caplog.text
+    assert "has no tokenizer: the bundle will work with token ids only" in caplog.text
     assert bundle.manifest.files == {"generation_config.json"}
     assert bundle.stop_ids == (2,)
     with pytest.raises(BundleError, match="has no tokenizer"):
