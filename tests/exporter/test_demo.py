@@ -25,8 +25,8 @@ from pmpd.exporter.demo.train import publish
 from pmpd.exporter.source.documents import read_documents
 from pmpd.runtime.errors import PmpdError
 
-PROMPT = "Once upon a time, there was a little girl named Lily."
-GOLDEN = " She loved to play with her toys and eat snacks. One day, she found a big, red"
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "demo-texts.json").read_text(encoding="utf-8"))
+PROMPT = GOLDEN["prompt"]
 TINY = [
     *("--vocab-size=300", "--hidden-size=32", "--layers=1", "--heads=2", "--kv-heads=1", "--intermediate-size=64"),
     *("--context=64", "--sequence-length=32", "--batch-size=8", "--learning-rate=1e-2"),
@@ -57,8 +57,8 @@ def test_demo_model_continues_a_story() -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    continued = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]
-    assert tokenizer.decode(continued, skip_special_tokens=True) == PROMPT + GOLDEN
+    continued = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0]
+    assert tokenizer.decode(continued, skip_special_tokens=True) == PROMPT + GOLDEN["texts"]["unquantized"]
 
 
 @pytest.fixture(scope="module")

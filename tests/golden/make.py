@@ -1,0 +1,71 @@
+"""Make golden files anew: `python tests/golden/make.py texts` or `… bundle`; README.md beside this file says when."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from tiny_models import TINY_MODELS, random_ids  # noqa: E402
+
+from pmpd.exporter import ExportConfig, export_bundle  # noqa: E402
+from pmpd.exporter.demo import demo_model_path  # noqa: E402
+from pmpd.runtime import Bundle, Generator, Tokenizer  # noqa: E402
+
+TEXTS = FOLDER / "demo-texts.json"
+BUNDLE = FOLDER / "v2-llama"
+PROMPT = "Once upon a time, there was a little girl named Lily."
+SCHEDULES = ("uniform:4", "uniform:3", "uniform:2", "static:3@8,2@16")
+
+
+def make_texts() -> None:
+    """Write what the demo model says at each precision, and unquantized in transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+    answer = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=40, do_sample=False)[0]
+    texts = {"unquantized": tokenizer.decode(answer, skip_special_tokens=True).removeprefix(PROMPT)}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "demo-pmpd"
+        export_bundle(ExportConfig(model="demo", output=output, precisions=(4, 3, 2), targets=()))
+        bundle = Bundle.open(output)
+        generator = Generator(bundle, tokenizer=Tokenizer.from_bundle(bundle))
+        ids = Tokenizer.from_bundle(bundle).encode(PROMPT)
+        for schedule in SCHEDULES:
+            tokens = generator.stream(ids, max_new_tokens=40, schedule=schedule)
+            texts[schedule] = "".join(token.text or "" for token in tokens)
+    write(TEXTS, {"prompt": PROMPT, "texts": texts})
+
+
+def make_bundle() -> None:
+    """Write a bundle of a tiny random Llama, and the tokens that it gives."""
+    shutil.rmtree(BUNDLE, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # the bundle states the checkpoint as `llama-tiny`
+        TINY_MODELS["llama-llama3-float16"].save(Path("llama-tiny"))
+        export_bundle(ExportConfig(model="llama-tiny", output=BUNDLE, precisions=(4, 3, 2), targets=()))
+    generator = Generator(Bundle.open(BUNDLE), kernels=False)
+    prompt = random_ids(131, 9)
+    tokens = {
+        schedule: [token.id for token in generator.stream(prompt, max_new_tokens=32, schedule=schedule)]
+        for schedule in SCHEDULES
+    }
+    generator.reset()
+    logits = [round(float(logit), 4) for logit in generator.prefill(prompt)]
+    write(BUNDLE.with_suffix(".tokens.json"), {"prompt": prompt, "tokens": tokens, "logits_of_prompt": logits})
+
+
+def write(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    {"texts": make_texts, "bundle": make_bundle}[sys.argv[1]]()
