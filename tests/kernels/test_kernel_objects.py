@@ -123,7 +123,9 @@ def test_objects_are_cached_by_the_code_that_makes_them(file: str, monkeypatch: 
     assert compile_module._cached(unit) == before
     compile_module._code_digest.cache_clear()
     read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: read_bytes(self) + b"#" * str(self).endswith(file))
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda self: read_bytes(self) + b"\nchanged = 1\n" * str(self).endswith(file)
+    )
     changed = compile_module._cached(unit)
     compile_module._code_digest.cache_clear()
     assert changed != before

@@ -139,7 +139,7 @@ def _int8_entries(
         lows.append(low)
         highs.append(high)
     heads = [group * row for row in range(count)]
-    low, high = e.bind(shuffle(lows, heads), "low"), e.bind(shuffle(highs, heads))
+    low, high = e.bind(shuffle(lows, heads), "low"), e.bind(shuffle(highs, heads))  # (rows,)
     scalars = vector("float32", count)
     width = e.bind(tirx.max(high - low, tirx.const(1e-30, scalars)))
     step = e.bind(width * tirx.const(1 / (isa.levels - 1), scalars), "step")

@@ -55,7 +55,7 @@ def pack_int8(isa: Isa, *, name: str) -> Any:
                     "column", tirx.const(0, "int32"), tirx.max(e["k"] - first, tirx.const(0, "int32"))
                 ) as column:
                     e.store(x, column, e.load(e["x"], source + (first + column).astype("int64")))
-            values = e.load(x, 0, GROUP)
+            values = e.load(x, 0, GROUP)  # (32,)
             # The largest magnitude, found among the bits as integers: there infinity and NaN exceed all numbers,
             # while a maximum of floats would drop NaN. Either makes the scale, and so all results of the row, NaN.
             magnitudes = tirx.reinterpret(ints, values) & tirx.const(0x7FFFFFFF, ints)
@@ -70,11 +70,11 @@ def pack_int8(isa: Isa, *, name: str) -> Any:
             e.store(e["scale"], number, scale)
             sofar = e.load(total, 0)
             e.store(total, 0, sofar + scale * tirx.Cast("float32", reduce_lanes(e, steps, lambda a, b: a + b)))
-            codes = e.bind(tirx.Cast(vector("int8", GROUP), steps))
+            codes = e.bind(tirx.Cast(vector("int8", GROUP), steps))  # (32,)
             byte = e.bind(number * 4)  # of the row's planes
             block, within = tirx.floordiv(byte, isa.width), tirx.floormod(byte, isa.width)
             place = e.bind(block * (8 * isa.width) + within)
-            ordered = e.bind(shuffle([codes], order))
+            ordered = e.bind(shuffle([codes], order))  # (8, 4): column of a byte, byte
             for column in range(8):
                 four = shuffle([ordered], range(4 * column, 4 * column + 4))
                 e.store(e["packed"], place + column * isa.width, four)

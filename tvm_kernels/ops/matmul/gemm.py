@@ -46,7 +46,12 @@ def gemm_exact(isa: Isa, tuning: Tuning, *, name: str, bits: int) -> Any:
 
 
 class _Gemm:
-    """The loops of the kernel; what depends on the accuracy is in the subclasses."""
+    """The loops of the kernel; what depends on the accuracy is in the subclasses.
+
+    Scratch memory holds decoded weights of a stretch in the order in which they are multiplied: ``[blocks, 8, rows,
+    width]`` bytes (`int8`: block of plane bytes, column of a byte, weight row, byte), or ``[blocks, 32, rows, words]``
+    floats (`exact`: of every column first the even bytes, then the odd ones, half a vector of them at a time).
+    """
 
     packed: str  # type of packed activations
     decoded: str  # type of decoded weights
@@ -98,7 +103,7 @@ class _Gemm:
                     totals = self._products(head, blocks, stretch, stride)
                     for number in range(tokens):
                         parts = [e.load(totals, (number * rows + row) * isa.words, isa.words) for row in range(rows)]
-                        value = e.bind(self.scaled(sum_lanes(e, parts)))
+                        value = e.bind(self.scaled(sum_lanes(e, parts)))  # (rows,)
                         with e.when(head + number < e["m"]):
                             self._store(first, head + number, value, add=True)
         return e.function()
@@ -108,7 +113,7 @@ class _Gemm:
         e, words = self.e, self.isa.words
         last = e.bind(e["m"] - 1)
         tokens = [e.bind(tirx.min(head + token, last)).astype("int64") for token in range(self.tokens)]
-        totals = e.local("float32", self.rows * self.tokens * words, "totals")
+        totals = e.local("float32", self.rows * self.tokens * words, "totals")  # (tokens, rows, words)
         for index in range(self.rows * self.tokens):
             e.store(totals, index * words, tirx.const(0.0, vector("float32", words)))
         self.multiply(blocks, [e.bind(token * stride * 8) for token in tokens], stretch, totals)
@@ -147,10 +152,12 @@ class _Int8(_Gemm):
     def multiply(self, blocks: Any, starts: Sequence[Any], stretch: Any, totals: Any) -> None:
         e, isa, rows, width, words = self.e, self.isa, self.rows, self.isa.width, self.isa.words
         with e.loop("block", ZERO, blocks) as block:
-            sums: list[Any] = [tirx.const(0, vector("int32", words))] * (rows * len(starts))
+            sums: list[Any] = [tirx.const(0, vector("int32", words))] * (
+                rows * len(starts)
+            )  # (tokens, rows) x (words,)
             for column in range(8):
                 place = (block * 8 + column) * (rows * width)
-                weights = [e.load(e["scratch"], place + row * width, width) for row in range(rows)]
+                weights = [e.load(e["scratch"], place + row * width, width) for row in range(rows)]  # rows x (width,)
                 for token, start in enumerate(starts):
                     where = start + stretch * width * 8 + (block * 8 + column).astype("int64") * width
                     x = e.load(e["packed"], where, width)

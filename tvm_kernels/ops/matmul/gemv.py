@@ -193,15 +193,17 @@ class _Int8(_Gemv):
 
     def load_activations(self, offset: Any) -> Any:
         e, width, words = self.e, self.isa.width, self.isa.words
-        x = [e.load(e["packed"], offset * 8 + column * width, width, f"x{column}") for column in range(8)]
-        return x, e.load(e["scale"], offset // 4, words, "scale")
+        x = [
+            e.load(e["packed"], offset * 8 + column * width, width, f"x{column}") for column in range(8)
+        ]  # 8 x (width,)
+        return x, e.load(e["scale"], offset // 4, words, "scale")  # (words,)
 
     def multiply(self, total: Any, planes: Sequence[Any], tables: Any, activations: Any) -> Any:
         e, isa = self.e, self.isa
         x, scale = activations
         sums: list[Any] = [tirx.const(0, vector("int32", isa.words))] * self.tuning.sums
         for number, code in enumerate(split_planes(e, isa, planes)):
-            values = isa.lookup(e, tables[code.variant], code.index, self.bits)
+            values = isa.lookup(e, tables[code.variant], code.index, self.bits)  # (width,)
             index = number % self.tuning.sums
             sums[index] = e.bind(isa.dot(sums[index], values, x[code.column]))
         return fma(tirx.Cast(vector("float32", isa.words), add(e, sums)), scale, total)
