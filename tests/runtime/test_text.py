@@ -56,7 +56,7 @@ def test_pieces_of_any_ids_make_what_decode_gives(byte_level: Tokenizer, ids: li
 
 
 def spell(tokens: list[str]) -> list[int]:
-    """Return the ids of pieces; what is no piece goes by its bytes."""
+    """Return the ids of pieces; text that is not a piece becomes the ids of its bytes."""
     return [
         i
         for token in tokens
