@@ -1,18 +1,16 @@
-"""Text in and out: tokenizer, chat template, streaming detokenization, stop strings (extra `text`)."""
+"""Text in and out: tokenizer, chat template, detokenization of a stream (extra `text`)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from pmpd.runtime.decode.trace import Token
 from pmpd.runtime.errors import BundleError, MissingExtraError, PmpdError, one_line
 from pmpd.runtime.format.bundle import Bundle
 
-__all__ = ["StopStrings", "TextStream", "Tokenizer"]
+__all__ = ["TextStream", "Tokenizer"]
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that are not a whole character yet
 
@@ -210,51 +208,3 @@ class TextStream:
         # The prompt's last replacement character is not in `text` any more if its bytes became a character since.
         same = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(before))
         return text[same:]
-
-
-class StopStrings:
-    """Holds back tokens that may be the start of a stop string, and drops them when it comes.
-
-    Tokens without text wait for the next with text, so that what is left of a text always has a token to go with.
-
-    Attributes:
-        found: whether a stop string has come.
-    """
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        if "" in strings:
-            raise PmpdError("a stop string must not be empty")
-        self._strings = tuple(strings)
-        self._held: list[Token] = []
-        self.found = False
-
-    def push(self, token: Token) -> list[Token]:
-        """Return the tokens that are certainly part of the answer; the last may have its text cut."""
-        self._held.append(token)
-        text = "".join(held.text or "" for held in self._held)
-        ends = [at for string in self._strings if (at := text.find(string)) >= 0]
-        if ends:
-            self.found = True
-            return self._cut(min(ends))
-        if not token.text or any(text.endswith(string[:n]) for string in self._strings for n in range(1, len(string))):
-            return []
-        return self._release()
-
-    def flush(self, rest: str) -> list[Token]:
-        """Return what was held back when the answer ends without a stop string; `rest` is text still to come."""
-        if rest and self._held:
-            self._held[-1] = replace(self._held[-1], text=(self._held[-1].text or "") + rest)
-        return self._release()
-
-    def _release(self) -> list[Token]:
-        held, self._held = self._held, []
-        return held
-
-    def _cut(self, length: int) -> list[Token]:
-        kept: list[Token] = []
-        for token in self._release():
-            if length <= 0:
-                break
-            kept.append(replace(token, text=(token.text or "")[:length]))
-            length -= len(token.text or "")
-        return kept

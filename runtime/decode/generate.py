@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pmpd.runtime.decode import sequence
 from pmpd.runtime.decode.sampling import Sampler, Sampling
+from pmpd.runtime.decode.stop_strings import StopStrings
 from pmpd.runtime.decode.stream import decode_tokens, recorded, with_text
 from pmpd.runtime.decode.trace import Token, Trace
 from pmpd.runtime.engine.engine import Engine
@@ -21,7 +22,7 @@ from pmpd.runtime.errors import ContextLengthError, PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import Bundle
 from pmpd.runtime.schedule.base import Plan, Schedule
 from pmpd.runtime.schedule.registry import parse_schedule
-from pmpd.runtime.text import StopStrings, TextStream, Tokenizer
+from pmpd.runtime.text import TextStream, Tokenizer
 
 __all__ = ["Generator"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import abc
 from collections.abc import Iterator, Set
@@ -13,10 +14,11 @@ import numpy.typing as npt
 
 from pmpd.runtime.decode.sampling import Sampler
 from pmpd.runtime.decode.sequence import Sequence
+from pmpd.runtime.decode.stop_strings import StopStrings
 from pmpd.runtime.decode.trace import Token, Trace
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.schedule.base import AdaptivePlan, Schedule
-from pmpd.runtime.text import StopStrings, TextStream
+from pmpd.runtime.text import TextStream
 
 __all__ = ["decode_tokens", "recorded", "with_text"]
 
@@ -95,7 +97,7 @@ def recorded(tokens: Iterator[Token], *, trace: Trace) -> abc.Generator[Token, N
 
 def _check_finite(logits: npt.NDArray[np.float32], where: str) -> None:
     peak = float(logits.max())  # NaN if any of them is
-    if not np.isfinite(peak):
+    if not math.isfinite(peak):
         raise PmpdError(
             f"the model's logits {where} are not finite ({peak}): check the weights (pmpd-run --verify), then see "
             "whether the portable graphs give the same (kernels=False, pmpd-run --no-kernels)"

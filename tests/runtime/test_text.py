@@ -13,8 +13,9 @@ from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from pmpd.runtime import Bundle, BundleError, PmpdError, Token, Tokenizer
+from pmpd.runtime.decode.stop_strings import StopStrings
 from pmpd.runtime.format.manifest import FileEntry
-from pmpd.runtime.text import StopStrings, TextStream
+from pmpd.runtime.text import TextStream
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["<unk>", "<s>", "</s>", "▁", "▁Hello", "▁world", "lo", ",", "é", "\n", *BYTES]
