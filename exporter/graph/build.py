@@ -20,12 +20,16 @@ Phase = Literal["prefill", "decode"]
 def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     """Build the graph of a network.
 
-    The names are those of onnxruntime-genai:
+    The names are those of onnxruntime-genai. There is one sequence, and the KV cache is one buffer per layer and part,
+    of fixed capacity C, which a run extends in place:
 
-    * in: ``input_ids`` int64 ``[B, S]``; ``attention_mask`` int64 ``[B, T]``, 1 where a token stands, this run's
-      included; ``past_key_values.{i}.key`` and ``.value`` float16 ``[B, kv_heads, P, slots]``;
-    * out: ``logits`` float32, of the last position ``[B, 1, V]`` (prefill) or all ``[B, S, V]`` (decode);
-      ``present.{i}.key`` and ``.value``, which may be the same memory as the past.
+    * in: ``input_ids`` int64 ``[1, S]``; ``attention_mask`` int64 ``[1, T]``, 1 for each position that holds a token,
+      this run's included; ``past_key_values.{i}.key`` and ``.value`` float16 ``[1, kv_heads, C, slots]``;
+    * out: ``logits`` float32, of the last position ``[1, 1, V]`` (prefill) or all ``[1, S, V]`` (decode);
+      ``present.{i}.key`` and ``.value``, bound to the memory of the past.
+
+    That is what kernels take. The portable body also lets the cache grow from nothing, as it is ONNX Runtime's own
+    operator; no caller should count on it.
 
     Parameters become initializers under their names in the network; their values are for the caller to set.
     """
@@ -35,23 +39,22 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     )
     builder = onnxscript.GraphBuilder(graph)
     op = builder.op
-    input_ids = builder.input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-    mask = builder.input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+    input_ids = builder.input("input_ids", ir.DataType.INT64, [1, "sequence_length"])
+    mask = builder.input("attention_mask", ir.DataType.INT64, [1, "total_sequence_length"])
     names = [f"{i}.{part}" for i in range(shape.layers) for part in ("key", "value")]
-    kv_shape = ["batch_size", shape.kv_heads, "past_sequence_length", shape.head.slots]
+    kv_shape: list[int | str] = [1, shape.kv_heads, "capacity", shape.head.slots]
     past = [builder.input(f"past_key_values.{name}", ir.DataType.FLOAT16, kv_shape) for name in names]
 
-    valid = op.ReduceSum(mask, [1], keepdims=0)  # (B)
-    last_position = op.Cast(op.Sub(valid, 1), to=ir.DataType.INT32)
-    total = op.Cast(op.Squeeze(op.Shape(mask, start=1, end=2)), to=ir.DataType.INT32)
+    valid = op.ReduceSum(mask, [1], keepdims=0)  # (1)
+    last_position = op.Cast(op.Sub(valid, 1), to=ir.DataType.INT32)  # (1)
+    total = op.Cast(op.Squeeze(op.Shape(mask, start=1, end=2)), to=ir.DataType.INT32)  # ()
     last_only = phase == "prefill"
     logits, presents = decoder(op, input_ids, (last_position, total), past, last_only=last_only)
 
     rows = 1 if last_only else "sequence_length"
-    _output(builder, "logits", logits, ir.DataType.FLOAT, ["batch_size", rows, shape.vocab_size])
-    present_shape: list[int | str] = ["batch_size", shape.kv_heads, "total", shape.head.slots]
+    _output(builder, "logits", logits, ir.DataType.FLOAT, [1, rows, shape.vocab_size])
     for name, present in zip(names, presents, strict=True):
-        _output(builder, f"present.{name}", present, ir.DataType.FLOAT16, present_shape)
+        _output(builder, f"present.{name}", present, ir.DataType.FLOAT16, kv_shape)
     for node in graph:
         node.metadata_props.clear()  # the builder's scope notes are half the file
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name=producer)

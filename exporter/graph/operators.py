@@ -1,15 +1,15 @@
-"""The operators of domain `pmpd` as ONNX model-local functions, which define them in operators that are there anyway.
+"""The operators of domain `pmpd` as ONNX model-local functions: their definition in operators that ONNX Runtime has.
 
-Graphs carry them. ONNX Runtime runs a compiled kernel where one is registered and the function's body where none is.
+Every graph carries them. ONNX Runtime runs a compiled kernel where one is registered, the function's body otherwise.
 
 The body of `BitplaneMatMul` has only standard operators, so that `onnx.reference` runs it too. It works for any N, K, G
 and p, reads all of them from the shapes, and walks the rows in tiles, so that its temporary memory does not grow with
 the layer. Because the tiles are cut inside a loop no optimizer can fold the weights into floats ahead of time.
 
-Columns are put in bit-major order: column ``8 b + j`` of a row becomes element ``[j, b]``, so that one multiplication
-by ``2**(7 - j)``, which drops what overflows, brings bit j of every byte to the top. It is cheaper to reorder the few
-activations to match than the many weights. (In ONNX Runtime 1.31 an addition or multiplication of uint8 takes 0.05 ns
-an element, a shift or a bitwise operator 0.5.)
+Columns are in bit-major order: column ``8 b + j`` of a row becomes element ``[j, b]``, so that one multiplication by
+``2**(7 - j)``, which drops what overflows, brings bit j of every byte to the top. Reordering the few activations to
+match is cheaper than reordering the many weights. (In ONNX Runtime 1.31 an addition or multiplication of uint8 takes
+0.05 ns an element, a shift or a bitwise operator 0.5.)
 
 That of `GroupQueryAttention` is ONNX Runtime's own operator of the name, between casts to the type of the cache.
 """
@@ -37,6 +37,8 @@ TILE_WEIGHTS = 1 << 19
 # onnx.reference looks up with numpy.choose, which takes fewer than 64 choices; Gather is half as fast but has no limit.
 SMALL_TABLE = 32
 
+# Shapes, after the line that makes them: M rows of activations, K columns in B = K/8 bytes, rounded up, W = 8 B columns
+# with padding; N outputs in T tiles of R; G codebooks a row, of L = 2^p entries. A name that ends in `_0` is a scalar.
 _BODY = """
 <domain: "pmpd", opset_import: ["": 23]>
 BitplaneMatMul <K> (X, planes, codebook, bias) => (Y)
@@ -46,126 +48,130 @@ BitplaneMatMul <K> (X, planes, codebook, bias) => (Y)
   two = Constant <value = int64[1] {2}> ()
   seven = Constant <value = int64[1] {7}> ()
   eight = Constant <value = int64[1] {8}> ()
-  rest = Constant <value = int64[1] {-1}> ()
+  remaining = Constant <value = int64[1] {-1}> ()
   end_of_axis = Constant <value = int64[1] {9223372036854775807}> ()
   zero_code = Constant <value = uint8[1] {0}> ()
   seven_bits = Constant <value = uint8[1] {7}> ()
   to_top = Constant <value = uint8[8, 1] {128, 64, 32, 16, 8, 4, 2, 1}> ()
   zero_0 = Squeeze (zero)
   one_0 = Squeeze (one)
-  k_0 = Constant <value_int: int = @K> ()
-  k = Reshape (k_0, one)
-  n = Shape <start = 1, end = 2> (planes)
-  k_7 = Add (k, seven)
-  row_bytes = Div (k_7, eight)
-  groups = Shape <start = 1, end = 2> (codebook)
-  levels = Shape <start = 2, end = 3> (codebook)
-  width = Mul (row_bytes, eight)
+  columns_0 = Constant <value_int: int = @K> ()
+  columns = Reshape (columns_0, one)                            # [1]: K
+  outputs = Shape <start = 1, end = 2> (planes)                 # [1]: N
+  columns_up = Add (columns, seven)
+  row_bytes = Div (columns_up, eight)                           # [1]: B
+  width = Mul (row_bytes, eight)                                # [1]: W
+  groups = Shape <start = 1, end = 2> (codebook)                # [1]: G
+  levels = Shape <start = 2, end = 3> (codebook)                # [1]: L
 
-  mk = Concat <axis = 0> (rest, k)
-  x_mk = Reshape (X, mk)
-  padding = Sub (width, k)
+  # Activations in bit-major order.
+  x_rows_shape = Concat <axis = 0> (remaining, columns)
+  x_rows = Reshape (X, x_rows_shape)                            # [M, K]
+  padding = Sub (width, columns)
   pads = Concat <axis = 0> (zero, zero, zero, padding)
-  x_padded = Pad (x_mk, pads)
-  m_bytes_bits = Concat <axis = 0> (rest, row_bytes, eight)
-  x_bytes = Reshape (x_padded, m_bytes_bits)
-  x_bits = Transpose <perm = [0, 2, 1]> (x_bytes)
-  mw = Concat <axis = 0> (rest, width)
-  x = Reshape (x_bits, mw)
+  x_padded = Pad (x_rows, pads)                                 # [M, W]
+  x_bytes_shape = Concat <axis = 0> (remaining, row_bytes, eight)
+  x_bytes = Reshape (x_padded, x_bytes_shape)                   # [M, B, 8]
+  x_bits = Transpose <perm = [0, 2, 1]> (x_bytes)               # [M, 8, B]
+  x_shape = Concat <axis = 0> (remaining, width)
+  x = Reshape (x_bits, x_shape)                                 # [M, W]
 
+  # Where the codebook of each byte's group starts in a row's table of G * L entries.
   row_bytes_0 = Squeeze (row_bytes)
-  byte = Range (zero_0, row_bytes_0, one_0)
+  byte = Range (zero_0, row_bytes_0, one_0)                     # [B]
   group_bits = Mul (groups, eight)
   group_bits_1 = Sub (group_bits, one)
-  k_up = Add (k, group_bits_1)
-  bytes_per_group = Div (k_up, group_bits)
-  byte_group = Div (byte, bytes_per_group)
+  columns_up_to_group = Add (columns, group_bits_1)
+  bytes_per_group = Div (columns_up_to_group, group_bits)       # [1]
+  byte_group = Div (byte, bytes_per_group)                      # [B]
   last_group = Sub (groups, one)
-  group = Min (byte_group, last_group)
+  group = Min (byte_group, last_group)                          # [B]
   group_offset_64 = Mul (group, levels)
-  group_offset = Cast <to = 6> (group_offset_64)
-  table_size = Mul (groups, levels)
+  group_offset = Cast <to = 6> (group_offset_64)                # [B] int32
+  table_size = Mul (groups, levels)                             # [1]: G * L
   small_table = Constant <value = int64[1] {SMALL_TABLE}> ()
   is_small_1 = LessOrEqual (table_size, small_table)
-  is_small = Squeeze (is_small_1)
+  is_small = Squeeze (is_small_1)                               # [] bool
 
+  # Tiles of outputs; the last one ends at row N and may overlap the one before.
   tile_weights = Constant <value = int64[1] {TILE_WEIGHTS}> ()
   tile_rows = Div (tile_weights, width)
   tile_rows_1 = Max (tile_rows, one)
-  tile = Min (tile_rows_1, n)
+  tile = Min (tile_rows_1, outputs)                             # [1]: R
   tile_0 = Squeeze (tile)
   tile_1 = Sub (tile, one)
-  n_up = Add (n, tile_1)
-  tiles = Div (n_up, tile)
+  outputs_up = Add (outputs, tile_1)
+  tiles = Div (outputs_up, tile)                                # [1]: T
   tiles_0 = Squeeze (tiles)
-  last_start = Sub (n, tile)
+  last_start = Sub (outputs, tile)
   always = Constant <value = bool {1}> ()
-  y_tiles = Loop <body = rows (int64 t, bool go_on) => (bool go_on_out, float[m, r] y_tile) {
+  y_tiles = Loop <body = rows (int64 number, bool go_on) => (bool go_on_out, float[m, r] y_tile) {
     go_on_out = Identity (go_on)
-    t_1 = Unsqueeze (t, zero)
-    start_even = Mul (t_1, tile)
+    number_1 = Unsqueeze (number, zero)
+    start_even = Mul (number_1, tile)
     start = Min (start_even, last_start)
     end = Add (start, tile)
     planes_from = Concat <axis = 0> (start, zero)
     planes_to = Concat <axis = 0> (end, row_bytes)
     planes_axes = Concat <axis = 0> (one, two)
-    tile_planes = Slice (planes, planes_from, planes_to, planes_axes)
-    tile_codebook = Slice (codebook, start, end, zero)
-    r1b = Concat <axis = 0> (tile, one, row_bytes)
-    r8b = Concat <axis = 0> (tile, eight, row_bytes)
-    rw = Concat <axis = 0> (tile, width)
-    no_codes = Expand (zero_code, r8b)
+    tile_planes = Slice (planes, planes_from, planes_to, planes_axes)  # [p, R, B] uint8
+    tile_codebook = Slice (codebook, start, end, zero)          # [R, G, L] float16
+    bytes_shape = Concat <axis = 0> (tile, one, row_bytes)
+    bits_shape = Concat <axis = 0> (tile, eight, row_bytes)
+    tile_shape = Concat <axis = 0> (tile, width)
+    no_codes = Expand (zero_code, bits_shape)                   # [R, 8, B]
     codes = Scan <num_scan_inputs = 1, body = horner (high, plane) => (code) {
-      plane_r1b = Reshape (plane, r1b)
-      bit_on_top = Mul (plane_r1b, to_top)
+      plane_bytes = Reshape (plane, bytes_shape)                # [R, 1, B]
+      bit_on_top = Mul (plane_bytes, to_top)                    # [R, 8, B]
       bit = BitShift <direction = "RIGHT"> (bit_on_top, seven_bits)
       doubled = Add (high, high)
-      code = Add (doubled, bit)
+      code = Add (doubled, bit)                                 # [R, 8, B] uint8
     }> (no_codes, tile_planes)
     codes_32 = Cast <to = 6> (codes)
-    entry_r8b = Add (codes_32, group_offset)
-    entry = Reshape (entry_r8b, rw)
-    values = CastLike (tile_codebook, X)
+    entry_bits = Add (codes_32, group_offset)                   # [R, 8, B] int32
+    entry = Reshape (entry_bits, tile_shape)                    # [R, W]: places in the row's table
+    values = CastLike (tile_codebook, X)                        # [R, G, L]
     weight = If <
       then_branch = small () => (float[r, w] weight_small) {
-        rt = Concat <axis = 0> (tile, rest)
-        values_rt = Reshape (values, rt)
-        weight_small = GatherElements <axis = 1> (values_rt, entry)
+        table_shape = Concat <axis = 0> (tile, remaining)
+        table = Reshape (values, table_shape)                   # [R, G * L]
+        weight_small = GatherElements <axis = 1> (table, entry) # [R, W]
       },
       else_branch = large () => (float[r, w] weight_large) {
-        row = Range (zero_0, tile_0, one_0)
+        row = Range (zero_0, tile_0, one_0)                     # [R]
         row_offset_64 = Mul (row, table_size)
         row_offset = Cast <to = 6> (row_offset_64)
-        row_offset_r1 = Unsqueeze (row_offset, one)
-        flat_entry = Add (entry, row_offset_r1)
-        flat_values = Reshape (values, rest)
-        weight_large = Gather <axis = 0> (flat_values, flat_entry)
+        row_offset_1 = Unsqueeze (row_offset, one)              # [R, 1] int32
+        flat_entry = Add (entry, row_offset_1)                  # [R, W]
+        flat_values = Reshape (values, remaining)               # [R * G * L]
+        weight_large = Gather <axis = 0> (flat_values, flat_entry)  # [R, W]
       }
     > (is_small)
-    y_tile = Gemm <transB = 1> (x, weight)
-  }> (tiles_0, always)
+    y_tile = Gemm <transB = 1> (x, weight)                      # [M, R]
+  }> (tiles_0, always)                                          # [T, M, R]
 
-  tiles_m_tile = Concat <axis = 0> (tiles, rest, tile)
-  y_tmr = Reshape (y_tiles, tiles_m_tile)
-  y_mtr = Transpose <perm = [1, 0, 2]> (y_tmr)
+  # Tiles side by side, without what the last one repeats.
+  y_tiles_shape = Concat <axis = 0> (tiles, remaining, tile)
+  y_by_tile = Reshape (y_tiles, y_tiles_shape)                  # [T, M, R]
+  y_by_row = Transpose <perm = [1, 0, 2]> (y_by_tile)           # [M, T, R]
   all_rows = Mul (tiles, tile)
-  m_all = Concat <axis = 0> (rest, all_rows)
-  y_all = Reshape (y_mtr, m_all)
+  y_all_shape = Concat <axis = 0> (remaining, all_rows)
+  y_all = Reshape (y_by_row, y_all_shape)                       # [M, T * R]
   head_rows = Sub (all_rows, tile)
-  tail_start = Sub (head_rows, n)
-  y_head = Slice (y_all, zero, head_rows, one)
-  y_tail = Slice (y_all, tail_start, end_of_axis, one)
-  y_mn = Concat <axis = 1> (y_head, y_tail)
+  tail_start = Sub (head_rows, outputs)
+  y_head = Slice (y_all, zero, head_rows, one)                  # [M, (T - 1) R]
+  y_tail = Slice (y_all, tail_start, end_of_axis, one)          # [M, N - (T - 1) R]
+  y_rows = Concat <axis = 1> (y_head, y_tail)                   # [M, N]
 
   zero_x = CastLike (zero, X)
-  zero_11 = Unsqueeze (zero_x, zero)
-  one_n = Concat <axis = 0> (one, n)
-  zero_row = Expand (zero_11, one_n)
-  bias_row = Gemm (zero_11, zero_row, bias)
-  y_biased = Add (y_mn, bias_row)
+  zero_matrix = Unsqueeze (zero_x, zero)                        # [1, 1]
+  bias_shape = Concat <axis = 0> (one, outputs)
+  zero_row = Expand (zero_matrix, bias_shape)                   # [1, N]
+  bias_row = Gemm (zero_matrix, zero_row, bias)                 # [1, N]
+  y_biased = Add (y_rows, bias_row)                             # [M, N]
   leading = Shape <start = 0, end = -1> (X)
-  y_shape = Concat <axis = 0> (leading, n)
-  Y = Reshape (y_biased, y_shape)
+  y_shape = Concat <axis = 0> (leading, outputs)
+  Y = Reshape (y_biased, y_shape)                               # [..., M, N]
 }
 """
 
@@ -188,13 +194,13 @@ _ATTENTION_BODY = """
 GroupQueryAttention <num_heads, kv_num_heads, scale>
 (qkv, past_key, past_value, last_position, total, cos, sin) => (Y, present_key, present_value)
 {
-  qkv_16 = Cast <to = 10> (qkv)
-  cos_16 = Cast <to = 10> (cos)
+  qkv_16 = Cast <to = 10> (qkv)  # [1, M, (H + 2 G) D] float16
+  cos_16 = Cast <to = 10> (cos)  # [P, pairs]
   sin_16 = Cast <to = 10> (sin)
   y_16, present_key, present_value = com.microsoft.GroupQueryAttention <
     do_rotary = 1, num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale
   > (qkv_16, "", "", past_key, past_value, last_position, total, cos_16, sin_16)
-  Y = Cast <to = 1> (y_16)
+  Y = Cast <to = 1> (y_16)  # [1, M, H D] float32
 }
 """
 

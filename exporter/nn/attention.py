@@ -51,12 +51,12 @@ class HeadNorm(nn.Module):
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """``[B, S, heads * slots]`` → the same, normalized."""
         heads, slots = self.shape
-        x = op.Reshape(x, [0, 0, heads, slots])
+        x = op.Reshape(x, [0, 0, heads, slots])  # (B, S, heads, slots)
         x = op.LayerNormalization(x, [1.0] * slots, axis=-1, epsilon=self.epsilon)
-        x = op.Mul(x, self.weight)
+        x = op.Mul(x, self.weight)  # by (slots) or (heads, slots)
         if self.bias is not None:
             x = op.Add(x, self.bias)
-        return op.Reshape(x, [0, 0, heads * slots])  # type: ignore[no-any-return]
+        return op.Reshape(x, [0, 0, heads * slots])  # type: ignore[no-any-return]  # (B, S, heads * slots)
 
 
 class Attention(nn.Module):
@@ -98,8 +98,9 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(op, x)  # (B, S, (heads + 2 kv_heads) * slots)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             sizes = [count * self.layout.slots for count in (self.heads, self.kv_heads, self.kv_heads)]
-            q, k, v = op.Split(qkv, sizes, axis=-1, _outputs=3)
-            qkv = op.Concat(self.q_layernorm(op, q), self.k_layernorm(op, k), v, axis=-1)
+            q, k, v = op.Split(qkv, sizes, axis=-1, _outputs=3)  # (B, S, heads * slots), twice (B, S, kv_heads * slots)
+            q, k = self.q_layernorm(op, q), self.k_layernorm(op, k)
+            qkv = op.Concat(q, k, v, axis=-1)  # (B, S, (heads + 2 kv_heads) * slots)
         y, present_key, present_value = getattr(op, GROUP_QUERY_ATTENTION)(
             qkv,
             cache.past_key,
@@ -113,5 +114,5 @@ class Attention(nn.Module):
             scale=1 / math.sqrt(self.layout.size),
             _domain=PMPD_DOMAIN,
             _outputs=3,
-        )
-        return self.o_proj(op, y), present_key, present_value
+        )  # y (B, S, heads * slots), presents (B, kv_heads, P, slots)
+        return self.o_proj(op, y), present_key, present_value  # (B, S, H)

@@ -163,6 +163,24 @@ def test_graphs_run_in_stock_onnxruntime(file: str, demo_bundle: Path) -> None:
     np.testing.assert_allclose(logits, want, atol=5e-3)  # the KV cache is float16
 
 
+@pytest.mark.parametrize("file", ["prefill.onnx", "decode-2.onnx"])
+def test_graphs_declare_what_every_way_to_run_them_takes(file: str, demo_bundle: Path) -> None:
+    """One sequence, and a cache whose past and present are one buffer: kernels take nothing else."""
+    contract = Bundle.open(demo_bundle).manifest.kv_cache
+    session = onnxruntime.InferenceSession(demo_bundle / file)
+    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    assert {shape[0] for shape in shapes.values()} == {1}
+    for layer in range(contract.layers):
+        for part in ("key", "value"):
+            past, present = (name.format(layer=layer, part=part) for name in (contract.past, contract.present))
+            assert shapes[past] == shapes[present] == [1, contract.heads, "capacity", contract.head_dim]
+    feeds: dict[str, Any] = {"input_ids": np.ones((2, 3), np.int64), "attention_mask": np.ones((2, 3), np.int64)}
+    empty = np.zeros((2, contract.heads, 0, contract.head_dim), dtype=contract.dtype)
+    feeds |= {name: empty for name in shapes if name.startswith("past")}
+    with pytest.raises(Exception, match="Got: 2 Expected: 1"):
+        session.run(["logits"], feeds)
+
+
 def test_other_choices_reach_the_bundle(tiny: Path, tmp_path: Path) -> None:
     config = ExportConfig(
         model=str(tiny),
