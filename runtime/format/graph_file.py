@@ -165,11 +165,13 @@ class _Reader:
 
     def node(self, message: memoryview, *, depth: int) -> None:
         fields = self.fields(message)
-        for name in fields.get(3, []):
-            _string(name)  # reports of kernels carry it
+        for number in (1, 3, 4, 7):  # inputs, name, operator, domain: messages and reports of kernels quote them
+            for text in fields.get(number, []):
+                _string(text)
         self.file.others.update(map(_string, fields.get(2, [])))
         for attribute in fields.get(5, []):
             values = self.fields(_bytes(attribute))
+            _string(_single(values, 1, default=memoryview(b"")))
             for graph in (*values.get(6, []), *values.get(11, [])):
                 self.graph(_bytes(graph), depth=depth + 1)
 

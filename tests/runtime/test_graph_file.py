@@ -247,6 +247,8 @@ def test_more_that_is_refused() -> None:
         (b"\x02\x00", "field number 0"),
         (b"\x38\x05", "a number where a message or a text belongs"),
         (b"\x3a\x05\x0a\x03\x1a\x01\xff", "can't decode byte 0xff"),  # a node's name
+        (b"\x3a\x05\x0a\x03\x22\x01\xff", "can't decode byte 0xff"),  # its operator
+        (b"\x3a\x07\x0a\x05\x2a\x03\x0a\x01\xff", "can't decode byte 0xff"),  # the name of an attribute
     ],
 )
 def test_bytes_that_are_not_a_message(data: bytes, message: str) -> None:
