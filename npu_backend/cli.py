@@ -261,15 +261,21 @@ def recipe() -> None:
     """Regenerate a figure of a paper."""
 
 
-@recipe.command(cls=Command, extra="npu")
-@click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write all results as JSON.")
+@recipe.command(cls=Command, extra="npu", examples=("pmpd-npu recipe figure5 --plot figure5.svg",))
+@json_option()
 @_PLOT
 def figure5(json_file: Path | None, plot_file: Path | None) -> None:
     """Regenerate Figure 5 of the PMPD paper: speed-ups on two NPUs."""
     _check_outputs(json_file, picture=plot_file)
-    from pmpd.npu_backend.recipes.figure5 import run
+    from pmpd.npu_backend.recipes.figure5 import reproduce
 
-    click.echo(run(json=json_file, plot=plot_file, quiet=is_quiet()))
+    figure = reproduce()
+    print_result(figure.to_text(details=not is_quiet()), json_file, lambda: json_text(figure.to_dict()))
+    if plot_file is not None:
+        from pmpd.npu_backend.study.plots import render
+
+        picture = figure.plot()
+        write_result(plot_file, lambda: render(picture, plot_file))
 
 
 def _open(bundle: Path) -> Model:
@@ -280,12 +286,8 @@ def _open(bundle: Path) -> Model:
         manifest = Bundle.open(bundle, skeleton=True).manifest
         warn_unverified(bundle, verified=manifest.verified or manifest.skeleton)  # a skeleton has nothing to verify
         return Model.open(bundle)
-    try:
-        from pmpd.exporter.source.models import shipped_models
-    except ImportError:
-        raise PmpdError(
-            f"there is no bundle {bundle}: give a folder; a model's name needs `pip install 'pmpd[export]'`"
-        ) from None
+    from pmpd.exporter.source.models import shipped_models
+
     if str(bundle) not in shipped_models():
         choices = unknown_choice("bundle", bundle, shipped_models())
         raise PmpdError(f"{choices}, or give the folder of a bundle or a skeleton")

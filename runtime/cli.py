@@ -255,6 +255,7 @@ class _Session:
                     return
                 case "/reset":
                     self._messages = list(self._start)
+                    log.info("the conversation starts over")
                 case text:
                     try:
                         self.answer(text)

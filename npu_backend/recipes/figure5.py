@@ -16,19 +16,19 @@ One set of assumptions for all bars, each with its reason; none was fitted to a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from pmpd.npu_backend.hardware.description import Hardware, read_hardware
 from pmpd.npu_backend.program.model import Model
 from pmpd.npu_backend.study.generate import Generation, generate
-from pmpd.runtime.console.output import json_text, markdown_table, write_atomically
+from pmpd.runtime.console.output import markdown_table
 from pmpd.runtime.schedule.static import StaticSchedule
 
-__all__ = ["Bar", "bars", "prefill_overheads", "run", "schedule_of"]
+__all__ = ["Bar", "Figure5", "bars", "prefill_overheads", "reproduce", "schedule_of"]
 
 SCHEDULES = ("uniform-high", "static", "learned")
 # Tokens of prompt and of answer, by data set.
@@ -85,6 +85,64 @@ def schedule_of(average_bits: float, high: int, steps: int) -> StaticSchedule:
     return StaticSchedule(((high, 0), (high - 1, switch)) if switch else ((high - 1, 0),))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figure5:
+    """The figure, regenerated.
+
+    Attributes:
+        bars: one for each model, data set and schedule.
+        prefill_overheads: by model and data set, how much longer a generation takes with prefill at the high precision.
+    """
+
+    bars: tuple[Bar, ...]
+    prefill_overheads: dict[tuple[str, str], float]
+
+    @property
+    def errors(self) -> list[float]:
+        """How far each bar of the paper is from ours, as a positive share."""
+        return [abs(bar.error) for bar in self.bars if bar.error is not None]
+
+    def to_text(self, *, details: bool = True) -> str:
+        """Return the table, and with `details` how near it comes to the paper."""
+        table = [["model", "data", "schedule", "bits", "tokens/s", "speed-up", "paper", "off %"]]
+        for bar in self.bars:
+            paper = "–" if bar.paper_speedup is None else f"{bar.paper_speedup:.1f}"
+            off = "–" if bar.error is None else f"{100 * bar.error:+.1f}"
+            speed = [f"{bar.average_bits:.2f}", f"{bar.tokens_per_second:.2f}", f"{bar.speedup:.2f}"]
+            table.append([bar.model, bar.data, bar.schedule, *speed, paper, off])
+        text = markdown_table(table, left=3)
+        if not details:
+            return text
+        errors, shares = self.errors, self.prefill_overheads.values()
+        return (
+            f"{text}\n\nlearned: average bits from the paper's Table 1; no schedule was learned here\n"
+            f"mean absolute error {100 * fmean(errors):.1f} %, largest {100 * max(errors):.1f} %, "
+            f"of {len(errors)} bars\n"
+            f"prefill at the high precision adds {100 * min(shares):.2f} % to {100 * max(shares):.2f} % "
+            "to a generation (paper: 0.07 % to 1.05 %)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figure as JSON-ready data."""
+        return {
+            "rows": [asdict(bar) for bar in self.bars],
+            "mean_absolute_error": fmean(self.errors),
+            "largest_error": max(self.errors),
+            "prefill_overheads": [
+                {"model": model, "data": data, "share": share}
+                for (model, data), share in self.prefill_overheads.items()
+            ],
+        }
+
+    def plot(self) -> Any:
+        """Return a picture of the paper's bars and ours side by side.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return _plot(self.bars)
+
+
 def bars() -> Iterator[Bar]:
     """Yield the bars, each float16 model before its schedules.
 
@@ -131,54 +189,22 @@ def _generation(model: Model, hardware: Hardware, data: str, schedule: StaticSch
     return generate(model, hardware, prompt=prompt, tokens=tokens, schedule=schedule)
 
 
-def run(*, json: Path | None = None, plot: Path | None = None, quiet: bool = False) -> str:
-    """Regenerate the figure; return its table, and write it as JSON and as a picture where asked.
+def reproduce() -> Figure5:
+    """Simulate every bar of the figure, and what prefill at the high precision costs.
 
     Raises:
-        MissingExtraError: the exporter's packages, or matplotlib for a picture, are not installed.
-        PmpdError: a file cannot be written.
+        MissingExtraError: the exporter's packages are not installed.
     """
-    rows, overheads = list(bars()), prefill_overheads()
-    errors = [abs(row.error) for row in rows if row.error is not None]
-    mean, largest, shares = fmean(errors), max(errors), overheads.values()
-    if json is not None:
-        document = {
-            "rows": [asdict(row) for row in rows],
-            "mean_absolute_error": mean,
-            "largest_error": largest,
-            "prefill_overheads": [
-                {"model": model, "data": data, "share": share} for (model, data), share in overheads.items()
-            ],
-        }
-        write_atomically(json, json_text(document))
-    if plot is not None:
-        from pmpd.npu_backend.study.plots import check_format  # says so if matplotlib is missing
-
-        check_format(plot)
-        _plot(rows, plot)
-    table = [["model", "data", "schedule", "bits", "tokens/s", "speed-up", "paper", "off %"]]
-    for row in rows:
-        paper = "–" if row.paper_speedup is None else f"{row.paper_speedup:.1f}"
-        off = "–" if row.error is None else f"{100 * row.error:+.1f}"
-        speed = [f"{row.average_bits:.2f}", f"{row.tokens_per_second:.2f}", f"{row.speedup:.2f}"]
-        table.append([row.model, row.data, row.schedule, *speed, paper, off])
-    text = markdown_table(table, left=3)
-    if quiet:
-        return text
-    return (
-        f"{text}\n\nmean absolute error {100 * mean:.1f} %, largest {100 * largest:.1f} % of {len(errors)} bars\n"
-        f"prefill at the high precision adds {100 * min(shares):.2f} % to {100 * max(shares):.2f} % to a generation "
-        "(paper: 0.07 % to 1.05 %)"
-    )
+    return Figure5(bars=tuple(bars()), prefill_overheads=prefill_overheads())
 
 
-def _plot(rows: list[Bar], path: Path) -> None:
+def _plot(rows: Sequence[Bar]) -> Any:
     """Draw the paper's bars and ours side by side, a panel per model."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from pmpd.npu_backend.study.plots import STYLE, render
+    from pmpd.npu_backend.study.plots import STYLE  # says so if matplotlib is missing
 
     colors = dict(zip(SCHEDULES, ("#8c96a8", "#2f6fb3", "#d9822b"), strict=True))
     groups = {name: list(dict.fromkeys(row.data for row in rows if row.model == name)) for name in NPUS}
@@ -200,5 +226,11 @@ def _plot(rows: list[Bar], path: Path) -> None:
         panels[0].set_ylabel("times as fast as float16")
         handles = [Patch(color=colors[schedule]) for schedule in SCHEDULES]
         paper = Patch(fill=False, edgecolor="#66727f")
-        figure.legend([*handles, paper], [*SCHEDULES, "paper"], loc="outside upper right", ncols=4, frameon=False)
-        write_atomically(path, render(figure, path))
+        figure.legend(
+            [*handles, paper],
+            ["uniform-high", "static", "learned (the paper's average bits)", "paper"],
+            loc="outside upper right",
+            ncols=4,
+            frameon=False,
+        )
+    return figure

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from pmpd.npu_backend import Model, lower, read_hardware, simulate
-from pmpd.npu_backend.recipes.figure5 import NPUS, PAPER, Bar, bars, prefill_overheads, run, schedule_of
+from pmpd.npu_backend.cli import main
+from pmpd.npu_backend.recipes.figure5 import NPUS, PAPER, Bar, bars, prefill_overheads, schedule_of
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +55,19 @@ def test_prefill_at_the_high_precision_costs_little() -> None:
 
 @pytest.mark.full
 def test_recipe_writes_what_it_prints(tmp_path: Path) -> None:
-    text = run(json=tmp_path / "figure5.json", plot=tmp_path / "figure5.svg")
-    document = json.loads((tmp_path / "figure5.json").read_text())
+    files = {"--json": tmp_path / "figure5.json", "--plot": tmp_path / "figure5.svg"}
+    arguments = [str(part) for pair in files.items() for part in pair]
+    result = CliRunner().invoke(main, ["recipe", "figure5", *arguments])
+    assert result.exit_code == 0, result.stderr
+    text = result.stdout
+    document = json.loads(files["--json"].read_text())
     keys = {"model", "data", "schedule", "average_bits", "speedup", "paper_speedup", "tokens_per_second"}
     assert all(row.keys() == keys for row in document["rows"])
     assert {row["model"] for row in document["rows"]} == set(NPUS)
     assert sum(row["paper_speedup"] is not None for row in document["rows"]) == 3 * len(PAPER)
     assert f"{100 * document['mean_absolute_error']:.1f} %" in text
-    assert (tmp_path / "figure5.svg").read_text().count("<path") > 50
+    assert "no schedule was learned here" in text
+    assert files["--plot"].read_text().count("<path") > 50
 
 
 @pytest.mark.parametrize(("average", "steps", "switch"), [(2.5, 32, 16), (2.39, 255, 99)])
