@@ -220,7 +220,7 @@ class Export:
             ) from None
         for check in checks:
             if check.warning:
-                log.warning("warning   %s", check.warning)
+                log.warning("%s", check.warning)
         return checks
 
 

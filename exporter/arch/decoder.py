@@ -15,11 +15,13 @@ from pmpd.exporter.nn import (
     ACTIVATIONS,
     Cache,
     HeadLayout,
+    LayerNorm,
     LinearFactory,
     LinearScaling,
     Llama3Scaling,
     Norm,
     Part,
+    RMSNorm,
     Rotary,
     RotaryTables,
     Stored,
@@ -61,6 +63,11 @@ class DecoderLayer(nn.Module):
     It takes the residual stream and what the block before has yet to add to it (None for the first), and returns both
     for the next, so that additions can be fused into the norms.
     """
+
+    @abstractmethod
+    def __init__(self, family: Any, linear: LinearFactory) -> None:
+        """Make the block of a family, out of `linear` layers."""
+        super().__init__()
 
     @abstractmethod
     def forward(
@@ -141,20 +148,30 @@ class Decoder(nn.Module):
 class Family(ABC):
     """An architecture family: reads its own configuration and builds its own network.
 
-    Subclasses are frozen dataclasses of what their networks need; `model_type` is the name in `config.json`.
+    Subclasses are frozen dataclasses of what their networks need. `model_type` is the name in `config.json`, `layer`
+    the family's block, `norm` the kind of its last norm, `last_norm` that norm's name in the checkpoint.
     """
 
     model_type: ClassVar[str]
+    layer: ClassVar[type[DecoderLayer]]
+    norm: ClassVar[type[LayerNorm | RMSNorm]]
+    last_norm: ClassVar[str] = "norm"
+    head_bias: ClassVar[bool] = False
     shape: DecoderShape
+    norm_epsilon: float
+    activation: str
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any], *, context_length: int | None) -> Family:
         """Read a checkpoint's `config.json`; raise PmpdError for what cannot be exported."""
 
-    @abstractmethod
     def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
         """Build the network with the given linear layers."""
+        layers = [self.layer(self, linear) for _ in range(self.shape.layers)]
+        norm = self.norm(self.shape.hidden_size, epsilon=self.norm_epsilon)
+        body = Body(self.shape, layers, self.last_norm, norm, embedding_type)
+        return Decoder(self.shape, body, head, head_bias=self.head_bias)
 
 
 def read_shape(

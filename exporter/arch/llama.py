@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 
-from pmpd.exporter.arch.decoder import (
-    Body,
-    Decoder,
-    DecoderLayer,
-    DecoderShape,
-    Family,
-    read_activation,
-    read_number,
-    read_shape,
-)
+from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
 from pmpd.exporter.nn import Attention, Cache, GatedMlp, LinearFactory, RMSNorm
 
 __all__ = ["Llama", "LlamaLayer"]
@@ -27,7 +18,7 @@ class LlamaLayer(DecoderLayer):
     """Attention, then a gated MLP, each behind an RMS norm."""
 
     def __init__(self, family: Llama, linear: LinearFactory) -> None:
-        super().__init__()
+        super().__init__(family, linear)
         shape, epsilon = family.shape, family.norm_epsilon
         self.input_layernorm = RMSNorm(shape.hidden_size, epsilon=epsilon)
         self.self_attn = Attention(
@@ -63,7 +54,9 @@ class LlamaLayer(DecoderLayer):
 class Llama(Family):
     """The Llama family (Touvron et al., 2023), with grouped-query attention and optional biases."""
 
-    model_type: ClassVar[str] = "llama"
+    model_type = "llama"
+    layer = LlamaLayer
+    norm = RMSNorm
     shape: DecoderShape
     norm_epsilon: float
     activation: str
@@ -80,9 +73,3 @@ class Llama(Family):
             attention_bias=config.get("attention_bias", False),
             mlp_bias=config.get("mlp_bias", False),
         )
-
-    def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
-        """Build the network."""
-        layers = [LlamaLayer(self, linear) for _ in range(self.shape.layers)]
-        norm = RMSNorm(self.shape.hidden_size, epsilon=self.norm_epsilon)
-        return Decoder(self.shape, Body(self.shape, layers, "norm", norm, embedding_type), head, head_bias=False)

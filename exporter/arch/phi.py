@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 
-from pmpd.exporter.arch.decoder import (
-    Body,
-    Decoder,
-    DecoderLayer,
-    DecoderShape,
-    Family,
-    read_activation,
-    read_number,
-    read_shape,
-)
+from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
 from pmpd.exporter.nn import Attention, Cache, HeadNorm, LayerNorm, LinearFactory, Mlp
 
 __all__ = ["Phi", "PhiLayer"]
@@ -27,7 +18,7 @@ class PhiLayer(DecoderLayer):
     """Attention and MLP side by side behind one norm."""
 
     def __init__(self, family: Phi, linear: LinearFactory) -> None:
-        super().__init__()
+        super().__init__(family, linear)
         shape, epsilon = family.shape, family.norm_epsilon
 
         def head_norm(heads: int) -> HeadNorm | None:
@@ -61,7 +52,11 @@ class PhiLayer(DecoderLayer):
 class Phi(Family):
     """The Phi family (Li et al., 2023): partial rotary embedding, parallel blocks, biases everywhere."""
 
-    model_type: ClassVar[str] = "phi"
+    model_type = "phi"
+    layer = PhiLayer
+    norm = LayerNorm
+    last_norm = "final_layernorm"
+    head_bias = True
     shape: DecoderShape
     norm_epsilon: float
     activation: str
@@ -76,10 +71,3 @@ class Phi(Family):
             activation=read_activation(config, "gelu_new"),
             qk_norm=config.get("qk_layernorm", False),
         )
-
-    def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
-        """Build the network."""
-        layers = [PhiLayer(self, linear) for _ in range(self.shape.layers)]
-        norm = LayerNorm(self.shape.hidden_size, epsilon=self.norm_epsilon)
-        body = Body(self.shape, layers, "final_layernorm", norm, embedding_type)
-        return Decoder(self.shape, body, head, head_bias=True)

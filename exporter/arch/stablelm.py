@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 
-from pmpd.exporter.arch.decoder import (
-    Body,
-    Decoder,
-    DecoderLayer,
-    DecoderShape,
-    Family,
-    read_activation,
-    read_number,
-    read_shape,
-)
+from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
 from pmpd.exporter.nn import Attention, Cache, GatedMlp, HeadNorm, LayerNorm, LinearFactory
 
 __all__ = ["StableLM", "StableLMLayer"]
@@ -27,7 +18,7 @@ class StableLMLayer(DecoderLayer):
     """Attention, then a gated MLP; or both side by side behind one norm."""
 
     def __init__(self, family: StableLM, linear: LinearFactory) -> None:
-        super().__init__()
+        super().__init__(family, linear)
         shape, epsilon = family.shape, family.norm_epsilon
 
         def head_norm(heads: int) -> HeadNorm | None:
@@ -69,7 +60,9 @@ class StableLMLayer(DecoderLayer):
 class StableLM(Family):
     """The StableLM family: partial rotary embedding, layer norms with bias, gated MLP."""
 
-    model_type: ClassVar[str] = "stablelm"
+    model_type = "stablelm"
+    layer = StableLMLayer
+    norm = LayerNorm
     shape: DecoderShape
     norm_epsilon: float
     activation: str
@@ -88,9 +81,3 @@ class StableLM(Family):
             qk_norm=config.get("qk_layernorm", False),
             parallel_residual=config.get("use_parallel_residual", False),
         )
-
-    def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
-        """Build the network."""
-        layers = [StableLMLayer(self, linear) for _ in range(self.shape.layers)]
-        norm = LayerNorm(self.shape.hidden_size, epsilon=self.norm_epsilon)
-        return Decoder(self.shape, Body(self.shape, layers, "norm", norm, embedding_type), head, head_bias=False)

@@ -296,7 +296,6 @@ def test_an_unusable_precision_is_said(
     monkeypatch.setattr(verify, "UNUSABLE_KL", 1e-6)
     export_bundle(small(tiny, tmp_path / "bundle"))
     (warning,) = (message for message in caplog.messages if "nats from the unquantized model" in message)
-    warning = warning.removeprefix("warning   ")
     assert warning.startswith("2 bits: ")
     assert "--calibration" in warning
     assert warning in (tmp_path / "bundle" / "README.md").read_text()
