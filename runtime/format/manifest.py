@@ -250,7 +250,7 @@ class Manifest:
         check_tensors(self.tensors, self.precisions)
 
     def _check_schedules(self) -> None:
-        """The form alone: what a schedule means, the package `schedule` knows, and says when it is used."""
+        """Check the form only; what a schedule means is checked where one is used (`pmpd.runtime.schedule`)."""
         for name, text in self.schedules.items():
             plain = re.fullmatch(_PLAIN_NAME, name) and len(text) <= _MAX_NAME
             if not plain or not re.fullmatch(r"[a-z][a-z0-9_-]*:[!-~]+", text):

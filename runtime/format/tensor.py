@@ -1,4 +1,4 @@
-"""The entries of a bundle's tensor table: where each tensor lies, what it is for, and which of them belong together."""
+"""The tensor table of a bundle: where each tensor is stored, what it is for, and which tensors belong together."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Tensor:
         if self.role not in ROLES:
             raise BundleError(f"tensor {self.name!r}: {unknown_choice('role', self.role, ROLES)}")
         if len(self.shape) > 4 or not 0 < len(self.name) <= 300:
-            raise BundleError(f"tensor {self.name!r:.60} has a name of more than 300 characters or over 4 dimensions")
+            raise BundleError(f"tensor {self.name!r:.60} has no name or a very long one, or more than 4 dimensions")
         want = math.prod(self.shape) * DTYPE_SIZES[self.dtype]
         if self.offset < 0 or self.length != want or min(self.shape, default=1) < 1:
             raise BundleError(
