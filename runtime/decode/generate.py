@@ -47,14 +47,14 @@ class Generator:
         require_fast_kernels: refuse to run anything but fast kernels.
 
     Attributes:
-        tokenizer: as given.
+        tokenizer: the tokenizer, or None.
         trace: the record of the last `stream`.
 
     Raises:
         PmpdError: a precision or accuracy that does not exist, a context beyond the model's, a number of threads out of
             range.
         BundleError: ONNX Runtime refuses a graph.
-        KernelError: the given library does not load, or fast kernels are required and there are none.
+        KernelError: the library does not load, or fast kernels are required and there are none.
     """
 
     def __init__(

@@ -130,7 +130,7 @@ class Sequence:
             return self._append((token_id,), lambda _: runner.step(token_id))
 
     def begin(self, schedule: Schedule, logits: npt.NDArray[np.float32]) -> Plan:
-        """Return the schedule's plan for the prompt that the cache holds, whose last logits ``[V]`` are given."""
+        """Return the schedule's plan for the prompt in the cache; `logits` ``[V]`` are those of its last position."""
         logits = logits.view()
         logits.flags.writeable = False
         return schedule.begin(Prefill(tokens=tuple(self.tokens), logits=logits, kv=self.cache.view()))

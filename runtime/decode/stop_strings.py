@@ -39,10 +39,10 @@ class StopStrings:
             return []
         return self._release()
 
-    def flush(self, rest: str) -> list[Token]:
-        """Return what was held back when the answer ends without a stop string; `rest` is text still to come."""
-        if rest and self._held:
-            self._held[-1] = replace(self._held[-1], text=(self._held[-1].text or "") + rest)
+    def flush(self, tail: str) -> list[Token]:
+        """Return what was held back when the answer ends without a stop string; `tail` is its last text."""
+        if tail and self._held:
+            self._held[-1] = replace(self._held[-1], text=(self._held[-1].text or "") + tail)
         return self._release()
 
     def _release(self) -> list[Token]:

@@ -46,7 +46,7 @@ class Engine:
     Raises:
         PmpdError: a precision, device or accuracy that does not exist, or a number of threads out of range.
         BundleError: ONNX Runtime refuses a graph.
-        KernelError: the given library does not load, or fast kernels are required and there are none.
+        KernelError: the library does not load, or fast kernels are required and there are none.
     """
 
     def __init__(

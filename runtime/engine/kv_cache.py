@@ -27,7 +27,7 @@ class KvCache:
         mask: int64 ``[1, capacity]``, 1 where a token stands. GroupQueryAttention takes its length from the sum.
 
     Raises:
-        PmpdError: there is no memory for so many positions.
+        PmpdError: there is not enough memory for this capacity.
     """
 
     def __init__(self, contract: KvContract, capacity: int, *, device: Device | None = None) -> None:

@@ -39,8 +39,8 @@ def cgroup_quota(root: Path = Path("/")) -> float | None:
     """
     quotas = []
     for line in _read(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
+        _, _, membership = line.partition(":")
+        controllers, _, group = membership.partition(":")
         if not group.startswith("/"):
             continue
         path = PurePosixPath(group)
