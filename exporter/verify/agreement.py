@@ -16,7 +16,8 @@ __all__ = ["REMEDY", "Check", "Distance", "Figure", "compare", "require_passed",
 Doubles = npt.NDArray[np.float64]
 
 # Both distances grow with the square of an error, so this allows an error three times as large as the noise that the
-# floor is measured with. Measured: 0.4 to 0.6 times the floor for exact kernels, 1.5 to 3 times for 8-bit ones.
+# floor is measured with. Measured: 0.4 to 0.6 times the floor for exact kernels, 1.5 to 4.2 times for 8-bit ones. The
+# largest divergence of a position is no measure: at one position of 32 right kernels had 9.5 times the floor.
 FLOOR_FACTOR = 9.0
 REMEDY = "nothing was published: please report this line, or export with --no-verify to get the bundle as it is"
 # What float32 logits themselves resolve.
@@ -85,7 +86,7 @@ class Check:
 
     Attributes:
         name: what was compared with what.
-        figures: what was measured and what is allowed, by what it is ("largest KL in nats").
+        figures: what was measured and what is allowed, by what it is ("mean KL in nats").
         note: what else a reader should know, such as the node where the error is largest.
         warning: what a user of the bundle should know although the check passed.
     """
@@ -130,7 +131,7 @@ def compare(
     return Check(
         name=name,
         figures={
-            "largest KL in nats": Figure(distance.kl, FLOOR_FACTOR * floor.kl + LEAST_DISTANCE),
+            "mean KL in nats": Figure(distance.mean_kl, FLOOR_FACTOR * floor.mean_kl + LEAST_DISTANCE),
             "largest 1 - cosine": Figure(distance.angle, FLOOR_FACTOR * floor.angle + LEAST_DISTANCE),
         },
         note="; ".join(text for text in (same_tokens(distance), note) if text),

@@ -139,8 +139,7 @@ class Verification:
             if accuracy == "int8":
                 noisy = probe.run([self.ids], weights=moved(norms, error.rounding))
                 allowance = Distance.of(noisy.logits, portable.logits)
-                kl = Distance.of(subject.run.logits, portable.logits).mean_kl
-                note = f"mean KL {kl:.2g}, that of the quantization itself {quantized.mean_kl:.2g}"
+                note = f"mean KL of the quantization itself {quantized.mean_kl:.2g}"
             yield compare(name, subject.run.logits, portable.logits, floor=allowance, note=note)
         if precision == manifest.prefill_precision:
             prefill = Probe(self.bundle, manifest.graph("prefill", precision), library=None).run([self.ids])

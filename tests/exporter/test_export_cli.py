@@ -86,7 +86,7 @@ def test_the_result_is_on_stdout_and_the_rest_on_stderr(tiny: Path) -> None:
         "12 a layer",
         "has no tokenizer",
         "quantize 9/9",
-        "verified  float32 graph against transformers: largest KL in nats ",
+        "verified  float32 graph against transformers: mean KL in nats ",
     ):
         assert said in process.stderr
     assert Bundle.open("out", verify=True).manifest.verification == result["verification"]
