@@ -302,12 +302,16 @@ def test_a_failed_verification_says_where_the_work_is_and_what_to_do(
     def fail(*_: Any) -> None:
         raise PmpdError("verification failed")
 
-    monkeypatch.setattr(pipeline, "verify_float_graph", fail)
-    with pytest.raises(PmpdError) as caught:
-        export_bundle(small)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "Verification", fail)
+        with pytest.raises(PmpdError) as caught:
+            export_bundle(small)
     (folder,) = (path for path in (small.output.parent / "bundle.partial").iterdir() if path.is_dir())
     assert f"{folder} keeps the quantized weights (" in str(caught.value)
     assert "delete it" in str(caught.value)
+    monkeypatch.setattr(Workspace, "write", None)  # nothing is quantized again
+    export_bundle(replace(small, verify=False, schedule="uniform:2"))
+    assert not Bundle.open(small.output, verify=True).manifest.verified
 
 
 def test_a_bundle_does_not_say_where_the_model_was(small: ExportConfig, tmp_path: Path) -> None:
