@@ -86,8 +86,9 @@ class Exploration:
         shown = front if len(front) <= _ROWS else front[np.linspace(0, len(front) - 1, _ROWS).round().astype(int)]
         lines = [
             self.title,
-            f"{len(self.schedules):,} designs, {self.impossible:,} more that cannot be; "
-            f"{int(self.kept.sum()):,} keep the limits, {len(front):,} are on the Pareto front"
+            f"{len(self.schedules):,} designs, {int(self.kept.sum()):,} within the limits, "
+            f"{len(front):,} on the Pareto front"
+            + (f" ({self.impossible:,} impossible ones left out)" if self.impossible else "")
             + (f"; {len(shown)} of them:" if len(shown) < len(front) else ":"),
         ]
         several = len(set(self.schedules)) > 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pmpd.npu_backend.program.lower import FP16_BITS
 from pmpd.npu_backend.study.breakdown import PhaseBreakdown
@@ -19,7 +21,6 @@ from pmpd.runtime.errors import MissingExtraError, PmpdError
 
 try:
     import matplotlib
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
@@ -60,7 +61,6 @@ _REST, _REST_COLOR = "rest", "#b4bbc3"
 _PRODUCT = "BitplaneMatMul"
 _MANY = 60  # points on a front: smaller then
 _DECADE = 10.0  # from this spread on, an axis is logarithmic
-_SHADES = LinearSegmentedColormap.from_list("pmpd", ["#14406b", "#3f83bd", "#e9b872", "#d9822b"])
 _SMALL = 0.01  # of every bar: shown together
 
 
@@ -170,47 +170,51 @@ def pareto(exploration: Exploration) -> Any:
     A line joins the points of the front that nothing beats in the two quantities of a panel.
     """
     metrics, front = exploration.metrics, exploration.front
-    speed, area, energy = metrics["tokens_per_second"], metrics["area_mm2"], 1e3 * metrics["energy_per_token_j"]
-    clouds = {
-        "beyond a limit": (np.flatnonzero(~exploration.kept), _LINE),
-        "beaten": (np.setdiff1d(np.flatnonzero(exploration.kept), front), _REST_COLOR),
-    }
+    speed = metrics["tokens_per_second"]
+    sides = ((metrics["area_mm2"], "area proxy, mm²"), (1e3 * metrics["energy_per_token_j"], "mJ per token"))
+    clouds = [
+        _Cloud("over a limit", np.flatnonzero(~exploration.kept), _OTHERS[1], "x", 10),
+        _Cloud("dominated", np.setdiff1d(np.flatnonzero(exploration.kept), front), _REST_COLOR, "o", 7),
+        _Cloud("on the Pareto front", front, _PRODUCTS[1], "o", 36 if len(front) < _MANY else 16),
+    ]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4.8), layout=ConstrainedLayoutEngine(wspace=0.05, h_pad=0.09))
         panels = figure.subplots(1, 2, sharey=True)
-        size = 36 if len(front) < _MANY else 16
-        sides = ((area, energy, "area proxy, mm²", "mJ per token"), (energy, area, "mJ per token", "mm²"))
-        for axes, (x, color, label, key) in zip(panels, sides, strict=True):
-            for name, (places, shade) in clouds.items():
-                axes.scatter(x[places], speed[places], s=6, color=shade, linewidths=0, label=name, rasterized=True)
+        for axes, (x, label) in zip(panels, sides, strict=True):
+            for order, cloud in enumerate(clouds, start=1):
+                axes.scatter(
+                    x[cloud.points],
+                    speed[cloud.points],
+                    s=cloud.size,
+                    color=cloud.color,
+                    marker=cloud.marker,
+                    linewidths=0.7,
+                    zorder=order,
+                    rasterized=cloud.points is not front,
+                )
             edge = front[pareto_front(np.stack([speed[front], -x[front]], axis=1))]
-            axes.step(
-                x[edge][::-1], speed[edge][::-1], where="post", color=_OTHERS[0], linewidth=1, alpha=0.7, zorder=2
-            )
-            points = axes.scatter(
-                x[front],
-                speed[front],
-                c=color[front],
-                cmap=_SHADES,
-                s=size,
-                edgecolors="white",
-                linewidths=0.5,
-                zorder=3,
-            )
-            bar = figure.colorbar(points, ax=axes, pad=0.01, aspect=34)
-            bar.set_label(key)
-            bar.outline.set_visible(False)
+            axes.step(x[edge][::-1], speed[edge][::-1], where="post", color=_PRODUCTS[1], linewidth=1, alpha=0.6)
             if np.max(x) > _DECADE * np.min(x):
                 axes.set_xscale("log")
                 axes.xaxis.set_major_formatter("{x:g}")
             axes.set_xlabel(label)
         panels[0].set_title("new tokens a second, prompt included  ↑")
-        handles = [Line2D([], [], marker="o", linestyle="", color=_PRODUCTS[1], label="on the Pareto front")]
-        handles += [
-            Line2D([], [], marker="o", markersize=4, linestyle="", color=shade, label=name)
-            for name, (places, shade) in clouds.items()
-            if len(places)
+        handles = [
+            Line2D([], [], marker=cloud.marker, markersize=5, linestyle="", color=cloud.color, label=cloud.name)
+            for cloud in reversed(clouds)
+            if len(cloud.points)
         ]
         figure.legend(handles=handles, frameon=False, ncols=3, loc="outside lower left", handletextpad=0.2)
         figure.suptitle(exploration.title, x=0.008, ha="left", fontsize=11.5, fontweight="bold")
         return figure
+
+
+@dataclass(frozen=True)
+class _Cloud:
+    """Points of a design space that are drawn alike."""
+
+    name: str
+    points: npt.NDArray[np.int64]
+    color: str
+    marker: str
+    size: float

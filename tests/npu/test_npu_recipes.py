@@ -67,7 +67,9 @@ def test_recipe_writes_what_it_prints(tmp_path: Path) -> None:
     assert sum(row["paper_speedup"] is not None for row in document["rows"]) == 3 * len(PAPER)
     assert f"{100 * document['mean_absolute_error']:.1f} %" in text
     assert "no schedule was learned here" in text
-    assert files["--plot"].read_text().count("<path") > 50
+    picture = files["--plot"].read_text()
+    assert picture.count("<path") > 50
+    assert "learned (the paper's average bits)" in picture.replace("&#x27;", "'").replace("&apos;", "'")
 
 
 @pytest.mark.parametrize(("average", "steps", "switch"), [(2.5, 32, 16), (2.39, 255, 99)])
