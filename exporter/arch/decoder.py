@@ -13,12 +13,15 @@ from onnxscript import nn
 
 from pmpd.exporter.nn import (
     ACTIVATIONS,
+    Attention,
     Cache,
+    GatedMlp,
     HeadLayout,
     LayerNorm,
     LinearFactory,
     LinearScaling,
     Llama3Scaling,
+    Mlp,
     Norm,
     Part,
     RMSNorm,
@@ -58,22 +61,32 @@ class DecoderShape:
 
 
 class DecoderLayer(nn.Module):
-    """One transformer block.
+    """One transformer block: attention, then an MLP behind a norm of its own; without that norm, both side by side.
 
     It takes the residual stream and what the block before has yet to add to it (None for the first), and returns both
-    for the next, so that additions can be fused into the norms.
+    for the next, so that additions can be fused into the norms. A family's subclass makes the parts.
     """
+
+    input_layernorm: Norm
+    self_attn: Attention
+    post_attention_layernorm: Norm | None
+    mlp: GatedMlp | Mlp
 
     @abstractmethod
     def __init__(self, family: Any, linear: LinearFactory) -> None:
         """Make the block of a family, out of `linear` layers."""
         super().__init__()
 
-    @abstractmethod
     def forward(
         self, op: Any, stream: ir.Value, block: ir.Value | None, cache: Cache
     ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-        """Return the stream, the last block's output, and the present key and value."""
+        """Return the stream and this block's output ``[B, S, H]``, and the present key and value."""
+        x, stream = self.input_layernorm(op, stream, block)
+        attended, key, value = self.self_attn(op, x, cache)
+        if self.post_attention_layernorm is None:
+            return stream, op.Add(attended, self.mlp(op, x)), key, value
+        x, stream = self.post_attention_layernorm(op, stream, attended)
+        return stream, self.mlp(op, x), key, value
 
 
 class Body(nn.Module):

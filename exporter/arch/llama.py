@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import onnx_ir as ir
-
 from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
-from pmpd.exporter.nn import Attention, Cache, GatedMlp, LinearFactory, RMSNorm
+from pmpd.exporter.nn import Attention, GatedMlp, LinearFactory, RMSNorm
 
 __all__ = ["Llama", "LlamaLayer"]
 
@@ -39,15 +37,6 @@ class LlamaLayer(DecoderLayer):
             activation=family.activation,
             bias=family.mlp_bias,
         )
-
-    def forward(
-        self, op: Any, stream: ir.Value, block: ir.Value | None, cache: Cache
-    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-        """Add the block."""
-        x, stream = self.input_layernorm(op, stream, block)
-        attended, key, value = self.self_attn(op, x, cache)
-        x, stream = self.post_attention_layernorm(op, stream, attended)
-        return stream, self.mlp(op, x), key, value
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import onnx_ir as ir
-
 from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
-from pmpd.exporter.nn import Attention, Cache, HeadNorm, LayerNorm, LinearFactory, Mlp
+from pmpd.exporter.nn import Attention, HeadNorm, LayerNorm, LinearFactory, Mlp
 
 __all__ = ["Phi", "PhiLayer"]
 
@@ -37,15 +35,8 @@ class PhiLayer(DecoderLayer):
             q_norm=head_norm(shape.heads),
             k_norm=head_norm(shape.kv_heads),
         )
+        self.post_attention_layernorm = None
         self.mlp = Mlp(shape.hidden_size, shape.intermediate_size, linear, activation=family.activation, bias=True)
-
-    def forward(
-        self, op: Any, stream: ir.Value, block: ir.Value | None, cache: Cache
-    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-        """Add the block."""
-        x, stream = self.input_layernorm(op, stream, block)
-        attended, key, value = self.self_attn(op, x, cache)
-        return stream, op.Add(attended, self.mlp(op, x)), key, value
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import onnx_ir as ir
-
 from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
-from pmpd.exporter.nn import Attention, Cache, GatedMlp, HeadNorm, LayerNorm, LinearFactory
+from pmpd.exporter.nn import Attention, GatedMlp, HeadNorm, LayerNorm, LinearFactory
 
 __all__ = ["StableLM", "StableLMLayer"]
 
@@ -43,17 +41,6 @@ class StableLMLayer(DecoderLayer):
         self.mlp = GatedMlp(
             shape.hidden_size, shape.intermediate_size, linear, activation=family.activation, bias=False
         )
-
-    def forward(
-        self, op: Any, stream: ir.Value, block: ir.Value | None, cache: Cache
-    ) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-        """Add the block."""
-        x, stream = self.input_layernorm(op, stream, block)
-        attended, key, value = self.self_attn(op, x, cache)
-        if self.post_attention_layernorm is None:
-            return stream, op.Add(attended, self.mlp(op, x)), key, value
-        x, stream = self.post_attention_layernorm(op, stream, attended)
-        return stream, self.mlp(op, x), key, value
 
 
 @dataclass(frozen=True)
