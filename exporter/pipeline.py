@@ -204,9 +204,9 @@ class Export:
             workspace.write(layer.name, layer.tensors(quantized, checkpoint))
 
     def _verify(self, bundle: Bundle, workspace: Workspace, *, quiet: bool) -> list[Check]:
-        verification = Verification(bundle, self.checkpoint, self.outline.family, self.plan)
+        checks = []
         try:
-            checks = []
+            verification = Verification(bundle, self.checkpoint, self.outline.family, self.plan)
             for check in track(verification, step="verify", total=len(verification), quiet=quiet):
                 require_passed(check)
                 checks.append(check)
