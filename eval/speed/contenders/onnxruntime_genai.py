@@ -83,8 +83,10 @@ def make(options: Mapping[str, Any]) -> None:
             command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", made]
             command += ["-p", "int4", "-e", "cpu", "-c", f"{scratch}/cache"]
             command += ["--extra_options", f"block_size={block}", "accuracy_level=4"]
-            if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode:
-                raise RuntimeError(f"the model builder of onnxruntime-genai cannot make {variant}")
+            builder = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+            if builder.returncode:
+                reason = (builder.stderr.strip().splitlines() or [f"exit code {builder.returncode}"])[-1]
+                raise RuntimeError(f"the model builder of onnxruntime-genai cannot make {variant} ({reason})")
             if bits == 2:
                 _narrow(made)
             made.rename(folder / variant)
