@@ -29,7 +29,7 @@ DISTRIBUTIONS = {
 # Peers to compare with: the user installs them, and `pmpd-eval` says how.
 PEERS = {"llama_cpp", "gguf", "onnxruntime_genai"}
 # Listed without an import of ours: another package imports it, or it is run as a program.
-INDIRECT = {"onnxruntime-gpu", "protobuf", "sentencepiece", "tqdm", "ziglang"}
+INDIRECT = {"onnxruntime-gpu", "protobuf", "sentencepiece", "ziglang"}
 
 
 def requirements(*extras: str) -> set[str]:

@@ -47,8 +47,6 @@ PRONOUNS_LEFT: dict[str, set[str]] = {
     "npu_backend/study/report.py": {"each", "found", "some"},
     "runtime/console/command.py": {"rest"},
     "runtime/decode/sampling.py": {"keep"},
-    "runtime/decode/stop_strings.py": {"rest"},
-    "runtime/engine/threads.py": {"rest"},
     "runtime/format/graph_file.py": {"found"},
     "tvm_kernels/ops/matmul/portable.py": {"rest"},
 }
