@@ -76,16 +76,19 @@ def cpu_seconds() -> float:
 
 @pytest.fixture(autouse=True)
 def interruptible(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let the children of tests marked `interruptible` be interrupted, even where this run ignores SIGINT.
+    """Let the children of tests marked `interruptible` be interrupted, even where this run ignores signals.
 
-    A run in the background (`make test &`, nohup, many CI services) ignores it, and children inherit that.
+    A run in the background (`make test &`, many CI services) ignores SIGINT and one below nohup SIGHUP, and children
+    inherit that. What they do not inherit is a handler in Python.
     """
     if request.node.get_closest_marker("interruptible") is None:
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: lambda *_: None}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

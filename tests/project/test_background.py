@@ -1,4 +1,4 @@
-"""Tests and commands under an ignored SIGINT, as in the background, below nohup and in many CI services."""
+"""Tests under ignored signals: SIGINT in the background and in many CI services, SIGHUP below nohup."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ FILES = [path for path in sorted(TESTS.rglob("test_*.py")) if path != Path(__fil
 
 
 def ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def functions_that_interrupt(path: Path) -> dict[str, bool]:
