@@ -54,6 +54,8 @@ def read_varints(packed: memoryview) -> Iterator[int]:
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     """Return the unsigned varint at an offset, and the offset after it."""
+    if at < len(data) and data[at] < 0x80:  # most are one byte
+        return data[at], at + 1
     value = 0
     for i, byte in enumerate(data[at : at + 10]):
         value |= (byte & 0x7F) << (7 * i)

@@ -8,6 +8,7 @@ import typing
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from pmpd.runtime.errors import BundleError
@@ -58,15 +59,20 @@ def build(kind: Any, value: Any, where: str) -> Any:
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     _expect(value, dict, where)
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}
-    if unknown := sorted(value.keys() - known):
+    hints, required = _fields(kind)
+    if unknown := sorted(value.keys() - hints.keys()):
         raise BundleError(f"{where} has the unknown field {unknown[0]!r:.60}: upgrade pmpd, or export again")
     values = {name: build(hints[name], item, f"{where}: {name}") for name, item in value.items()}
-    required = (name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING)
     if missing := [name for name in required if name not in value]:
         raise BundleError(f"{where} has no field {missing[0]!r}: the bundle is damaged, export again")
     return kind(**values)
+
+
+@cache  # a manifest has hundreds of tensors
+def _fields(kind: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the types of a dataclass's fields by name, and the names of those without a default."""
+    required = (f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
+    return typing.get_type_hints(kind), tuple(required)
 
 
 def _expect(value: Any, kind: type, where: str) -> None:
