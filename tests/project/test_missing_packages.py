@@ -34,6 +34,7 @@ def test_library_says_what_to_install(demo_bundle: Path, monkeypatch: pytest.Mon
     bundle = Bundle.open(demo_bundle)
     tokenizer = Tokenizer(Tokenizer.from_bundle(bundle)._tokenizer, "{{ messages }}", {})
     monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "pmpd.runtime.chat", raising=False)  # another test may have imported it already
     with pytest.raises(MissingExtraError, match=r"jinja2 is not installed: run `pip install 'pmpd\[text\]'`"):
         tokenizer.apply_chat_template([])
     monkeypatch.setitem(sys.modules, "tokenizers", None)
