@@ -236,7 +236,7 @@ def explore(
         plan(model, prompt=prompt, tokens=tokens, schedule=read_schedule(name, model))
     designs = len(names) * len(next(iter(points.values())))
     with progress("designs", total=designs, unit="design") as shown:
-        found = exploration.explore(
+        results = exploration.explore(
             model,
             accelerator,
             points,
@@ -247,12 +247,12 @@ def explore(
             layers_only=layers_only,
             progress=shown.advance,
         )
-    print_result(found.to_text(), json_file, lambda: json_text(found.to_dict()))
-    write_result(csv_file, found.to_csv)
+    print_result(results.to_text(), json_file, lambda: json_text(results.to_dict()))
+    write_result(csv_file, results.to_csv)
     if plot_file is not None:
         from pmpd.npu_backend.study.plots import pareto, render
 
-        picture = pareto(found)
+        picture = pareto(results)
         write_result(plot_file, lambda: render(picture, plot_file))
 
 

@@ -60,10 +60,10 @@ def _ranges(section: type[_Section]) -> dict[str, Range]:
 class _Section:
     def __post_init__(self) -> None:
         for name, limit in _ranges(type(self)).items():
-            given = getattr(self, name)
-            values = np.ravel(given)
+            value = getattr(self, name)
+            values = np.ravel(value)
             numbers = values.dtype.kind in "if"
-            wrong = values[~((values >= limit.low) & (values <= limit.high))].tolist() if numbers else [given]
+            wrong = values[~((values >= limit.low) & (values <= limit.high))].tolist() if numbers else [value]
             if wrong:
                 raise PmpdError(
                     f"{name} must be a number of {limit.unit} from {limit.low:g} to {limit.high:g}, got {wrong[0]!r}"

@@ -86,7 +86,7 @@ class Pipeline:
         )
         if np.all(streams):
             return after
-        return Pipeline(*(np.where(streams, getattr(after, each), getattr(alone, each)) for each in vars(self)))
+        return Pipeline(*(np.where(streams, getattr(after, name), getattr(alone, name)) for name in vars(self)))
 
 
 def simulate(program: Program, hardware: Hardware) -> Run:

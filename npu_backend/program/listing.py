@@ -78,7 +78,7 @@ def _does_anything(step: Instruction) -> Number:
 def _lines(program: Program, hardware: Hardware) -> Iterator[str]:
     count = float(np.max(_count(program, hardware)))
     size = count * float(np.max(hardware.controller.instruction_bytes))
-    tokens, past = (float(np.max(each)) for each in (program.tokens, program.past))
+    tokens, past = (float(np.max(length)) for length in (program.tokens, program.past))
     yield (
         f"; {program.graph} on {hardware.name}: {_whole(tokens)} new, {_whole(past)} before; "
         f"{len(program.operators)} operators, {_whole(count)} instructions, {_whole(size)} bytes"

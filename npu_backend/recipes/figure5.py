@@ -173,8 +173,8 @@ def prefill_overheads() -> dict[tuple[str, str], float]:
         hardware, low = read_hardware(npu), StaticSchedule(((high - 1, 0),))
         graphs = [_layers(model, high, prefill=bits) for bits in (high, high - 1)]
         for data in (data for name, data in BITS if name == model):
-            long, short = (_generation(each, hardware, data, low) for each in graphs)
-            seconds = [each.prefill_seconds + each.decode_seconds for each in (long, short)]
+            long, short = (_generation(graph, hardware, data, low) for graph in graphs)
+            seconds = [generation.prefill_seconds + generation.decode_seconds for generation in (long, short)]
             shares[model, data] = seconds[0] / seconds[1] - 1
     return shares
 
@@ -208,14 +208,14 @@ def _plot(rows: Sequence[Bar]) -> Any:
 
     colors = dict(zip(SCHEDULES, ("#8c96a8", "#2f6fb3", "#d9822b"), strict=True))
     groups = {name: list(dict.fromkeys(row.data for row in rows if row.model == name)) for name in NPUS}
-    found = {(row.model, row.data, row.schedule): row for row in rows}
+    bars = {(row.model, row.data, row.schedule): row for row in rows}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.8), layout="constrained")
         widths = [len(data) for data in groups.values()]
         panels = figure.subplots(1, len(groups), sharey=True, gridspec_kw={"width_ratios": widths})
         for axes, (name, sets) in zip(panels, groups.items(), strict=True):
             for (place, data), (i, schedule) in product(enumerate(sets), enumerate(SCHEDULES)):
-                row, x = found[name, data, schedule], place + (i - 1) * 0.29
+                row, x = bars[name, data, schedule], place + (i - 1) * 0.29
                 if row.paper_speedup is not None:
                     axes.bar(x - 0.065, row.paper_speedup, 0.12, fill=False, edgecolor=colors[schedule], linewidth=1.2)
                 axes.bar(x + 0.065, row.speedup, 0.12, color=colors[schedule])

@@ -143,16 +143,16 @@ def phases(
         PmpdError: the generation has no such step.
     """
     precision = FP16_BITS if FP16_BITS in generation.decode else model.prefill_precision
-    found = [_phase(generation.prefill, by, precision, ())]
+    breakdowns = [_phase(generation.prefill, by, precision, ())]
     if steps:
         for step in steps:
             precision, place = generation.find(step)
-            found.append(_phase(generation.decode[precision], by, precision, (step,), place=place))
+            breakdowns.append(_phase(generation.decode[precision], by, precision, (step,), place=place))
     else:
         for precision, run in generation.decode.items():
             at = np.flatnonzero(generation.precisions == precision).tolist()
-            found.append(_phase(run, by, precision, tuple(at)))
-    return found
+            breakdowns.append(_phase(run, by, precision, tuple(at)))
+    return breakdowns
 
 
 def _phase(
@@ -161,14 +161,14 @@ def _phase(
     """Measure a run: means, or its entry at `place`."""
     shape = np.shape(run.seconds)
 
-    def one(value: Number) -> float:
+    def value_of(value: Number) -> float:
         return float(np.mean(value)) if place is None else float(np.broadcast_to(value, shape)[place])
 
     groups: dict[str, list[OperatorTime]] = defaultdict(list)
     for time in run.operators:
         groups[by(time.operator)].append(time)
-    rows = [_row(name, times, one) for name, times in groups.items()]
-    left = one(run.seconds) - sum(row.seconds for row in rows)
+    rows = [_row(name, times, value_of) for name, times in groups.items()]
+    left = value_of(run.seconds) - sum(row.seconds for row in rows)
     if left > _NOTHING:
         needs = dict.fromkeys(_UNITS, 0.0) | {"memory": left}
         rows.append(
@@ -191,31 +191,33 @@ def _phase(
         first_past=int(past[0 if place is None else place]),
         last_past=int(past[-1 if place is None else place]),
         steps=steps,
-        instructions=one(instruction_count(time.cost for time in run.operators)),
-        seconds=one(run.seconds),
-        joules=one(run.joules),
+        instructions=value_of(instruction_count(time.cost for time in run.operators)),
+        seconds=value_of(run.seconds),
+        joules=value_of(run.joules),
         rows=tuple(rows),
     )
 
 
-def _row(name: str, times: Sequence[OperatorTime], one: Callable[[Number], float]) -> OperatorGroup:
+def _row(name: str, times: Sequence[OperatorTime], value_of: Callable[[Number], float]) -> OperatorGroup:
     special = [step.elements for time in times for step in time.operator.instructions if isinstance(step, Special)]
-    classes = {data: one(sum((time.operator.nbytes(data) for time in times), start=0.0)) for data in get_args(Data)}
+    classes = {
+        data: value_of(sum((time.operator.nbytes(data) for time in times), start=0.0)) for data in get_args(Data)
+    }
     return OperatorGroup(
         name=name,
         count=len(times),
-        macs=one(sum((time.operator.macs for time in times), start=0.0)),
-        special_elements=one(sum(special, start=0.0)),
+        macs=value_of(sum((time.operator.macs for time in times), start=0.0)),
+        special_elements=value_of(sum(special, start=0.0)),
         nbytes={data: nbytes for data, nbytes in classes.items() if nbytes},
-        needs={unit: one(sum((getattr(time.cost, unit) for time in times), start=0.0)) for unit in _UNITS},
-        seconds=one(sum((time.added for time in times), start=0.0)),
-        joules=one(sum((time.joules for time in times), start=0.0)),
+        needs={unit: value_of(sum((getattr(time.cost, unit) for time in times), start=0.0)) for unit in _UNITS},
+        seconds=value_of(sum((time.added for time in times), start=0.0)),
+        joules=value_of(sum((time.joules for time in times), start=0.0)),
     )
 
 
-def _by_class(each: Iterable[Mapping[Data, float]]) -> dict[Data, float]:
+def _by_class(of_rows: Iterable[Mapping[Data, float]]) -> dict[Data, float]:
     totals: dict[Data, float] = defaultdict(float)
-    for nbytes in each:
+    for nbytes in of_rows:
         for data, number in nbytes.items():
             totals[data] += number
     return dict(totals)

@@ -236,7 +236,9 @@ class _Task:
         roomy = _varied(hardware, formats).varied(buffers__activation_kib=float(1 << 24))
         graphs = (self.model.prefill, *(decode_graph(self.model, bits) for bits in self.lengths))
         programs = [self._lower(graph, roomy, 1, np.zeros(1)) for graph in graphs]
-        taken = reduce(np.maximum, (operator.activation_bytes for each in programs for operator in each.operators))
+        taken = reduce(
+            np.maximum, (operator.activation_bytes for program in programs for operator in program.operators)
+        )
         units = value("matrix_unit.rows") * value("matrix_unit.mm_outputs")
         room = 1024 * value("buffers.activation_kib")
         return np.asarray((value("matrix_unit.mv_outputs") <= units) & (np.ravel(taken) <= room))
@@ -244,22 +246,22 @@ class _Task:
     def metrics(self, hardware: Hardware, count: int) -> dict[str, Column]:
         """Return what `count` points do; numbers of `hardware` are ``[count, 1]``."""
 
-        def each(value: Number, entries: int) -> Column:
+        def columns(value: Number, entries: int) -> Column:
             return np.broadcast_to(value, (count, entries))
 
         prefill = self._run(self.model.prefill, hardware, self.prompt, np.zeros(1))
-        first, joules = each(prefill.seconds, 1)[:, 0], each(prefill.joules, 1)[:, 0]
+        first, joules = columns(prefill.seconds, 1)[:, 0], columns(prefill.joules, 1)[:, 0]
         decode = np.zeros(count)
         for bits, (past, steps) in self.lengths.items():
             run = self._run(decode_graph(self.model, bits), hardware, 1, past)
-            decode = decode + each(run.seconds, len(past)) @ steps
-            joules = joules + each(run.joules, len(past)) @ steps
+            decode = decode + columns(run.seconds, len(past)) @ steps
+            joules = joules + columns(run.joules, len(past)) @ steps
         total = sum(float(steps.sum()) for _, steps in self.lengths.values())
         return {
             "tokens_per_second": (total + 1) / (first + decode),
             "decode_tokens_per_second": total / decode,
             "time_to_first_token_s": first,
-            "area_mm2": np.array(each(hardware.area_mm2, 1)[:, 0]),
+            "area_mm2": np.array(columns(hardware.area_mm2, 1)[:, 0]),
             "energy_per_token_j": joules / (total + 1),
             "average_power_w": joules / (first + decode),
         }
@@ -277,12 +279,12 @@ def _varied(hardware: Hardware, points: Mapping[str, Column]) -> Hardware:
 
 def _lengths(precisions: npt.NDArray[np.int64], prompt: int, granularity: int) -> dict[int, tuple[Column, Column]]:
     """Return contexts by precision, the longest of each program, and how many steps run it."""
-    found = {}
+    contexts = {}
     for bits in sorted(set(precisions.tolist()), reverse=True):
         past = prompt + np.flatnonzero(precisions == bits)
         _, steps = np.unique(-(-past // granularity), return_counts=True)
-        found[bits] = past[np.cumsum(steps) - 1].astype(float), steps.astype(float)
-    return found
+        contexts[bits] = past[np.cumsum(steps) - 1].astype(float), steps.astype(float)
+    return contexts
 
 
 def _granularity(hardware: Hardware, points: Mapping[str, Column]) -> int:

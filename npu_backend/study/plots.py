@@ -141,7 +141,7 @@ def _parts(phases: Sequence[PhaseBreakdown]) -> tuple[dict[str, str], list[dict[
     A part is a linear layer of all blocks, or another kind of operator; those that are small everywhere are one.
     """
     products: dict[str, None] = {}
-    found: list[dict[str, float]] = []
+    parts: list[dict[str, float]] = []
     for phase in phases:
         seconds: dict[str, float] = defaultdict(float)
         for row in phase.rows:
@@ -150,18 +150,18 @@ def _parts(phases: Sequence[PhaseBreakdown]) -> tuple[dict[str, str], list[dict[
             seconds[name] += row.seconds
             if kind == _PRODUCT:
                 products[name] = None
-        found.append(seconds)
+        parts.append(seconds)
     large = {
         name
-        for phase, seconds in zip(phases, found, strict=True)
+        for phase, seconds in zip(phases, parts, strict=True)
         for name, spent in seconds.items()
         if spent > _SMALL * phase.seconds
     }
-    others = sorted(large - products.keys(), key=lambda name: -sum(seconds.get(name, 0.0) for seconds in found))
+    others = sorted(large - products.keys(), key=lambda name: -sum(seconds.get(name, 0.0) for seconds in parts))
     colors = dict(zip(products, cycle(_PRODUCTS))) | dict(zip(others, cycle(_OTHERS)))
-    for seconds in found:
+    for seconds in parts:
         seconds[_REST] = sum(seconds.pop(name) for name in set(seconds) - colors.keys())
-    return colors | {_REST: _REST_COLOR}, found
+    return colors | {_REST: _REST_COLOR}, parts
 
 
 def pareto(exploration: Exploration) -> Any:

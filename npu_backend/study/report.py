@@ -53,8 +53,8 @@ class Report:
     @property
     def title(self) -> str:
         """A line that says what was simulated."""
-        some = self.baseline
-        return f"{self.model.name} on {self.hardware.name}: {some.prompt:,} tokens of prompt, {some.tokens:,} new ones"
+        run = self.baseline
+        return f"{self.model.name} on {self.hardware.name}: {run.prompt:,} tokens of prompt, {run.tokens:,} new ones"
 
     @property
     def last(self) -> Generation:
@@ -115,7 +115,7 @@ class Report:
         """Return a line per group of operators and phase."""
         lines = []
         for phase in self.phases:
-            of_phase = {name: each for name, each in _phase(phase).items() if name in _KEYS}
+            of_phase = {name: value for name, value in _phase(phase).items() if name in _KEYS}
             for row in (_row(row, phase) for row in phase.rows):
                 nbytes = {f"{data}_bytes": number for data, number in row.pop("bytes").items()}
                 lines.append(of_phase | row | nbytes)
@@ -150,7 +150,7 @@ class Report:
     def _schedules(self) -> list[list[str]]:
         bits = sorted({bits for generation in self.generations.values() for bits in generation.decode}, reverse=True)
         mixed = any(len(generation.decode) > 1 for generation in self.generations.values())
-        at = [FP16 if each == FP16_BITS else f"{each} bits" for each in bits] if mixed else []
+        at = [FP16 if precision == FP16_BITS else f"{precision} bits" for precision in bits] if mixed else []
         table = [["schedule", "bits", "first token ms", *(f"at {name}" for name in at), "decode tokens/s", "× fp16"]]
         table[0] += ["tokens/s", "mJ/token", "W"]
         for name, generation in self.generations.items():
@@ -160,7 +160,7 @@ class Report:
                     name,
                     f"{row['average_bits']:.2f}",
                     amount(row["time_to_first_token_s"] * 1e3),
-                    *(f"{rates[each]:,.2f}" if each in rates else "–" for each in bits if mixed),
+                    *(f"{rates[precision]:,.2f}" if precision in rates else "–" for precision in bits if mixed),
                     f"{row['decode_tokens_per_second']:,.2f}",
                     f"{row['decode_speedup_over_fp16']:.2f}",
                     f"{row['tokens_per_second']:,.2f}",
@@ -221,8 +221,10 @@ def study(
 def _phases(
     generations: Iterable[Generation], model: Model, by: str, steps: Sequence[int]
 ) -> tuple[PhaseBreakdown, ...]:
-    found = (phase for each in generations for phase in phases(each, model, by=GROUPINGS[by], steps=steps))
-    return tuple({phase.title: phase for phase in found}.values())
+    breakdowns = (
+        phase for generation in generations for phase in phases(generation, model, by=GROUPINGS[by], steps=steps)
+    )
+    return tuple({phase.title: phase for phase in breakdowns}.values())
 
 
 def _rates(generation: Generation) -> dict[int, float]:

@@ -79,8 +79,8 @@ def make(options: Mapping[str, Any]) -> None:
         checkpoint = Path(scratch) / "checkpoint"
         _save_random(checkpoint, options["shape"])
         for variant, (bits, block) in missing.items():
-            made = Path(scratch) / variant
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", made]
+            model = Path(scratch) / variant
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", model]
             command += ["-p", "int4", "-e", "cpu", "-c", f"{scratch}/cache"]
             command += ["--extra_options", f"block_size={block}", "accuracy_level=4"]
             builder = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
@@ -88,8 +88,8 @@ def make(options: Mapping[str, Any]) -> None:
                 reason = (builder.stderr.strip().splitlines() or [f"exit code {builder.returncode}"])[-1]
                 raise RuntimeError(f"the model builder of onnxruntime-genai cannot make {variant} ({reason})")
             if bits == 2:
-                _narrow(made)
-            made.rename(folder / variant)
+                _narrow(model)
+            model.rename(folder / variant)
             shutil.rmtree(f"{scratch}/cache", ignore_errors=True)
 
 

@@ -33,8 +33,8 @@ class Peer:
     @property
     def nominal_bits(self) -> int | None:
         """The bits that its name claims: 4 of Q4_0, 2 of int2g128."""
-        found = re.search(r"\d+", self.variant)
-        return int(found[0]) if found else None
+        digits = re.search(r"\d+", self.variant)
+        return int(digits[0]) if digits else None
 
 
 def parse_peers(specs: tuple[str, ...]) -> tuple[Peer, ...]:

@@ -26,9 +26,9 @@ def peak_memory() -> int:
     """Return the most memory in bytes that this process ever had resident, mapped files included."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would count the parent from before this program was started
-        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))
-        if found:
-            return 1024 * int(found[1])
+        peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"))
+        if peak:
+            return 1024 * int(peak[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

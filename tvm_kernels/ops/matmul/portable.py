@@ -89,6 +89,6 @@ def _multiply_line(e: Emitter, row: Any, first: Any, weights: Any) -> None:
         total = reduce_lanes(e, e.load(totals, 0, LANES), lambda a, b: a + b)
         place = e.bind(token.astype("int64") * e["ldy"] + row.astype("int64"))
         e.store(e["y"], place, e.load(e["y"], place) + total)
-        with e.loop("rest", e.bind(vectors * LANES), count) as rest:
-            product = e.load(e["x"], source + rest.astype("int64")) * e.load(weights, rest)
+        with e.loop("tail", e.bind(vectors * LANES), count) as column:
+            product = e.load(e["x"], source + column.astype("int64")) * e.load(weights, column)
             e.store(e["y"], place, e.load(e["y"], place) + product)
