@@ -14,9 +14,9 @@ import onnx_ir as ir
 from pmpd.exporter.arch import Decoder, Family, read_family
 from pmpd.exporter.bundle.plan import WeightPlan, external_tensor, plan_weights
 from pmpd.exporter.config import ResolvedConfig
-from pmpd.exporter.graph.build import Phase, build_graph
 from pmpd.exporter.graph.operators import BITPLANE_MATMUL
 from pmpd.exporter.nn import BitplaneLinear
+from pmpd.exporter.onnx_model import Phase, build_graph
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import Architecture, FileEntry, Graph, KvContract, Manifest, Source
 

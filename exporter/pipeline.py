@@ -158,13 +158,10 @@ class Export:
             manifest = outline.manifest(workspace.path, workspace.files(), kernels=kernels)
             bundle = Bundle(workspace.path, manifest)
             checks = self._verify(bundle, workspace, quiet=quiet) if config.verify else []
-            card.write_text(model_card(manifest, checks, name=config.output.name), encoding="utf-8")
-            manifest = replace(
-                manifest,
-                files=manifest.files | {CARD: file_entry(card)},
-                verified=config.verify,
-                verification={check.name: check.to_json() for check in checks},
-            )
+            verification = {check.name: check.to_json() for check in checks}
+            manifest = replace(manifest, verified=config.verify, verification=verification)
+            card.write_text(model_card(manifest, name=config.output.name), encoding="utf-8")
+            manifest = replace(manifest, files=manifest.files | {CARD: file_entry(card)})
             (workspace.path / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
             workspace.publish()
         return manifest

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from pmpd.runtime.format.manifest import Manifest
-
-if TYPE_CHECKING:
-    from pmpd.exporter.verify.agreement import Check
 
 __all__ = ["CARD", "model_card", "skeleton_card"]
 
 CARD = "README.md"
 
 
-def model_card(manifest: Manifest, checks: Sequence[Check], *, name: str) -> str:
-    """Return the text of a bundle's README.md."""
+def model_card(manifest: Manifest, *, name: str) -> str:
+    """Return the text of a bundle's README.md, which says what the manifest's verification measured."""
     architecture, source = manifest.architecture, manifest.source
     bits = ", ".join(map(str, manifest.precisions))
     size = f"{architecture.parameters / 1e6:,.1f} M parameters"
     phases = f"decodes at {bits} bits, prefills at {manifest.prefill_precision}"
     front = f"license: {source.license}\n" if source.license else ""
     files = "\n".join(f"| {file} | {entry.size:,} |" for file, entry in sorted(manifest.files.items()))
-    verification = "\n".join(f"- {check.name}: {check}" for check in checks)
-    warnings = "".join(f"\n**{check.warning}**\n" for check in checks if check.warning)
-    if not checks:
+    checks = manifest.verification
+    verification = "\n".join(f"- {check}: {result['summary']}" for check, result in checks.items())
+    warnings = "".join(f"\n**{result['warning']}**\n" for result in checks.values() if "warning" in result)
+    if not manifest.verified:
         verification = "**Nothing: it was exported with `--no-verify`.**"
     kernels = (
         f"{', '.join(manifest.kernels)} ({manifest.accuracy})" if manifest.kernels else "none: portable graphs, slow"

@@ -12,9 +12,9 @@ from pmpd.exporter.bundle.layers import LinearLayer
 from pmpd.exporter.calibrate.batches import calibration_batches
 from pmpd.exporter.calibrate.store import StatisticsStore
 from pmpd.exporter.config import ResolvedConfig
+from pmpd.exporter.documents import read_documents
 from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
-from pmpd.exporter.source.documents import read_documents
 from pmpd.exporter.source.tokenizer import load_tokenizer
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bundle import sha256_of

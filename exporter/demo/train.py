@@ -35,7 +35,7 @@ try:
 
     from pmpd.exporter.demo.corpus import PAD, SPECIAL_TOKENS, pack, split_documents, train_tokenizer
     from pmpd.exporter.demo.recipe import Recipe, build_model
-    from pmpd.exporter.source.documents import read_documents
+    from pmpd.exporter.documents import read_documents
     from pmpd.runtime.console.command import Command
     from pmpd.runtime.console.progress import progress
 except ImportError as error:

@@ -15,8 +15,8 @@ import torch
 
 from pmpd.exporter.arch import Family
 from pmpd.exporter.bundle.layers import parent_scope, plain_tensors
-from pmpd.exporter.graph.build import build_graph
 from pmpd.exporter.nn import FloatLinear, Norm
+from pmpd.exporter.onnx_model import build_graph
 from pmpd.exporter.source.checkpoint import Checkpoint
 
 __all__ = ["FloatGraph"]

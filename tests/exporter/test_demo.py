@@ -22,7 +22,7 @@ from pmpd.exporter.demo import demo_model_path
 from pmpd.exporter.demo.corpus import BOS, EOS, PAD, pack, split_documents, train_tokenizer
 from pmpd.exporter.demo.train import main as command
 from pmpd.exporter.demo.train import publish
-from pmpd.exporter.source.documents import read_documents
+from pmpd.exporter.documents import read_documents
 from pmpd.runtime.errors import PmpdError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "demo-texts.json").read_text(encoding="utf-8"))

@@ -20,8 +20,8 @@ from pmpd.exporter import Export, ExportConfig
 from pmpd.exporter.arch import Decoder, read_family
 from pmpd.exporter.arch.decoder import read_rotary
 from pmpd.exporter.bundle.plan import external_tensor, plan_weights
-from pmpd.exporter.graph.build import Phase, build_graph
 from pmpd.exporter.nn import BitplaneLinear, HeadLayout, Rotary, RotaryTables
+from pmpd.exporter.onnx_model import Phase, build_graph
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.verify.float_graph import FloatGraph
 from pmpd.runtime import Bundle, Generator
