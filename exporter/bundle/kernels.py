@@ -23,7 +23,7 @@ def build_kernels(
         PmpdError: a library cannot be built.
     """
     built = built_kernels(targets, workspace)
-    _remove_others(workspace.path, keep={workspace.path / file for file in built.values()})
+    _remove_others(workspace.path, current={workspace.path / file for file in built.values()})
     for target in targets:
         if target in built:
             continue
@@ -47,10 +47,10 @@ def built_kernels(targets: Sequence[str], workspace: Workspace) -> dict[str, str
     }
 
 
-def _remove_others(folder: Path, *, keep: Container[Path]) -> None:
+def _remove_others(folder: Path, *, current: Container[Path]) -> None:
     """Delete libraries for other targets than now, and what a killed run has left of one."""
     for file in (folder / "kernels").glob("*/*"):
-        if file not in keep:
+        if file not in current:
             file.unlink()
 
 

@@ -38,8 +38,8 @@ class Llama3Scaling:
     def __call__(self, frequencies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Scale the frequencies."""
         turns = self.original_context * frequencies / (2 * math.pi)  # full turns within the original context
-        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clip(0, 1)
-        return (keep + (1 - keep) / self.factor) * frequencies
+        unscaled = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clip(0, 1)
+        return (unscaled + (1 - unscaled) / self.factor) * frequencies
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class Group(Command, click.Group):
             options.setdefault("subcommand_metavar", "[OPTIONS] ...")
         super().__init__(*arguments, **options)
         self.default = default
-        self.route = route or (lambda rest: [str(default), *rest])
+        self.route = route or (lambda words: [str(default), *words])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the name of the default command in front where no command is named."""

@@ -92,8 +92,8 @@ class Sampler:
             # than 1 - top_p together: it leaves few to sort.
             ranked = np.sort(p[p >= (1 - s.top_p) / p.size])[::-1]
             last = min(int(np.searchsorted(np.cumsum(ranked), s.top_p)), ranked.size - 1)
-            keep = np.flatnonzero(p >= ranked[last])
-            ids, p = ids[keep], p[keep] / p[keep].sum()
+            likely = np.flatnonzero(p >= ranked[last])
+            ids, p = ids[likely], p[likely] / p[likely].sum()
         return ids, p
 
 

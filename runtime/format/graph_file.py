@@ -84,12 +84,12 @@ def check_graph(manifest: Manifest, graph: Graph, path: Path) -> None:
         data = path.read_bytes()
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from None
-    found = read_graph_file(data, path)
+    content = read_graph_file(data, path)
     listed = {tensor.name: tensor for tensor in manifest.tensors}
     wanted = {tensor.name: _initializer(tensor, graph.precision) for tensor in manifest.tensors_at(graph.precision)}
-    for name in sorted(listed.keys() & found.others):
+    for name in sorted(listed.keys() & content.others):
         raise _disagreement(path, name, "an initializer of bundle.json and another value of the graph have this name")
-    for name, initializer in found.initializers.items():
+    for name, initializer in content.initializers.items():
         if name in wanted:
             if initializer != wanted[name]:
                 raise _disagreement(
@@ -97,7 +97,7 @@ def check_graph(manifest: Manifest, graph: Graph, path: Path) -> None:
                 )
         elif initializer.external is not None or name in listed:
             raise _disagreement(path, name, f"bundle.json lists no such tensor for {graph.precision} bits")
-    for name in wanted.keys() - found.initializers.keys():
+    for name in wanted.keys() - content.initializers.keys():
         raise _disagreement(path, name, "the graph does not read it")
 
 
