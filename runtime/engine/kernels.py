@@ -192,11 +192,10 @@ def _bundle_library(bundle: Bundle, *, accuracy: str) -> KernelLibrary:
     target = next((target for target in targets if target in offered), None)
     if target is not None:
         return KernelLibrary(bundle.path / offered[target], accuracy=accuracy)
-    machine = f"{platform.system()} {platform.machine()}"
-    remedy = f"export it with --target {targets[0]}" if targets else "no target fits it"
-    raise KernelError(
-        f"{bundle.path} has kernels for {', '.join(offered) or 'no machine'}, not for this one ({machine}): {remedy}"
-    )
+    machine = f"this machine ({platform.system()} {platform.machine()})"
+    kernels = f"kernels for {', '.join(offered)}, not for {machine}" if offered else "no kernels"
+    remedy = f"export it with --target {targets[0]}" if targets else f"no target fits {machine}"
+    raise KernelError(f"{bundle.path} has {kernels}: {remedy}")
 
 
 def require_fast(library: KernelLibrary, manifest: Manifest, graphs: Iterable[Graph]) -> None:

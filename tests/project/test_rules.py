@@ -86,9 +86,8 @@ def test_words_are_plain_english(pattern: str) -> None:
 
 def test_variables_are_named_for_what_they_hold() -> None:
     places = [
-        f"{name}:{line}: {variable}"
+        f"{path.relative_to(REPOSITORY)}:{line}: {variable}"
         for path in sources()
-        for name in [path.relative_to(REPOSITORY).as_posix()]
         for variable, line in variables(ast.parse(path.read_text(encoding="utf-8")))
         if variable in PRONOUNS
     ]

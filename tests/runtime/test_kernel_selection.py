@@ -349,7 +349,7 @@ def test_a_slow_path_is_one_line_on_stderr(quiet: bool, slow: Bundle) -> None:
         assert process.stderr == ""
         return
     warning, statistics = process.stderr.splitlines()
-    assert warning.startswith(f"warning: {slow.path} has kernels for no machine, not for this one (")
+    assert warning.startswith(f"warning: {slow.path} has no kernels: export it with --target {HOST}; ")
     assert statistics.startswith("prompt 14 tokens")
 
 
