@@ -179,7 +179,7 @@ def main(
         return
     for line in export.describe():
         log.info(line)
-    manifest = export.run(quiet=is_quiet())
+    manifest = export.run()
     for check, result in manifest.verification.items():
         log.info("verified  %s: %s", check, result["summary"])
     if not skeleton:

@@ -137,7 +137,7 @@ class Export:
         speed = "" if config.groups == 1 else ", generic (slow)"
         return f"{', '.join(config.targets)}: {config.accuracy}{speed}, {bits} bits" if config.targets else "none"
 
-    def run(self, *, quiet: bool = False) -> Manifest:
+    def run(self) -> Manifest:
         """Do the export; steps that an earlier, interrupted one finished are not done again.
 
         Raises:
@@ -148,16 +148,16 @@ class Export:
             if workspace.done:
                 steps = len(self.plan.linears) + 1 + len(config.targets)
                 log.info("resuming  %d of %d steps are done", len(workspace.done), steps)
-            self._build_kernels(workspace, quiet=quiet)
+            self._build_kernels(workspace)
             copy_text_files(self.checkpoint, workspace.path)
-            self._quantize(workspace, quiet=quiet)
+            self._quantize(workspace)
             outline.write_graphs(workspace.path)
             kernels = built_kernels(config.targets, workspace)
             card = workspace.path / CARD
             card.unlink(missing_ok=True)  # of an earlier run; it lists the other files
             manifest = outline.manifest(workspace.path, workspace.files(), kernels=kernels)
             bundle = Bundle(workspace.path, manifest)
-            checks = self._verify(bundle, workspace, quiet=quiet) if config.verify else []
+            checks = self._verify(bundle, workspace) if config.verify else []
             verification = {check.name: check.to_json() for check in checks}
             manifest = replace(manifest, verified=config.verify, verification=verification)
             card.write_text(model_card(manifest, name=config.output.name), encoding="utf-8")
@@ -166,16 +166,16 @@ class Export:
             workspace.publish()
         return manifest
 
-    def _build_kernels(self, workspace: Workspace, *, quiet: bool) -> None:
+    def _build_kernels(self, workspace: Workspace) -> None:
         head_dim = self.outline.family.shape.head.slots
         try:
-            build_kernels(self.config.targets, self.kernel_precisions, head_dim, workspace, quiet=quiet)
+            build_kernels(self.config.targets, self.kernel_precisions, head_dim, workspace)
         except MissingExtraError as error:
             if self.config.kernels_required:
                 raise
             log.warning("kernels   skipped, the bundle will run slowly: %s, then export again with --overwrite", error)
 
-    def _quantize(self, workspace: Workspace, *, quiet: bool) -> None:
+    def _quantize(self, workspace: Workspace) -> None:
         config, checkpoint = self.config, self.checkpoint
         if _PLAIN not in workspace.done:
             workspace.write(_PLAIN, plain_tensors(self.outline.network, checkpoint))
@@ -184,8 +184,8 @@ class Export:
             return
         statistics = None
         if config.calibration is not None:
-            statistics = collect_statistics(config, config.calibration, checkpoint, self.plan.linears, quiet=quiet)
-        for layer in track(left, step="quantize", total=len(left), quiet=quiet):
+            statistics = collect_statistics(config, config.calibration, checkpoint, self.plan.linears)
+        for layer in track(left, step="quantize", total=len(left)):
             method = METHODS[config.method](
                 precisions=layer.precisions,
                 parent=layer.parent,
@@ -200,11 +200,11 @@ class Export:
                 raise PmpdError(f"layer {layer.name}: {error}") from None
             workspace.write(layer.name, layer.tensors(quantized, checkpoint))
 
-    def _verify(self, bundle: Bundle, workspace: Workspace, *, quiet: bool) -> list[Check]:
+    def _verify(self, bundle: Bundle, workspace: Workspace) -> list[Check]:
         checks = []
         try:
             verification = Verification(bundle, self.checkpoint, self.outline.family, self.plan)
-            for check in track(verification, step="verify", total=len(verification), quiet=quiet):
+            for check in track(verification, step="verify", total=len(verification)):
                 require_passed(check)
                 checks.append(check)
             checked = {target for target, _ in verification.libraries}
@@ -231,6 +231,6 @@ def _fingerprint(outline: Outline, checkpoint: Checkpoint) -> str:
     return fingerprint(choices, text, checkpoint.identity(), table, code_digest(WEIGHTS_CODE), version("pmpd"))
 
 
-def export_bundle(config: ExportConfig, *, quiet: bool = True) -> Manifest:
+def export_bundle(config: ExportConfig) -> Manifest:
     """Export a model as `config` says; return the bundle's manifest. Raises as `Export.prepare` and `Export.run` do."""
-    return Export.prepare(config).run(quiet=quiet)
+    return Export.prepare(config).run()

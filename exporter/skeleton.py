@@ -90,10 +90,8 @@ class Skeleton:
         """Return the plan in lines for a person."""
         return [*self.outline.describe(), "skeleton  graphs and tensor table, without the weights"]
 
-    def run(self, *, quiet: bool = False) -> Manifest:
+    def run(self) -> Manifest:
         """Write the skeleton and return its manifest; it appears at the output when it is complete, or not at all.
-
-        It takes about a second, so there is no progress to keep `quiet` about.
 
         Raises:
             PmpdError: the output cannot be written.

@@ -13,9 +13,7 @@ from pmpd.tvm_kernels import build_library
 __all__ = ["build_kernels", "built_kernels"]
 
 
-def build_kernels(
-    targets: Sequence[str], precisions: Sequence[int], head_dim: int, workspace: Workspace, *, quiet: bool
-) -> None:
+def build_kernels(targets: Sequence[str], precisions: Sequence[int], head_dim: int, workspace: Workspace) -> None:
     """Build a library per target for some precisions (bits), unless an earlier run has built it.
 
     Raises:
@@ -30,7 +28,7 @@ def build_kernels(
         file = workspace.path / _file(target)
 
         def progress(done: Iterable[str], total: int, step: str = _step(target)) -> Iterator[str]:
-            return track(done, step=step, total=total, quiet=quiet)
+            return track(done, step=step, total=total)
 
         build_library(target, precisions=precisions, head_dims=[head_dim], output=file, progress=progress)
         with file.open("r+b") as library:

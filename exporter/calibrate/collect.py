@@ -23,7 +23,7 @@ __all__ = ["collect_statistics"]
 
 
 def collect_statistics(
-    config: ResolvedConfig, text: Path, checkpoint: Checkpoint, layers: Sequence[LinearLayer], *, quiet: bool
+    config: ResolvedConfig, text: Path, checkpoint: Checkpoint, layers: Sequence[LinearLayer]
 ) -> StatisticsStore:
     """Return the statistics of a model on a calibration text that the method of an export needs.
 
@@ -55,5 +55,4 @@ def collect_statistics(
         key=fingerprint(*identity, code_digest(CALIBRATION_CODE)),
         nbytes=4 * sum(layer.module.out_features * layer.module.in_features for layer in layers),
         load=load,
-        quiet=quiet,
     )

@@ -54,7 +54,6 @@ class StatisticsStore:
         key: str,
         nbytes: int,
         load: Callable[[], tuple[torch.nn.Module, Sequence[torch.Tensor]]],
-        quiet: bool = False,
     ) -> StatisticsStore:
         """Compute the statistics that are not in the cache yet, one after the other.
 
@@ -64,7 +63,6 @@ class StatisticsStore:
             key: fingerprint of the model, the text and the code.
             nbytes: about the bytes that one statistic takes on disk.
             load: gives the model and the batches that `Statistic.compute` takes; called only if something is missing.
-            quiet: show no progress.
 
         Raises:
             PmpdError: the cache cannot be written, another export is computing the same, or as `Statistic.compute`.
@@ -79,7 +77,7 @@ class StatisticsStore:
                 _require_room(cache_folder(), nbytes * len(missing))
                 model, batches = load()
                 for name, folder in missing.items():
-                    shown = track(batches, step=f"calibrate {name}", total=len(batches), quiet=quiet)
+                    shown = track(batches, step=f"calibrate {name}", total=len(batches))
                     with _new_folder(folder) as unfinished:
                         STATISTICS[name].compute(model, shown, weights, partial(_write, unfinished))
             except OSError as error:

@@ -161,7 +161,7 @@ def test_one_layer_of_statistics_is_in_memory_at_a_time(cache: Path) -> None:
         patch.setitem(STATISTICS, "fisher", Ones())
         tracemalloc.start()
         try:
-            store = StatisticsStore.collect(["fisher"], names, key="k", nbytes=1, load=lambda: (model, []), quiet=True)
+            store = StatisticsStore.collect(["fisher"], names, key="k", nbytes=1, load=lambda: (model, []))
             for name in names:
                 layer: Any = SimpleNamespace(weight_names=(name,))
                 assert store.of(layer)["fisher"].shape == (N, K)

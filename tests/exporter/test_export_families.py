@@ -82,7 +82,7 @@ def test_the_catalogue_has_a_sharded_checkpoint(tmp_path: Path) -> None:
 def test_decode_graphs_compute_with_the_dequantized_weights(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     folder = TINY_MODELS[name].save(tmp_path / name)
     export = Export.prepare(ExportConfig(model=str(folder), output=tmp_path / "bundle", targets=(), **options))
-    export.run(quiet=True)
+    export.run()
     bundle = Bundle.open(tmp_path / "bundle", verify=True)
     generator = Generator(bundle)
     ids = random_ids(bundle.manifest.architecture.vocab_size, POSITIONS)
