@@ -6,12 +6,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pmpd.eval.measure.models import Answer, Forced
 from pmpd.runtime import Bundle
-from pmpd.runtime.errors import MissingExtraError, PmpdError
+from pmpd.runtime.errors import MissingExtraError, PmpdError, one_line
 
 __all__ = ["BACKENDS", "Reference", "ReferenceCheckpoint"]
 
@@ -170,8 +171,13 @@ def _optimum(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:
 
     try:
         from optimum.onnxruntime import ORTModelForCausalLM
-    except ImportError:
-        raise MissingExtraError("optimum-onnx", "baseline") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a module of optimum that is imported on first use
+        if getattr(error, "name", None) in ("optimum", "optimum.onnxruntime"):
+            raise MissingExtraError("optimum-onnx", "baseline") from None
+        raise PmpdError(
+            f"optimum-onnx cannot be imported with transformers {version('transformers')} ({one_line(error)}): install "
+            "both with `pip install 'pmpd[eval,baseline]'` in a new environment, or use --reference-backend transformers"
+        ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     model = ORTModelForCausalLM.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,3 +210,36 @@ def test_optimum_and_transformers_agree(demo_bundle: Path) -> None:
         for backend in ("transformers", "optimum")
     ]
     np.testing.assert_allclose(answers[0].logits, answers[1].logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ({}, "optimum-onnx is not installed"),
+        ({"__init__.py": ""}, "optimum-onnx is not installed"),
+        (
+            {"__init__.py": "", "onnxruntime.py": "from transformers import gone"},
+            r"optimum-onnx cannot be imported with transformers \d.* \(cannot import name 'gone'.*pmpd\[eval,baseline\]",
+        ),
+        (
+            {"__init__.py": "", "onnxruntime.py": "raise RuntimeError('Failed to import\\nno gone')"},
+            r"optimum-onnx cannot be imported with transformers \d.* \(Failed to import no gone\)",
+        ),
+    ],
+)
+def test_optimum_that_cannot_be_imported(
+    module: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "optimum"]:
+        monkeypatch.delitem(sys.modules, name)
+    if module:
+        (tmp_path / "optimum").mkdir()
+        for name, source in module.items():
+            (tmp_path / "optimum" / name).write_text(source, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+    else:
+        monkeypatch.setitem(sys.modules, "optimum", None)
+    with pytest.raises(PmpdError, match=message):
+        ReferenceCheckpoint(tmp_path, 32).load("optimum", threads=1)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "optimum"]:
+        monkeypatch.delitem(sys.modules, name)
