@@ -19,6 +19,7 @@ from pmpd.runtime.console.command import (
     Command,
     Failure,
     Group,
+    Terminated,
     check_outputs,
     combine,
     is_quiet,
@@ -235,9 +236,10 @@ def speed(bundle: Path, json_file: Path | None, csv_file: Path | None, **options
 
 
 def _fail_if_unfinished(results: QualityResults | SpeedResults) -> None:
-    """End with the exit code of an interrupt if one cut the measurement short; what was finished is written."""
+    """Fail with the exit code of the interrupt that cut the measurement short, if one did. The results are written."""
     if results.unfinished:
-        raise Failure(f"interrupted: {results.progress}; missing: {', '.join(results.unfinished)}", INTERRUPTED)
+        code = 128 + results.interrupt.number if isinstance(results.interrupt, Terminated) else INTERRUPTED
+        raise Failure(f"interrupted: {results.progress}; missing: {', '.join(results.unfinished)}", code)
 
 
 def _unescape(template: str | None) -> str | None:

@@ -42,7 +42,8 @@ class Settings:
     Attributes:
         task: a name of `TASKS`.
         data: JSON lines (``.jsonl``, also ``.jsonl.gz``), or a plain text.
-        schedules: one row each; default uniform at every precision of the bundle.
+        schedules: one row each; ``4`` and ``uniform:4`` are the same row. Default uniform at every precision of the
+            bundle.
         accuracies: how kernels compute; each gives all rows again. Default the bundle's.
         kernels: a kernel library to use instead of the bundle's.
         require_fast_kernels: whether to refuse a bundle without compiled kernels for this machine.
@@ -95,7 +96,7 @@ class Settings:
 
 
 def prepare(bundle: Bundle, settings: Settings) -> tuple[Task, dict[str, Schedule]]:
-    """Return the task, set up for the bundle's model, and the schedules to compare by the names the user gave them.
+    """Return the task, set up for the bundle's model, and the schedules to compare, each once, by their full text.
 
     Raises:
         PmpdError: an option does not fit the task or the model, or a schedule the bundle.
@@ -104,7 +105,7 @@ def prepare(bundle: Bundle, settings: Settings) -> tuple[Task, dict[str, Schedul
     """
     precisions = bundle.manifest.precisions
     names = settings.schedules or tuple(f"uniform:{p}" for p in precisions)
-    schedules: dict[str, Schedule] = {name.strip(): parse_schedule(name, precisions) for name in names}
+    schedules = {str(schedule): schedule for schedule in (parse_schedule(name, precisions) for name in names)}
     kind = TASKS[settings.task]
     tokenizer = Tokenizer.from_bundle(bundle)
     if settings.chat and not tokenizer.has_chat_template:
@@ -129,7 +130,7 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Quali
     the progress of each row is shown on stderr.
 
     An interrupt (KeyboardInterrupt) after at least one schedule is measured ends the evaluation: the finished rows are
-    returned, and the names of the others as `unfinished`.
+    returned, with the names of the others as `unfinished` and the interrupt itself as `interrupt`.
 
     Raises:
         PmpdError: an option, schedule or record that does not fit, data without any usable item, no reference.
@@ -153,18 +154,21 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Quali
     with tempfile.TemporaryDirectory(prefix="pmpd-eval-") as scratch:
         reference, baselines = _measure_reference(run, checkpoint, Path(scratch))
         rows = [reference]
+        interrupt: KeyboardInterrupt | None = None
         try:
             for row, accuracy, names in _measure_schedules(run, baselines):
                 rows.append(row)
                 kernels[accuracy] = names
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             if len(rows) == 1:
                 raise
+            interrupt = error.with_traceback(None)
     return QualityResults(
         rows=tuple(rows),
         metrics=task.metrics,
         environment=_environment(run, checkpoint, kernels=kernels, skipped=skipped),
         unfinished=run.row_names[len(rows) :],
+        interrupt=interrupt,
     )
 
 
@@ -261,7 +265,7 @@ def _environment(
         "settings": {
             **asdict(settings),
             "data": settings.data.name,
-            "schedules": {name: str(schedule) for name, schedule in run.schedules.items()},
+            "schedules": tuple(run.schedules),
             "accuracies": run.accuracies,
             "kernels": settings.kernels and settings.kernels.name,
             "max_new_tokens": run.task.max_new_tokens,

@@ -176,7 +176,8 @@ def _optimum(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:
             raise MissingExtraError("optimum-onnx", "baseline") from None
         raise PmpdError(
             f"optimum-onnx cannot be imported with transformers {version('transformers')} ({one_line(error)}): install "
-            "both with `pip install 'pmpd[eval,baseline]'` in a new environment, or use --reference-backend transformers"
+            "both in a new environment with `pip install 'pmpd[eval,baseline]'`, or "
+            "take --reference-backend transformers"
         ) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -21,7 +21,7 @@ class QualityRow:
     """One way of decoding: the bundle under a schedule, or ``fp``, the floating-point model.
 
     Attributes:
-        name: the schedule as the user gave it (and the accuracy, where there are several), or ``fp``.
+        name: the full text of the schedule (and the accuracy, where there are several), or ``fp``.
         accuracy: how the compiled kernels computed; None for ``fp``.
         average_bits: mean bits over the decode steps of all samples (paper, Section 5 "Baselines"): of the decoder's
             linear layers, without output layer and embedding. The first token of an answer comes from prefill and does
@@ -73,12 +73,14 @@ class QualityResults:
         metrics: the columns.
         environment: where and with what it was measured.
         unfinished: names of the rows that an interrupted evaluation did not measure.
+        interrupt: what interrupted it, Ctrl-C or a signal.
     """
 
     rows: tuple[QualityRow, ...]
     metrics: tuple[Metric, ...]
     environment: Mapping[str, Any]
     unfinished: tuple[str, ...] = ()
+    interrupt: KeyboardInterrupt | None = None
 
     @property
     def schedules(self) -> tuple[QualityRow, ...]:

@@ -110,12 +110,14 @@ class SpeedResults:
         switch_cost: time that a switch of precision adds to a step, as a share of the step, by row that measured it.
         environment: where and with what it was measured.
         unfinished: repetitions that an interrupted measurement did not finish.
+        interrupt: what interrupted it, Ctrl-C or a signal.
     """
 
     rows: tuple[SpeedRow, ...]
     switch_cost: Mapping[str, Estimate]
     environment: Mapping[str, Any]
     unfinished: tuple[str, ...] = ()
+    interrupt: KeyboardInterrupt | None = None
 
     @property
     def progress(self) -> str:

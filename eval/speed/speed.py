@@ -106,7 +106,7 @@ class _Line:
 
 
 def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[int, ...]]:
-    """Return the bits of each decode step, by the name of the row.
+    """Return the bits of each decode step, by the name of the row: the full text of the schedule.
 
     Raises:
         PmpdError: a schedule, a number of tokens or a peer that does not fit the bundle.
@@ -122,9 +122,9 @@ def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[in
         ModelShape.of(manifest)
     names = settings.schedules or (*(f"uniform:{p}" for p in manifest.precisions), manifest.schedule)
     mixed: dict[str, tuple[int, ...]] = {}
-    for name in map(str.strip, names):
+    for name in names:
         schedule = parse_schedule(name, manifest.precisions)
-        mixed[name] = step_precisions(schedule, steps)
+        mixed[str(schedule)] = step_precisions(schedule, steps)
     needed = {p for bits in mixed.values() for p in bits}
     plan = {f"uniform:{p}": (p,) * steps for p in sorted(needed, reverse=True)} | mixed
     if len(needed) > 1:
@@ -144,7 +144,7 @@ def measure_speed(bundle: Bundle, settings: SpeedSettings, *, quiet: bool = True
     with ExitStack() as stack:
         peers = _peer_lines(stack, bundle.manifest, settings, quiet=quiet)
         lines = [*_our_lines(stack, plan, bundle, settings), *peers]
-        unfinished = _take_turns(lines, bundle.manifest.architecture.vocab_size, settings, quiet=quiet)
+        unfinished, interrupt = _take_turns(lines, bundle.manifest.architecture.vocab_size, settings, quiet=quiet)
     environment = {
         **describe_machine(),
         "threads": _resources(settings)["threads"],
@@ -162,6 +162,7 @@ def measure_speed(bundle: Bundle, settings: SpeedSettings, *, quiet: bool = True
         switch_cost=_switch_costs(lines),
         environment=environment,
         unfinished=unfinished,
+        interrupt=interrupt,
     )
 
 
@@ -217,10 +218,12 @@ def _peer_lines(stack: ExitStack, manifest: Manifest, settings: SpeedSettings, *
     return [_Line(name=peer.label, process=stack.enter_context(start(peer)), peer=peer) for peer in peers]
 
 
-def _take_turns(lines: Sequence[_Line], vocab_size: int, settings: SpeedSettings, *, quiet: bool) -> tuple[str, ...]:
+def _take_turns(
+    lines: Sequence[_Line], vocab_size: int, settings: SpeedSettings, *, quiet: bool
+) -> tuple[tuple[str, ...], KeyboardInterrupt | None]:
     """Run every line once to warm up, then once per repetition; each repetition starts with another line.
 
-    An interrupt after at least one whole repetition ends it: the numbers of the others are returned.
+    An interrupt after at least one whole repetition ends it: the names of the others are returned, and the interrupt.
     """
     prompt, steps = settings.prompt_tokens, settings.max_new_tokens
     numbers = random.Random(settings.seed)
@@ -236,14 +239,15 @@ def _take_turns(lines: Sequence[_Line], vocab_size: int, settings: SpeedSettings
                 attempts.append(line.process.run(prompt=ids[:prompt], **request))
             if repetition:
                 line.answers.append(min(attempts, key=lambda answer: answer["other_load"] or 0.0))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         finished = min(len(line.answers) for line in lines)
         if not finished:
             raise
         for line in lines:
             del line.answers[finished:]
-        return tuple(f"repetition {n}" for n in range(finished + 1, settings.repetitions + 1))
-    return ()
+        names = tuple(f"repetition {n}" for n in range(finished + 1, settings.repetitions + 1))
+        return names, error.with_traceback(None)
+    return (), None
 
 
 def _disturbed(answer: Mapping[str, Any], settings: SpeedSettings) -> bool:

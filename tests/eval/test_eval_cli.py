@@ -40,10 +40,11 @@ def test_perplexity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: P
     report = tmp_path / "r.json"
     result = run(
         demo_bundle, "--task", "perplexity", "--data", data, "--max-new-tokens", 12, "--json", report,
-        "--schedule", "uniform:4", "--schedule", "static:3@2,2@4",
+        "--schedule", "4", "--schedule", "uniform:4", "--schedule", "static:3@2,2@4",
+        "--schedule", "static:4@0,3@2,2@4",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert [line[0] for line in table(result)[2:]] == ["fp", "uniform:4", "static:3@2,2@4"]
+    assert [line[0] for line in table(result)[2:]] == ["fp", "uniform:4", "static:4@0,3@2,2@4"]
     document = json.loads(report.read_text(encoding="utf-8"))
     fp, four, mixed = document["rows"]
     perplexities = [row["metrics"]["perplexity"]["value"] for row in (fp, four)]
@@ -52,7 +53,7 @@ def test_perplexity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: P
     assert mixed["average_bits"] < 4
     assert fp["average_bits"] == 16
     assert document["environment"]["data"]["name"] == "stories.jsonl"
-    assert "[3/3] static:3@2,2@4" in result.stderr
+    assert "[3/3] static:4@0,3@2,2@4" in result.stderr
 
 
 def test_fidelity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: Path) -> None:

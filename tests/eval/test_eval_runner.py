@@ -13,6 +13,7 @@ from pmpd.eval import Settings, evaluate
 from pmpd.eval.cli import main
 from pmpd.eval.measure.models import Forced, Scheduled
 from pmpd.runtime import Bundle
+from pmpd.runtime.console.command import Terminated
 
 
 @pytest.fixture
@@ -22,14 +23,23 @@ def data(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture(params=[(KeyboardInterrupt(), 130), (Terminated(15), 143)], ids=["Ctrl-C", "SIGTERM"])
+def interrupt(request: pytest.FixtureRequest) -> tuple[KeyboardInterrupt, int]:
+    """An interrupt, and the exit code that it leads to."""
+    exception, code = request.param
+    return exception, code
+
+
 @pytest.fixture(params=[2, 0], ids=["after one schedule", "before any"])
-def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Ctrl-C at 3 bits, or at 4."""
+def patience(
+    request: pytest.FixtureRequest, interrupt: tuple[KeyboardInterrupt, int], monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """Interrupted at 3 bits, or at 4."""
     force = Scheduled.force
 
     def interrupted(self: Scheduled, prompt: Any, answer: Any) -> Forced:
         if self._schedule.precision(0) <= request.param + 1 or request.param == 0:
-            raise KeyboardInterrupt
+            raise interrupt[0]
         return force(self, prompt, answer)
 
     monkeypatch.setattr(Scheduled, "force", interrupted)
@@ -47,11 +57,13 @@ def test_finished_rows_are_kept(demo_bundle: Path, data: Path, patience: int) ->
     assert results.unfinished == ("uniform:3", "uniform:2")
 
 
-def test_the_command_writes_them_and_says_so(demo_bundle: Path, data: Path, tmp_path: Path, patience: int) -> None:
+def test_the_command_writes_them_and_says_so(
+    demo_bundle: Path, data: Path, tmp_path: Path, patience: int, interrupt: tuple[KeyboardInterrupt, int]
+) -> None:
     report = tmp_path / "r.json"
     arguments = [str(demo_bundle), "--task", "perplexity", "--data", str(data), "--max-new-tokens", "4", "--limit", "2"]
     result = CliRunner().invoke(main, [*arguments, "-q", "--json", str(report)])
-    assert result.exit_code == 130
+    assert result.exit_code == interrupt[1]
     assert report.exists() == bool(patience)
     if patience:
         assert "| uniform:4 |" in result.stdout

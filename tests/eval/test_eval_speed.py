@@ -17,9 +17,10 @@ from pmpd.eval.speed.contenders import peers, process
 from pmpd.eval.speed.contenders.bundle import BundleContender
 from pmpd.eval.speed.contenders.peers import ModelShape, Peer, parse_peers
 from pmpd.eval.speed.contenders.process import Process
-from pmpd.eval.speed.speed import switch_cost
+from pmpd.eval.speed.speed import SpeedSettings, prepare_speed, switch_cost
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.runtime import Bundle, Generator, Manifest, NodeKernel, PmpdError
+from pmpd.runtime.console.command import Terminated
 from pmpd.runtime.engine.kernels import MATMUL
 
 # Notes its turns in a file, chats on stdout, and takes a fixed time to the penny.
@@ -84,8 +85,8 @@ def test_a_row_per_precision_and_schedule(demo_bundle: Path, tmp_path: Path) -> 
     assert result.stderr == ""
     document = json.loads(json_file.read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in document["rows"]}
-    assert list(rows) == ["uniform:4", "uniform:2", "static:2@3", "switching"]  # what the schedule is compared with
-    mixed = rows["static:2@3"]
+    assert list(rows) == ["uniform:4", "uniform:2", "static:4@0,2@3", "switching"]  # what the schedule is compared with
+    mixed = rows["static:4@0,2@3"]
     assert (mixed["precisions"], mixed["bits"]) == ([4, 4, 4, 2, 2, 2], 3)
     assert rows["switching"]["precisions"] == [4, 4, 2, 2, 4, 4]
     for row in rows.values():
@@ -142,15 +143,24 @@ def test_accuracies_and_peers_take_turns(demo_bundle: Path, fake_peer: Path, tmp
     assert "llama.cpp Q3_K_M, llama.cpp Q8_0: fake 1.0" in result.stdout
 
 
+def test_a_schedule_written_in_two_ways_is_one_row(demo_bundle: Path) -> None:
+    schedules = ("4", "uniform:4", " uniform:4", "static:4@0", "static:2@3", "static:4@0,2@3")
+    plan = prepare_speed(
+        Bundle.open(demo_bundle), SpeedSettings(schedules=schedules, prompt_tokens=8, max_new_tokens=4)
+    )
+    assert list(plan) == ["uniform:4", "uniform:2", "static:4@0,2@3", "switching"]
+
+
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(), 130), (Terminated(15), 143)])
 def test_an_interrupt_keeps_whole_repetitions(
-    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interrupt: KeyboardInterrupt, code: int, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, turns = tmp_path / "s.json", iter(range(100))
     run_turn = Process.run
 
     def interrupted(self: Process, **request: object) -> dict[str, object]:
         if next(turns) == 7:  # in the second repetition: with "switching" three rows take turns, first to warm up
-            raise KeyboardInterrupt
+            raise interrupt
         return run_turn(self, **request)
 
     monkeypatch.setattr(Process, "run", interrupted)
@@ -158,7 +168,7 @@ def test_an_interrupt_keeps_whole_repetitions(
         demo_bundle, "--task", "speed", "--prompt-tokens", 4, "--max-new-tokens", 2, "--repetitions", 3, "-q",
         "--schedule", "uniform:4", "--schedule", "uniform:2", "--json", report,
     )  # fmt: skip
-    assert result.exit_code == 130
+    assert result.exit_code == code
     assert "interrupted: 1 of 3 repetitions are finished" in result.stderr
     document = json.loads(report.read_text(encoding="utf-8"))
     assert document["unfinished"] == ["repetition 2", "repetition 3"]

@@ -21,7 +21,7 @@ def rows(
 ) -> dict[str, Any]:
     """The rows of one evaluation, by schedule; the unquantized model's is `fp`."""
     output = tmp_path_factory.mktemp("eval") / "result.json"
-    schedules = [word for name in ("uniform:4", "uniform:2", "static:3@8,2@16") for word in ("--schedule", name)]
+    schedules = [word for name in ("uniform:4", "uniform:2", "static:4@0,3@8,2@16") for word in ("--schedule", name)]
     arguments = [
         *(str(dialog_bundle), "--task", "dialogsum", "--data", str(dialogues), "--limit", str(LIMIT)),
         *("--reference", str(dialog_model), "--max-new-tokens", str(TOKENS), "--json", str(output), "-q", *schedules),
@@ -47,4 +47,4 @@ def test_four_bits_summarize_as_well_as_the_checkpoint(rows: dict[str, Any]) -> 
 def test_a_schedule_reads_fewer_bits(rows: dict[str, Any]) -> None:
     bits = {name: row["average_bits"] for name, row in rows.items()}
     assert bits["uniform:2"] == pytest.approx(2)
-    assert bits["uniform:2"] < bits["static:3@8,2@16"] < bits["uniform:4"] == pytest.approx(4)
+    assert bits["uniform:2"] < bits["static:4@0,3@8,2@16"] < bits["uniform:4"] == pytest.approx(4)
