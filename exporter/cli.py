@@ -180,8 +180,6 @@ def main(
     for line in export.describe():
         log.info(line)
     manifest = export.run()
-    for check, result in manifest.verification.items():
-        log.info("verified  %s: %s", check, result["summary"])
     if not skeleton:
         warn_unverified(config.output, verified=manifest.verified)
     document = {"bundle": str(config.output), "verification": manifest.verification}

@@ -22,7 +22,7 @@ from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
 from pmpd.exporter.verify.agreement import Check, require_passed
-from pmpd.exporter.verify.bundle import Verification
+from pmpd.exporter.verify.bundle import Verification, summarize
 from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import MissingExtraError, PmpdError
@@ -206,6 +206,7 @@ class Export:
             verification = Verification(bundle, self.checkpoint, self.outline.family, self.plan)
             for check in track(verification, step="verify", total=len(verification)):
                 require_passed(check)
+                log.debug("verified  %s: %s", check.name, check)
                 checks.append(check)
             checked = {target for target, _ in verification.libraries}
             if unchecked := sorted(bundle.manifest.kernels.keys() - checked):
@@ -215,6 +216,7 @@ class Export:
                 f"{error}; {workspace.folder} keeps the quantized weights ({byte_text(self.plan.size)}) for the next "
                 "run of this export: delete it if there will be none"
             ) from None
+        log.info("verified  %s", summarize(checks, self.config.precisions))
         for check in checks:
             if check.warning:
                 log.warning("%s", check.warning)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["REMEDY", "Check", "Distance", "Figure", "compare", "require_passed", "same_tokens"]
+__all__ = ["MEAN_KL", "REMEDY", "Check", "Distance", "Figure", "compare", "require_passed", "same_tokens"]
 
 Doubles = npt.NDArray[np.float64]
 
@@ -22,6 +22,7 @@ FLOOR_FACTOR = 9.0
 REMEDY = "nothing was published: please report this line, or export with --no-verify to get the bundle as it is"
 # What float32 logits themselves resolve.
 LEAST_DISTANCE = 1e-10
+MEAN_KL = "mean KL in nats"  # name of the figure
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def compare(
     return Check(
         name=name,
         figures={
-            "mean KL in nats": Figure(distance.mean_kl, FLOOR_FACTOR * floor.mean_kl + LEAST_DISTANCE),
+            MEAN_KL: Figure(distance.mean_kl, FLOOR_FACTOR * floor.mean_kl + LEAST_DISTANCE),
             "largest 1 - cosine": Figure(distance.angle, FLOOR_FACTOR * floor.angle + LEAST_DISTANCE),
         },
         note="; ".join(text for text in (same_tokens(distance), note) if text),

@@ -7,7 +7,7 @@ portable graph with noise of the size of that rounding on the weights of its nor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pmpd.exporter.arch import Family
 from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.source.checkpoint import Checkpoint
-from pmpd.exporter.verify.agreement import Check, Distance, Figure, compare, same_tokens
+from pmpd.exporter.verify.agreement import MEAN_KL, Check, Distance, Figure, compare, same_tokens
 from pmpd.exporter.verify.dequantized import DequantizedWeights, checkpoint_weights
 from pmpd.exporter.verify.float_graph import FloatGraph
 from pmpd.exporter.verify.nodes import NodeErrors, Subject, node_errors
@@ -29,7 +29,7 @@ from pmpd.runtime import Bundle, Tokenizer
 from pmpd.runtime.engine.kernels import KernelLibrary
 from pmpd.runtime.format.targets import machine_targets
 
-__all__ = ["Verification", "verification_ids"]
+__all__ = ["Verification", "summarize", "verification_ids"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -44,6 +44,7 @@ TEXT = (
 PORTABLE_ROUNDING = HALF_U / 2
 # Mean KL from the unquantized model, in nats: its perplexity on its own text is e times as high.
 UNUSABLE_KL = 1.0
+NODE_ERROR = "largest error of a node, in units of its rounding bound"
 
 
 def verification_ids(bundle: Bundle) -> list[int]:
@@ -150,7 +151,7 @@ def _nodes(name: str, errors: NodeErrors) -> Check:
     node, ratio = errors.worst()
     return Check(
         name=name,
-        figures={"largest error of a node, in units of its rounding bound": Figure(ratio, 1.0)},
+        figures={NODE_ERROR: Figure(ratio, 1.0)},
         note=f"{len(errors.ratios)} nodes, the largest at {node}",
     )
 
@@ -164,8 +165,23 @@ def _quantization(precision: int, distance: Distance) -> Check:
             "calibrate (--calibration) or leave this precision out (--precisions)"
         )
     return Check(
-        name=f"decode at {precision} bits against the unquantized model",
-        figures={"mean KL in nats": Figure(distance.mean_kl)},
+        name=_quantization_name(precision),
+        figures={MEAN_KL: Figure(distance.mean_kl)},
         note=same_tokens(distance),
         warning=warning,
+    )
+
+
+def _quantization_name(precision: int) -> str:
+    return f"decode at {precision} bits against the unquantized model"
+
+
+def summarize(checks: Sequence[Check], precisions: Sequence[int]) -> str:
+    """Return in one line what the checks of a bundle measured, all of which passed."""
+    worst = max(check.figures[NODE_ERROR].value for check in checks if NODE_ERROR in check.figures)
+    divergences = {check.name: check.figures[MEAN_KL].value for check in checks if MEAN_KL in check.figures}
+    nats = " / ".join(f"{divergences[_quantization_name(precision)]:.2g}" for precision in precisions)
+    return (
+        f"{len(checks)} checks passed: worst node at {worst:.2g} of its rounding bound; "
+        f"quantization costs {nats} nats (mean KL) at {' / '.join(map(str, precisions))} bits"
     )

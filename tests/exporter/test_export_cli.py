@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,10 +87,22 @@ def test_the_result_is_on_stdout_and_the_rest_on_stderr(tiny: Path) -> None:
         "12 a layer",
         "has no tokenizer",
         "quantize 9/9",
-        "verified  float32 graph against transformers: mean KL in nats ",
     ):
         assert said in process.stderr
+    (verified,) = (line for line in process.stderr.splitlines() if line.startswith("verified"))
+    assert re.fullmatch(
+        rf"verified  {len(result['verification'])} checks passed: worst node at [\d.e-]+ of its rounding bound; "
+        r"quantization costs [\d.e-]+ / [\d.e-]+ nats \(mean KL\) at 2 / 1 bits",
+        verified,
+    )
     assert Bundle.open("out", verify=True).manifest.verification == result["verification"]
+
+
+@pytest.mark.full
+def test_verbose_prints_every_check(tiny: Path) -> None:
+    process = export_process("-v", "-m", tiny, "-o", "out", "--precisions", "2,1", "--target", "none")
+    for name, check in Bundle.open("out").manifest.verification.items():
+        assert f"verified  {name}: {check['summary']}\n" in process.stderr
 
 
 @pytest.mark.full
