@@ -1,4 +1,4 @@
-"""The command `pmpd-npu`: reads the options, and leaves the rest to `report`, `explore` and the recipes."""
+"""The command `pmpd-npu`: parses the options and calls `report`, `explore` and the recipes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def main() -> None:
     help="Show decode step N, counted from 0. Repeatable.  [default: means over all steps in tables, the first step at "
     "each precision in --trace and --instructions]",
 )
-@click.option("--details", is_flag=True, help="Print a table of operators for each phase too.")
+@click.option("--details", is_flag=True, help="Also print a table of operators for each phase.")
 @json_option()
 @click.option("--csv", "csv_file", type=FILE, metavar="FILE", help="Write the tables of operators as CSV.")
 @_PLOT

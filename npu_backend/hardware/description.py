@@ -105,7 +105,7 @@ class MatrixUnit(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialUnit(_Section):
-    """Throughput of what is no matrix product, in elements a cycle of the matrix unit's clock."""
+    """Throughput of everything but matrix products, in elements per cycle of the matrix unit's clock."""
 
     softmax_per_cycle: Annotated[Number, Range("elements a cycle", 0.01, 1e6)]
     norm_per_cycle: Annotated[Number, Range("elements a cycle", 0.01, 1e6)]
@@ -134,14 +134,14 @@ class Buffers(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Decompression(_Section):
-    """Bit-planes to codebook entries, this many weights a cycle."""
+    """Turns bit-planes into codebook entries, `weights_per_cycle` weights per cycle."""
 
     weights_per_cycle: Annotated[Number, Range("weights a cycle", 0.01, 1 << 24)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formats(_Section):
-    """Bits of what is no weight, on chip and in the KV cache."""
+    """Bits of activations on chip and of keys and values in the cache."""
 
     activation_bits: Annotated[Number, Range("bits", 4, 32, whole=True)]
     kv_bits: Annotated[Number, Range("bits", 2, 32, whole=True)]
@@ -162,7 +162,7 @@ class Controller(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Energy(_Section):
-    """Energy per byte and per operation, and what is drawn all the time."""
+    """Energy per byte and per operation, and static power."""
 
     memory_pj_per_byte: Annotated[Number, Range("pJ per byte", 0, 1e5)]
     buffer_pj_per_byte: Annotated[Number, Range("pJ per byte", 0, 1e5)]
@@ -182,11 +182,11 @@ class Area(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """An accelerator. Every number may be an array: then what is computed from it is one too.
+    """An accelerator. Every number may be an array: then every result computed from it is an array too.
 
     Attributes:
         name: what ``--hardware`` calls it.
-        title: a line for people.
+        title: a one-line description.
         sources: where each number comes from, by ``section.field``.
     """
 
@@ -257,7 +257,7 @@ def read_hardware(name: str | Path) -> Hardware:
     """Read a hardware description: one that is shipped, by its name, or a TOML file.
 
     Raises:
-        PmpdError: there is none, or it is no TOML, lacks a field or a source, has one too many, or a bad value.
+        PmpdError: it does not exist, is not TOML, lacks a field or a source, or has an unknown field or a bad value.
     """
     shipped = shipped_hardware()
     path = shipped.get(str(name), Path(name))

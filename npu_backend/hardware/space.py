@@ -17,7 +17,7 @@ from pmpd.runtime.errors import PmpdError, unknown_choice
 
 __all__ = ["LARGEST", "Space", "parse_axis", "read_space"]
 
-LARGEST = 200_000  # points that are simulated at once at most
+LARGEST = 200_000  # the most points that are simulated at once
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ def _sample(size: int, number: int, seed: int) -> npt.NDArray[np.int64]:
 def parse_axis(text: str) -> tuple[str, tuple[float, ...]]:
     """Read an axis as users write it: ``memory.bandwidth_gb_s=16,32,64``, or ``=16:64:5`` for five values up to 64.
 
-    The values of a range lie at equal ratios; where a number must be whole they are rounded.
+    The values of a range are spaced geometrically, and rounded where the number must be whole.
 
     Raises:
-        PmpdError: no axis, no such number, or a value that it cannot have.
+        PmpdError: not an axis, an unknown number, or a value out of its range.
     """
     name, equals, values = text.partition("=")
     if not equals or not values.strip():
-        raise PmpdError(f"{text!r} is no axis: write it like memory.bandwidth_gb_s=16,32,64 or =16:64:5")
+        raise PmpdError(f"{text!r} is not an axis: write it like memory.bandwidth_gb_s=16,32,64 or =16:64:5")
     return _axis(name.strip(), [item.strip() for item in values.split(",")])
 
 

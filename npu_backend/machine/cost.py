@@ -1,4 +1,4 @@
-"""Cycles, seconds, energy of instructions: the analytical model.
+"""The analytical model: cycles, seconds and energy of instructions.
 
 Every formula is linear algebra over numbers or arrays, so one call costs all lengths of a generation or all points of
 an exploration.
@@ -45,7 +45,7 @@ def _mapping(step: Matrix, hardware: Hardware) -> tuple[Number, Number]:
 def matrix_cycles(step: Matrix, hardware: Hardware) -> Number:
     """Return the cycles of a product: the slower of the multipliers and the decompression that feeds them.
 
-    Decompressed weights are kept nowhere: each pass over them decompresses them anew.
+    Decompressed weights are not stored: each pass over them decompresses them again.
     """
     unit = hardware.matrix_unit
     passes, outputs = _mapping(step, hardware)
@@ -62,7 +62,7 @@ def _special_cycles(step: Special, hardware: Hardware) -> Number:
 
 @dataclass(frozen=True)
 class Piece:
-    """Work with what it streams in: `memory` seconds of loads, cut in `tiles`, and `compute` seconds.
+    """Work and the data that it streams in: `memory` seconds of loads, split into `tiles`, and `compute` seconds.
 
     Without tiles, memory is busy and nothing waits: stores, and vectors that were fetched long before. `steps` are the
     instructions it stands for, each as often as there are tiles.
@@ -121,7 +121,7 @@ def operator_cost(operator: Operator, hardware: Hardware) -> OperatorCost:
 
 
 def energy(operator: Operator, hardware: Hardware) -> Number:
-    """Return the joules of an operator, without what is drawn all the time.
+    """Return the joules of an operator, without static power.
 
     Off-chip bytes pass a buffer twice, in and out; weights once more for each further pass. A product reads an
     activation once for all outputs that are worked on at a time, and writes its outputs.

@@ -1,7 +1,7 @@
 """The accelerator's instructions, after FlightLLM (Zeng et al., FPGA 2024): load, store, matrix, special, synchronise.
 
 Quantities that depend on the length of the text may be arrays, one entry per decode step: a whole generation is one
-program. An `Operator` is a node of the graph: what it loads streams in while the one before computes.
+program. An `Operator` is a node of the graph: its loads stream in while the previous one computes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Special:
-    """``MISC``: a function of so many elements in the special function unit."""
+    """``MISC``: a function of `elements` elements in the special function unit."""
 
     function: SpecialKind
     elements: Number

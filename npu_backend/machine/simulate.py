@@ -1,8 +1,8 @@
 """Programs in time: memory streams into a double buffer while the units compute; tokens, phases, whole generations.
 
-A stream is cut in tiles of half the stream buffer. The load of a tile waits for memory and for a free half; computing
-on it waits for the tile and for the unit. For equal tiles that recurrence has a closed form, so the time to simulate an
-operator does not grow with its size.
+A stream is split into tiles of half the stream buffer. The load of a tile waits for memory and for a free half;
+computing on it waits for the tile and for the unit. For equal tiles that recurrence has a closed form, so the time to
+simulate an operator does not grow with its size.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ class Pipeline:
         start = np.maximum(self.memory, self.first)
 
         def loaded(count: Number) -> Number:
-            """When so many tiles are loaded, had the buffer no end."""
+            """When `count` tiles are loaded if the buffer is unbounded."""
             return np.maximum(start + count * load, np.where(count > 1, self.second + (count - 1) * load, 0.0))
 
         def computed(count: Number) -> Number:
-            """When the products of so many tiles are done."""
+            """When the products of `count` tiles are done."""
             products_last = np.maximum(self.unit, start + load) + count * compute
             second = np.where(count > 1, self.second + load + (count - 1) * compute, 0.0)
             return np.maximum(np.maximum(products_last, second), np.maximum(loaded(count), waiting(count)) + compute)
 
         def waiting(count: Number) -> Number:
-            """When so many tiles are loaded, had the unit been the last to be free."""
+            """When `count` tiles are loaded if the unit is the last to be free."""
             return np.where(count > 2, self.unit + compute + (count - 2) * load, 0.0)
 
         last = np.where(tiles > 2, computed(tiles - 2) + load, 0.0)

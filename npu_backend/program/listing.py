@@ -1,4 +1,4 @@
-"""The instruction stream itself: how long it is for one length and for all, and a listing of it for people."""
+"""The instruction stream itself: how long it is for one length and for all, and a readable listing of it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def stream_sizes(model: Model, hardware: Hardware) -> StreamSizes:
 def listing(program: Program, hardware: Hardware) -> str:
     """Return a program of one length as text: every operator's instructions with operands, bytes and buffers.
 
-    A line stands for as many instructions as it says tiles; their operands are the whole, not one tile's.
+    A line stands for one instruction per tile; its operands are those of all tiles together.
     """
     return "\n".join([*_lines(program, hardware), ""])
 

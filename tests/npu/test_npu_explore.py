@@ -154,8 +154,8 @@ def test_grid_and_sample() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("memory.bandwidth_gb_s", "is no axis: write it like"),
-        ("memory.bandwidth_gb_s=", "is no axis: write it like"),
+        ("memory.bandwidth_gb_s", "is not an axis: write it like"),
+        ("memory.bandwidth_gb_s=", "is not an axis: write it like"),
         ("bandwidth_gb_s=3", "unknown number to vary 'bandwidth_gb_s': choose one of memory.bandwidth_gb_s"),
         ("memory.bandwidth_gb_s=three", "memory.bandwidth_gb_s: 'three' is neither a number nor a range"),
         ("memory.bandwidth_gb_s=64:16:3", "'64:16:3' is neither a number nor a range"),

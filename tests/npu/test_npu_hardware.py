@@ -57,7 +57,11 @@ def test_the_npus_of_the_paper() -> None:
         ("rows = 16", "rows = 16.5", "[matrix_unit] rows must be a whole number of rows of activations, got 16.5"),
         ("rows = 16", f"rows = {10**30}", "[matrix_unit] rows must be a number of rows of activations from 1 to 65536"),
         ("mv_outputs = 64", "mv_outputs = 257", "mv_outputs must be at most rows * mm_outputs = 256, the units there"),
-        ("[decompression]\nweights_per_cycle = 1024", "", "lacks the table [decompression]: Bit-planes to codebook"),
+        (
+            "[decompression]\nweights_per_cycle = 1024",
+            "",
+            "lacks the table [decompression]: Turns bit-planes into codebook",
+        ),
         ("[controller]", "[control]", "lacks the table [controller]"),
         ("[energy]\n", "[memories]\n\n[energy]\n", "unknown table 'memories': choose one of memory, "),
         ("[energy]\n", "[energy.more]\n\n[energy]\n", "[energy] has an unknown field 'more': choose one of "),
