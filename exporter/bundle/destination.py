@@ -32,7 +32,7 @@ __all__ = ["Destination", "check_output", "work_folder"]
 
 _LOCK = "lock"
 _REPLACED = "replaced"
-# What rename says when something stands in its way.
+# Errors of a rename whose target exists.
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
 Identity = tuple[int, ...]
 
@@ -77,7 +77,7 @@ class Destination:
     @classmethod
     @contextmanager
     def claim(cls, output: Path, *, overwrite: bool) -> Iterator[Self]:
-        """Keep every other export away from `output`, and finish or undo a replacement that a kill cut short.
+        """Keep every other export away from `output`, and finish or undo an interrupted replacement.
 
         Raises:
             PmpdError: another export has claimed it, the place cannot be written, or as `check_output`.
@@ -130,7 +130,7 @@ def _lock(folder: Path, output: Path) -> TextIO:
             folder.mkdir(parents=True, exist_ok=True)
             return open_locked(folder / _LOCK)
         except FileNotFoundError:
-            continue  # the export before has just removed the lock or the folder
+            continue  # the previous export has just removed the lock or the folder
         except BlockingIOError:
             raise PmpdError(f"another export is writing {output}: wait for it or end it") from None
         except OSError as error:
@@ -138,7 +138,7 @@ def _lock(folder: Path, output: Path) -> TextIO:
 
 
 def _put_back(old: Path, output: Path) -> None:
-    """Undo, or complete, a replacement that was cut short."""
+    """Undo or complete an interrupted replacement."""
     if not old.exists():
         return
     if not os.path.lexists(output):
@@ -177,7 +177,7 @@ def _identity(folder: Path) -> Identity:
 
 
 def _flush(bundle: Path) -> None:
-    """Put files and folders of a bundle on disk, so that no loss of power can empty what a rename has published."""
+    """Put files and folders of a bundle on disk, so that a power failure cannot lose published data."""
     for path in bundle.rglob("*"):
         if path.is_dir():
             _flush_folder(path)

@@ -1,4 +1,4 @@
-"""An exclusive lock on a file, on POSIX and on Windows; a process that dies gives it back."""
+"""An exclusive lock on a file, on POSIX and on Windows; it is released when the process dies."""
 
 from __future__ import annotations
 

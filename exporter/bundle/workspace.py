@@ -1,8 +1,8 @@
-"""The folder an unfinished export works in: finished steps are on record, and the bundle appears in one rename.
+"""The folder of an unfinished export: a journal of finished steps, and the bundle, which one rename publishes.
 
-`<output>.partial/<fingerprint>` belongs to one configuration of one checkpoint; `bundle/` in it is the bundle to be.
-Tensors go straight to their places in the weight file, and the journal names a layer once its bytes are on disk. So
-what a killed export left can be trusted, or is done again.
+`<output>.partial/<fingerprint>` belongs to one configuration of one checkpoint; its `bundle/` is the bundle being
+written. Tensors are written at their final offsets in the weight file, and the journal names a layer once its bytes
+are on disk. A killed export therefore resumes from the journal, and anything not in it is done again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["PROBE_PREFIX", "Workspace", "bytes_on_disk"]
 log = logging.getLogger(__name__)
 _JOURNAL = "journal"
 _BUNDLE = "bundle"
-# Graphs that the verification writes beside the weights, and deletes once they are loaded.
+# Temporary graphs that the verification writes next to the weights and deletes after loading.
 PROBE_PREFIX = ".probe-"
 
 
@@ -47,8 +47,8 @@ class Workspace:
 
     Attributes:
         folder: holds the journal and the bundle.
-        path: the bundle to be.
-        done: steps on record.
+        path: the bundle being written.
+        done: the steps in the journal.
     """
 
     def __init__(self, folder: Path, destination: Destination, plan: WeightPlan) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of calibration text that quantization methods ask for: the contract of one."""
+"""The interface of a statistic of calibration text, which quantization methods need."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Weighted one-dimensional k-means of many rows at once.
 
-In one dimension the clusters of k-means are runs of the sorted values, so a clustering is a list of boundaries and the
-error of any run comes from prefix sums. Rows are independent and of one length; everything is vectorized over them.
+In one dimension the clusters of k-means are contiguous ranges of the sorted values, so a clustering is a list of
+boundaries, and prefix sums give the error of any range. Rows are independent and equally long; all operations are
+vectorized over them.
 
 A clustering of R rows into m clusters is an integer array of boundaries ``[R, m + 1]``: cluster j of row r holds the
 sorted positions ``[b[r, j], b[r, j + 1])``; the first boundary is 0, the last K, and empty clusters are allowed.
@@ -26,7 +27,7 @@ FINE_BITS = 2
 """With up to ``2**FINE_BITS`` clusters the error of the best boundaries on the grid is within 0.3 % of the least."""
 
 COARSE_BITS = 4
-"""With more than ``2**COARSE_BITS`` clusters the grid would be too coarse to begin with."""
+"""With more than ``2**COARSE_BITS`` clusters the grid would be too coarse to start from."""
 
 TINY = np.finfo(np.float64).tiny
 
@@ -36,7 +37,7 @@ class SortedRows:
 
     Args:
         values: float32 ``[R, K]``, finite, K >= 1.
-        weights: float32 ``[R, K]``, all positive, a mean of about one per row; None: all one.
+        weights: float32 ``[R, K]``, all positive, with a mean of about 1 per row; None for all 1.
     """
 
     def __init__(self, values: npt.NDArray[np.float32], weights: npt.NDArray[np.float32] | None = None) -> None:
