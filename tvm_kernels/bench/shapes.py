@@ -37,7 +37,7 @@ def model_shapes(model: str) -> tuple[Shape, ...]:
         model: one of `shipped_models`, or a folder with a Hugging Face `config.json`.
 
     Raises:
-        PmpdError: there is no such model, or its configuration lacks something.
+        PmpdError: the model is unknown, or its configuration is incomplete.
     """
     config = shipped_config(model) if model in shipped_models() else _read_config(model)
     try:

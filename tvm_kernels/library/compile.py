@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # needs TVM
 
 __all__ = ["Progress", "compile_kernels", "require_tvm"]
 
-# The code that decides what is in an object: what makes the TIR functions, and what compiles them.
+# The code that determines the contents of an object: it makes the TIR functions and compiles them.
 _PACKAGE = Path(__file__).parents[1]
 _GENERATORS = [
     *sorted(file for room in ("codegen", "ops") for file in (_PACKAGE / room).rglob("*.py")),
@@ -153,7 +153,7 @@ def _compile_all(units: dict[Path, _Unit]) -> Iterator[str]:
 
 @cache
 def _code_digest() -> bytes:
-    """Return a hash of the code that decides what is in an object; comments do not count."""
+    """Return a hash of the code that determines the contents of an object; comments do not count."""
     digest = hashlib.sha256()
     for module in _GENERATORS:
         digest.update(ast.dump(ast.parse(module.read_bytes())).encode())

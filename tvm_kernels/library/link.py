@@ -45,7 +45,7 @@ def build_library(
 
     Raises:
         MissingExtraError: TVM, or a C compiler that can link for the target, is not installed.
-        PmpdError: there is no such target, TVM fails on a kernel, or the library cannot be linked or written.
+        PmpdError: the target is unknown, TVM fails on a kernel, or the library cannot be linked or written.
     """
     chosen = find_target(target)
     _compiler(chosen)  # if there is none, say so before the kernels take their time
@@ -64,7 +64,7 @@ def require_toolchain(target: str) -> None:
 
     Raises:
         MissingExtraError: TVM, or a C compiler that can link for the target, is not installed.
-        PmpdError: there is no such target.
+        PmpdError: the target is unknown.
     """
     _compiler(find_target(target))
     require_tvm()

@@ -151,7 +151,7 @@ class Tuner:
         self.todo = [kernel for kernel in kernels if key_of(kernel) not in self._records[kernel.isa.name]["kernels"]]
 
     def run(self) -> Iterator[tuple[MatmulKernel, dict[str, float]]]:
-        """Tune what is left; yield each kernel with its choices and figures when they are saved."""
+        """Tune the remaining kernels; yield each one with its choices and timings once they are saved."""
         for kernel in self.todo:
             best = search(kernel, self._arena.enter)
             figures = self._arena.figures(best)
