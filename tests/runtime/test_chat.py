@@ -178,6 +178,7 @@ for template in json.load(sys.stdin):
 """
 
 
+@pytest.mark.full
 def test_hostile_templates_end_soon_and_stay_small() -> None:
     process = subprocess.run(
         [sys.executable, "-c", CHILD],
