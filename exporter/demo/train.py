@@ -32,6 +32,7 @@ try:
     from safetensors import SafetensorError
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
     from pmpd.exporter.demo.corpus import PAD, SPECIAL_TOKENS, pack, split_documents, train_tokenizer
     from pmpd.exporter.demo.recipe import Recipe, build_model
@@ -158,6 +159,7 @@ def save(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
     Raises:
         PmpdError: the weights cannot be written.
     """
+    disable_progress_bar()  # transformers 5 shows one for writing; the progress here is ours
     try:
         model.half().save_pretrained(folder)
     except SafetensorError as error:
