@@ -46,7 +46,7 @@ class ReferenceCheckpoint:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise PmpdError(
-                f"reference {path} is no checkpoint that transformers reads ({_first_line(error)}): "
+                f"reference {path} is not a checkpoint that transformers can read ({_first_line(error)}): "
                 "give another with --reference"
             ) from None
         vocab_size = bundle.manifest.architecture.vocab_size
