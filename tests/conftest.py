@@ -11,6 +11,7 @@ Every test is in exactly one tier, and most need no mark for it:
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -89,6 +90,16 @@ def interruptible(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """Undo what a command that ran in this process did to the levels of the loggers, as `-q` does."""
+    loggers = logging.getLogger(), logging.getLogger("pmpd")
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
