@@ -49,6 +49,7 @@ FILE = click.Path(path_type=Path)
 
 _MESSAGE_LIMIT = 1000  # characters; our own messages are shorter, whatever they quote
 _LOUDNESS = "pmpd.loudness"
+_MOMENT = 0.05  # seconds; long enough for a finalizer or a callback to return
 # Packages whose name differs from that of the module.
 _DISTRIBUTIONS = {"tvm": "apache-tvm", "rouge_score": "rouge-score", "google": "protobuf"}
 
@@ -57,11 +58,22 @@ log = logging.getLogger("pmpd")
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal asks the process to end: it cleans up as after an interrupt and exits with 128 + `number`."""
+    """A signal asks the process to end: it cleans up as after an interrupt and exits with 128 + `number`.
+
+    Python drops what is raised in a finalizer or a callback, and so does some C++ code. A request to end that was
+    dropped while the command runs is made again, a moment later.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
+
+    def __del__(self) -> None:
+        if callable(signal.getsignal(self.number)):  # the command still runs: `_signals` has not put the default back
+            main = threading.main_thread().ident
+            again = threading.Timer(_MOMENT, signal.pthread_kill, [main, self.number])
+            again.daemon = True
+            again.start()
 
 
 class Failure(click.ClickException):
@@ -109,7 +121,7 @@ class Command(click.Command):
         if not isinstance(self, Group):
             _start_logging(ctx.meta.get(_LOUDNESS, logging.INFO))
         try:
-            return super().invoke(ctx)
+            return self._run(ctx)
         except PmpdError as error:
             raise Failure(str(error)) from error
         except ImportError as error:
@@ -118,31 +130,42 @@ class Command(click.Command):
             raise Failure(str(MissingExtraError(_DISTRIBUTIONS.get(error.name, error.name), self.extra))) from error
         except MemoryError as error:
             raise Failure("not enough memory: close other programs, or take a smaller model or context") from error
-        except Terminated as error:
-            raise Failure(self.interrupted, 128 + error.number) from error
-        except KeyboardInterrupt as error:
-            raise Failure(self.interrupted, INTERRUPTED) from error
         except OSError as error:
             raise Failure(*_os_error(error)) from error
+
+    def _run(self, ctx: click.Context) -> Any:
+        """Run the command; an interrupt becomes `Failure`, also where a library made another error of it."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (KeyboardInterrupt, Exception) as error:
+            interrupt: BaseException | None = error
+            while interrupt is not None and not isinstance(interrupt, KeyboardInterrupt):
+                interrupt = interrupt.__cause__ or interrupt.__context__
+            if interrupt is None:
+                raise
+            code = 128 + interrupt.number if isinstance(interrupt, Terminated) else INTERRUPTED
+            raise Failure(self.interrupted, code) from error
 
     def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run the command line; in standalone mode, end the process with its exit code."""
         run: Callable[..., Any] = super().main
         if not standalone_mode:
             return run(*arguments, standalone_mode=False, **options)
-        with _signals():
-            try:
+        try:
+            with _signals():
                 code = run(*arguments, standalone_mode=False, **options)
-            except Failure as error:
-                code = _report(error.message, error.code)
-            except click.UsageError as error:
-                code = _report(_usage(error, self.name), USAGE)
-            except click.ClickException as error:
-                code = _report(error.format_message(), error.exit_code)
-            except click.Abort:
-                code = _report(self.interrupted, INTERRUPTED)
-            except OSError as error:  # the help could not be printed
-                code = _report(*_os_error(error))
+        except Failure as error:
+            code = _report(error.message, error.code)
+        except click.UsageError as error:
+            code = _report(_usage(error, self.name), USAGE)
+        except click.ClickException as error:
+            code = _report(error.format_message(), error.exit_code)
+        except click.Abort:
+            code = _report(self.interrupted, INTERRUPTED)
+        except OSError as error:  # the help could not be printed
+            code = _report(*_os_error(error))
         sys.exit(code if isinstance(code, int) else 0)
 
 

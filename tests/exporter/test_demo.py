@@ -115,7 +115,7 @@ def test_progress_and_result_are_reported(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.full
 def test_a_stopped_training_leaves_nothing(tmp_path: Path) -> None:
     text = write(tmp_path / "text.txt", stories(60))
-    arguments = ["--text", str(text), "--output", str(tmp_path / "model"), "--minutes=9", *TINY]
+    arguments = ["--text", str(text), "--output", str(tmp_path / "model"), "--minutes=1", *TINY]
     command = [sys.executable, "-m", "pmpd.exporter.demo.train", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

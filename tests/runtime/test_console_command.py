@@ -175,13 +175,13 @@ tool()
 """
 
 
-def start_waiting(*, ignore: signal.Signals | None = None) -> subprocess.Popen[str]:
+def start_waiting(*, ignore: signal.Signals | None = None, program: str = WAITING) -> subprocess.Popen[str]:
     def prepare() -> None:
         if ignore is not None:
             signal.signal(ignore, signal.SIG_IGN)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -196,6 +196,31 @@ def test_a_signal_cleans_up_and_says_how_to_resume(number: signal.Signals) -> No
         out, err = process.communicate(timeout=30)
     assert (out, err) == ("cleaned up\n", "error: interrupted: run again to resume\n")
     assert process.returncode == 128 + number
+
+
+@pytest.mark.interruptible
+def test_a_signal_that_arrives_in_a_finalizer_is_not_lost() -> None:
+    """Python drops what is raised in a finalizer: torch's first steps have many, and a training went on for ever."""
+    in_finalizer = "type('Slow', (), {'__del__': lambda self: (print('ready', flush=True), time.sleep(60))})()"
+    with start_waiting(program=WAITING.replace('click.echo("ready")', in_finalizer)) as process:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "cleaned up\n")
+    assert err.splitlines()[-1] == "error: interrupted: run again to resume"
+
+
+def test_an_interrupt_that_a_library_makes_an_error_of_is_an_interrupt() -> None:
+    """Code that is interrupted while it restores its own state fails in its own way (torch's vmap does)."""
+
+    @click.command("tool", cls=Command, interrupted="interrupted: run again to resume")
+    def tool() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("stack is empty")
+
+    result = run(tool)
+    assert (result.exit_code, result.stderr) == (130, "error: interrupted: run again to resume\n")
 
 
 @pytest.mark.interruptible
