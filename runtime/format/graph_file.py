@@ -76,6 +76,8 @@ def read_graph_file(data: bytes, path: Path) -> GraphFile:
 def check_graph(manifest: Manifest, graph: Graph, path: Path) -> None:
     """Check that the ONNX file at `path` reads the tensors that the manifest lists for `graph`, and no others.
 
+    Bounds and coarse codebooks may be left out: a graph that computes all logits alike has no use for them.
+
     Raises:
         BundleError: a tensor is missing in the file or in the manifest, or they differ in its type, its shape or its
             place in the weight file; or the file cannot be read.
@@ -97,7 +99,7 @@ def check_graph(manifest: Manifest, graph: Graph, path: Path) -> None:
                 )
         elif initializer.external is not None or name in listed:
             raise _disagreement(path, name, f"bundle.json lists no such tensor for {graph.precision} bits")
-    for name in wanted.keys() - content.initializers.keys():
+    for name in wanted.keys() - content.initializers.keys() - manifest.optional_tensors:
         raise _disagreement(path, name, "the graph does not read it")
 
 

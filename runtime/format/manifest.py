@@ -14,9 +14,10 @@ from typing import Any, Self
 
 from pmpd.runtime.errors import BundleError, one_line, unknown_choice
 from pmpd.runtime.format.bitplanes import MAX_PRECISION
-from pmpd.runtime.format.tensor import DTYPE_SIZES, Tensor, check_tensors
+from pmpd.runtime.format.tensor import DTYPE_SIZES, Tensor, check_tensors, coarse_codebooks
 from pmpd.runtime.format.typed_json import build, parse_object
-from pmpd.runtime.format.version1 import upgrade
+from pmpd.runtime.format.version1 import upgrade as upgrade_1
+from pmpd.runtime.format.version2 import upgrade as upgrade_2
 
 __all__ = [
     "ACCURACIES",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 FORMAT = "pmpd-bundle"
-VERSION = 2
+VERSION = 3
 MANIFEST_NAME = "bundle.json"
 # How kernels compute: `exact` in float; `int8` with codebook entries and activations rounded to 8 bits.
 ACCURACIES = ("exact", "int8")
@@ -40,6 +41,7 @@ PHASES = ("prefill", "decode")
 ACTIVATIONS = ("float32", "float16")
 _KV_DTYPES = ("float16", "float32")
 DEVICES = ("cpu", "cuda")
+_UPGRADES = (upgrade_1, upgrade_2)  # from each version to the next
 # A reader's memory and time must not depend on what a manifest claims. Each limit is far above any model of today.
 MAX_MANIFEST_BYTES = 64 << 20  # one of 40 layers has 200 kB
 MAX_HASHED_BYTES = 1 << 30  # of all files but weights, which are hashed at every opening: a tokenizer has up to 40 MB
@@ -336,6 +338,12 @@ class Manifest:
             if tensor.role != "codebook" or tensor.layer not in nested or tensor.bits == precision
         )
 
+    @cached_property
+    def optional_tensors(self) -> frozenset[str]:
+        """The names of the tensors that a graph may leave out: bounds and coarse codebooks."""
+        bounds = [tensor.name for tensor in self.tensors if tensor.role == "bound"]
+        return frozenset([*bounds, *(tensor.name for tensor in coarse_codebooks(self.tensors))])
+
     def to_json(self) -> str:
         """Return the text of `bundle.json`, in the newest version."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -343,7 +351,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read the text of `bundle.json`, of version 1 or 2.
+        """Read the text of `bundle.json`, of any version so far.
 
         Raises:
             BundleError: it is not JSON, of another format or version, or a field is missing, mistyped or inconsistent.
@@ -358,7 +366,9 @@ class Manifest:
                 "upgrade pmpd, or export the model with this version"
             )
         try:
-            manifest: Self = build(cls, upgrade(document) if version == 1 else document, "bundle.json")
+            for upgrade in _UPGRADES[version - 1 :]:
+                document = upgrade(document)
+            manifest: Self = build(cls, document, "bundle.json")
         except BundleError as error:  # it may quote the manifest
             raise BundleError(one_line(error, 500)) from None
         return manifest

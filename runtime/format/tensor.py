@@ -10,12 +10,12 @@ from itertools import pairwise
 from pmpd.runtime.errors import BundleError, unknown_choice
 from pmpd.runtime.format.bitplanes import CACHE_LINE, MAX_PRECISION
 
-__all__ = ["DTYPE_SIZES", "ROLES", "Tensor", "check_tensors"]
+__all__ = ["DTYPE_SIZES", "ROLES", "Tensor", "check_tensors", "coarse_codebooks"]
 
 DTYPE_SIZES = {"uint8": 1, "float16": 2, "float32": 4, "int64": 8}
-# What a tensor is for. The first three belong to a linear layer.
-ROLES = ("planes", "codebook", "bias", "embedding", "norm", "rotary")
-_OF_LAYER = ROLES[:3]
+# What a tensor is for. The first four belong to a linear layer.
+ROLES = ("planes", "codebook", "bias", "bound", "embedding", "norm", "rotary")
+_OF_LAYER = ROLES[:4]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class Tensor:
         offset: its first byte there.
         length: its bytes.
         dtype: type of its elements.
-        shape: planes ``[P, N, S]``, codebook ``[N, G, 2**bits]``, bias ``[N]`` (see `bitplanes`), embedding ``[V, H]``,
-            rotary cosines and sines ``[positions, pairs]``.
+        shape: planes ``[P, N, S]``, codebook ``[N, G, 2**bits]``, bias ``[N]`` (see `bitplanes`), bound ``[N]``,
+            embedding ``[V, H]``, rotary cosines and sines ``[positions, pairs]``.
         role: what it is for, one of `ROLES`.
-        layer: the linear layer (the name of its node) that planes, codebook or bias belong to.
+        layer: the linear layer (the name of its node) that planes, codebook, bias or bound belong to.
         bits: how many planes there are, or the precision that a codebook is for; None for other roles.
         nested: planes of which a graph reads as many as its precision says; other planes are read whole.
     """
@@ -72,6 +72,8 @@ class Tensor:
         """Say what contradicts the tensor's role, if something does."""
         if (self.layer is None) == (self.role in _OF_LAYER):
             return "must name its layer" if self.layer is None else f"cannot belong to the layer {self.layer!r}"
+        if self.role == "bound" and (self.dtype != "float32" or len(self.shape) != 1):
+            return f"must be float32 [N], got {self.dtype} {list(self.shape)}"
         if self.role not in ("planes", "codebook"):
             return "has no bits and no planes to be nested" if self.bits is not None or self.nested else None
         if self.bits is None or not 1 <= self.bits <= MAX_PRECISION:
@@ -87,11 +89,21 @@ class Tensor:
         return (precision, *self.shape[1:]) if self.nested else self.shape
 
 
+def coarse_codebooks(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the codebooks for the first planes of layers that are not nested: of fewer bits than the layer has."""
+    tensors = tuple(tensors)
+    whole = {tensor.layer: tensor.bits or 0 for tensor in tensors if tensor.role == "planes" and not tensor.nested}
+    return [
+        tensor for tensor in tensors if tensor.role == "codebook" and (tensor.bits or 0) < whole.get(tensor.layer, 0)
+    ]
+
+
 def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
     """Check that a tensor table is whole: every layer has planes and a codebook for each precision it is read at.
 
     Raises:
-        BundleError: a tensor is listed twice, overlaps another, has other rows than its layer's planes, or is missing.
+        BundleError: a tensor is listed twice, overlaps another, has other rows than its layer's planes or a codebook of
+            more bits, or is missing; or a bound stands where there is no coarse codebook.
     """
     names: set[str] = set()
     parts: dict[tuple[str, str, int | None], Tensor] = {}
@@ -109,13 +121,24 @@ def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
             )
     planes = {tensor.layer: tensor for tensor in tensors if tensor.role == "planes"}
     for tensor in tensors:
-        if tensor.role in ("codebook", "bias"):
+        if tensor.role in ("codebook", "bias", "bound"):
             rows = planes[tensor.layer].shape[1] if tensor.layer in planes else 0
             if tensor.shape[0] != rows:
                 raise BundleError(
                     f"tensor {tensor.name!r} has {tensor.shape[0]} rows, the planes of its layer have {rows}: "
                     "export the model again"
                 )
+    coarse = {tensor.layer for tensor in coarse_codebooks(tensors)}
+    for tensor in tensors:
+        if tensor.role == "codebook" and (tensor.bits or 0) > (stored := planes[tensor.layer].shape[0]):
+            raise BundleError(
+                f"tensor {tensor.name!r} is for {tensor.bits} bits, the planes of its layer are {stored}: "
+                "export the model again"
+            )
+        if tensor.role == "bound" and tensor.layer not in coarse:
+            raise BundleError(
+                f"tensor {tensor.name!r} (bound) belongs to a layer without a coarse codebook: export the model again"
+            )
     for layer, tensor in planes.items():
         stored = tensor.shape[0]
         for bits in precisions if tensor.nested else (stored,):

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from pmpd.runtime import Bundle, BundleError
+from pmpd.runtime.engine.sessions import open_session
 from pmpd.runtime.format.graph_file import External, GraphFile, Initializer, check_graph, read_graph_file
 from pmpd.runtime.format.protobuf import read_fields, read_varints
 
@@ -97,6 +98,24 @@ def test_a_tensor_that_contradicts_the_graph_is_refused(
     assert process.stdout.startswith("BundleError: ")
     assert process.stdout.count("\n") == 1
     assert message in process.stdout
+
+
+def test_a_graph_may_leave_out_a_coarse_codebook_and_a_bound(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(GOLDEN.parent / "v2-llama", tmp_path / "bundle"))
+    document = json.loads((path / "bundle.json").read_text(encoding="utf-8")) | {"version": 3}
+    codebook = tensor(document, CODEBOOK) | {"name": "head_proj.codebook.3", "bits": 3, "shape": [131, 1, 8]}
+    bound = {**codebook, "name": "head_proj.bound", "role": "bound", "bits": None, "dtype": "float32", "shape": [131]}
+    document["tensors"] += [codebook, bound]
+    move_to_end(document, bound, length=131 * 4)
+    bound["offset"] -= bound["offset"] % 64
+    codebook.update(length=131 * 16, offset=bound["offset"] - 64 * 40)
+    (path / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    os.truncate(path / "weights.bin", document["files"]["weights.bin"]["size"])
+    bundle = Bundle.open(path)
+    for graph in bundle.manifest.graphs:
+        check_graph(bundle.manifest, graph, path / graph.file)
+    sessions = [open_session(bundle, graph, threads=1) for graph in bundle.manifest.graphs]
+    assert len(sessions) == 4
 
 
 def model(*, nodes: list[Any] | None = None, tensors: list[Any] | None = None) -> onnx.ModelProto:

@@ -107,11 +107,69 @@ def document() -> Document:
 def test_round_trip() -> None:
     assert Manifest.from_json(manifest().to_json()) == manifest()
     assert document()["format"] == "pmpd-bundle"
-    assert document()["version"] == 2
+    assert document()["version"] == 3
 
 
-def test_the_text_of_version_2_is_fixed() -> None:
-    assert manifest().to_json() == (GOLDEN / "v2-bundle.json").read_text(encoding="utf-8")
+def test_the_text_of_version_3_is_fixed() -> None:
+    text = (GOLDEN / "v2-bundle.json").read_text(encoding="utf-8")
+    assert manifest().to_json() == text.replace('"version": 2,', '"version": 3,')
+
+
+def test_a_manifest_of_version_2_is_upgraded() -> None:
+    text = (GOLDEN / "v2-bundle.json").read_text(encoding="utf-8")
+    assert Manifest.from_json(text) == manifest()
+
+
+def test_a_role_that_version_2_does_not_know_is_refused_there() -> None:
+    changed = coarse_document() | {"version": 2}
+    with pytest.raises(BundleError, match=r"'head\.bound' has the role 'bound', which version 2 does not know"):
+        Manifest.from_json(json.dumps(changed))
+
+
+def coarse_document() -> Document:
+    """The same manifest with an output layer of 3 planes that is not nested, its 2-bit codebook and a bound."""
+    changed = document()
+    for entry in changed["tensors"][:3]:
+        nested, name = False, entry["name"].replace("a.", "head.")
+        changed["tensors"].append(
+            entry | {"name": name, "layer": "head", "nested": nested, "offset": entry["offset"] + 640}
+        )
+    changed["tensors"].append(
+        changed["tensors"][3] | {"name": "head.bound", "layer": "head", "role": "bound", "offset": 1152}
+    )
+    changed["files"]["w.bin"]["size"] = 1160
+    return changed
+
+
+def test_an_output_layer_may_have_a_coarse_codebook_and_a_bound() -> None:
+    read = Manifest.from_json(json.dumps(coarse_document()))
+    assert read.optional_tensors == {"head.codebook.2", "head.bound"}
+    for precision in read.precisions:  # the layer is not nested: graphs of all precisions may read all of it
+        names = {tensor.name for tensor in read.tensors_at(precision)}
+        assert {"head.planes", "head.codebook.3", "head.codebook.2", "head.bound"} <= names
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d["tensors"][-1].update(length=4, shape=[1]), "tensor 'head.bound' has 1 rows, the planes"),
+        (lambda d: d["tensors"][-1].update(length=4, dtype="float16"), "must be float32 [N], got float16 [2]"),
+        (lambda d: d["tensors"][-1].update(layer="a"), "(bound) belongs to a layer without a coarse codebook"),
+        (lambda d: d["tensors"][-1].update(layer=None), "tensor 'head.bound' (bound) must name its layer"),
+        (lambda d: d["tensors"][-1].update(bits=2), "tensor 'head.bound' (bound) has no bits"),
+        (lambda d: d["tensors"].pop(-2), "(bound) belongs to a layer without a coarse codebook"),
+        (
+            lambda d: d["tensors"][-2].update(bits=4, shape=[2, 1, 16], length=64),
+            "tensor 'head.codebook.2' is for 4 bits, the planes of its layer are 3",
+        ),
+    ],
+)
+def test_what_contradicts_a_coarse_output_layer_is_named(edit: Callable[[Document], object], message: str) -> None:
+    changed = coarse_document()
+    edit(changed)
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_json(json.dumps(changed))
+    assert message in str(caught.value)
 
 
 def test_a_manifest_of_version_1_is_upgraded() -> None:
@@ -181,8 +239,8 @@ def drop(*path: str | int) -> Callable[[Document], None]:
     [
         (drop("format"), "does not say format 'pmpd-bundle'"),
         (change("format", to="gguf"), "does not say format 'pmpd-bundle'"),
-        (drop("version"), "has version None, this runtime reads versions 1 to 2"),
-        (change("version", to=3), "has version 3, this runtime reads versions 1 to 2: upgrade pmpd"),
+        (drop("version"), "has version None, this runtime reads versions 1 to 3"),
+        (change("version", to=4), "has version 4, this runtime reads versions 1 to 3: upgrade pmpd"),
         (change("version", to=True), "has version True"),
         (change("version", to=2.0), "has version 2.0"),
         (drop("default_schedule"), "bundle.json has no field 'default_schedule'"),
@@ -295,7 +353,7 @@ def test_what_does_not_fit_is_named(edit: Callable[[Document], None], message: s
 
 def test_a_key_that_appears_twice_is_refused() -> None:
     text = json.dumps(document())
-    for again in ('"version": 2,', '"precisions": [2], "precisions": [3, 2],'):
+    for again in ('"version": 3,', '"precisions": [2], "precisions": [3, 2],'):
         with pytest.raises(BundleError, match=r"the key '\w+' appears twice in one object"):
             Manifest.from_json("{" + again + text[1:])
 
