@@ -1,8 +1,7 @@
-"""What all families share: the shape of a decoder, its network skeleton, and how to read a configuration."""
+"""What all families share: the shape of a decoder and its network skeleton."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,24 +11,19 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from pmpd.exporter.nn import (
-    ACTIVATIONS,
     Attention,
     Cache,
     GatedMlp,
     HeadLayout,
     LayerNorm,
     LinearFactory,
-    LinearScaling,
-    Llama3Scaling,
     Mlp,
     Norm,
     Part,
     RMSNorm,
-    Rotary,
     RotaryTables,
     Stored,
 )
-from pmpd.runtime.errors import PmpdError, unknown_choice
 
 __all__ = [
     "Body",
@@ -38,10 +32,6 @@ __all__ = [
     "DecoderShape",
     "Embedding",
     "Family",
-    "read_activation",
-    "read_number",
-    "read_rotary",
-    "read_shape",
 ]
 
 
@@ -64,7 +54,8 @@ class DecoderLayer(nn.Module):
     """One transformer block: attention, then an MLP behind a norm of its own; without that norm, both side by side.
 
     It takes the residual stream and what the block before has yet to add to it (None for the first), and returns both
-    for the next, so that additions can be fused into the norms. A family's subclass makes the parts.
+    for the next, so that additions can be fused into the norms. A family's subclass makes the parts; blocks may differ
+    by their number.
     """
 
     input_layernorm: Norm
@@ -73,9 +64,14 @@ class DecoderLayer(nn.Module):
     mlp: GatedMlp | Mlp
 
     @abstractmethod
-    def __init__(self, family: Any, linear: LinearFactory) -> None:
-        """Make the block of a family, out of `linear` layers."""
+    def __init__(self, family: Any, linear: LinearFactory, index: int) -> None:
+        """Make block number `index` of a family, out of `linear` layers."""
         super().__init__()
+
+    @property
+    def tables(self) -> tuple[HeadLayout, ...]:
+        """The head layouts whose cosines and sines it reads from its cache."""
+        return self.self_attn.tables
 
     def forward(
         self, op: Any, stream: ir.Value, block: ir.Value | None, cache: Cache
@@ -134,7 +130,11 @@ class Decoder(nn.Module):
     def __init__(self, shape: DecoderShape, body: Body, head: LinearFactory, *, head_bias: bool) -> None:
         super().__init__()
         self.shape = shape
-        self.rotary = RotaryTables(shape.head, shape.context_length)
+        # The first table is `rotary`, others are `rotary_2` and so on.
+        layouts = dict.fromkeys(layout for layer in body.layers for layout in layer.tables)
+        self.layouts = {layout: f"rotary_{i}" if i > 1 else "rotary" for i, layout in enumerate(layouts, 1)}
+        for layout, name in self.layouts.items():
+            setattr(self, name, RotaryTables(layout, shape.context_length))
         self.model = body
         # A tied head reads the embedding's table from the checkpoint.
         name = "model.embed_tokens" if shape.tied_embeddings else "lm_head"
@@ -150,8 +150,8 @@ class Decoder(nn.Module):
         last_only: bool,
     ) -> tuple[ir.Value, list[ir.Value]]:
         """Return logits ``[B, S, V]`` (``[B, 1, V]`` if `last_only`) and the presents in the order of `past`."""
-        cos, sin = self.rotary(op)
-        caches = [Cache(key, value, *lengths, cos, sin) for key, value in zip(past[::2], past[1::2], strict=True)]
+        rotary = {layout: getattr(self, name)(op) for layout, name in self.layouts.items()}
+        caches = [Cache(key, value, *lengths, rotary) for key, value in zip(past[::2], past[1::2], strict=True)]
         hidden, presents = self.model(op, input_ids, caches)
         if last_only:
             hidden = op.Gather(hidden, [-1], axis=1)  # (B, 1, H)
@@ -181,90 +181,7 @@ class Family(ABC):
 
     def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
         """Build the network with the given linear layers."""
-        layers = [self.layer(self, linear) for _ in range(self.shape.layers)]
+        layers = [self.layer(self, linear, index) for index in range(self.shape.layers)]
         norm = self.norm(self.shape.hidden_size, epsilon=self.norm_epsilon)
         body = Body(self.shape, layers, self.last_norm, norm, embedding_type)
         return Decoder(self.shape, body, head, head_bias=self.head_bias)
-
-
-def read_shape(
-    config: Mapping[str, Any], *, context_length: int | None, default_rotary_share: float = 1.0
-) -> DecoderShape:
-    """Read the numbers every family has; the rotated share of a head has a default of the family's own."""
-    rope = _table(config, "rope_parameters")  # transformers 5 keeps the share there
-    share = read_number({**config, **rope}, "partial_rotary_factor", default_rotary_share)
-
-    def size(name: str, default: int | None = None) -> int:
-        number = config[name] if default is None else config.get(name) or default
-        if type(number) is not int or number < 1:
-            raise PmpdError(f"config.json: {name} must be a whole number of 1 or more, got {number!r}: correct it")
-        return number
-
-    try:
-        heads, hidden_size = size("num_attention_heads"), size("hidden_size")
-        kv_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", hidden_size // heads or 1)
-        if heads % kv_heads:
-            raise PmpdError(f"config.json: {heads} attention heads cannot share {kv_heads} key and value heads")
-        if share > 1:
-            raise PmpdError(f"config.json: partial_rotary_factor must be above 0 and at most 1, got {share}")
-        longest = size("max_position_embeddings")
-        if context_length is not None and not 1 <= context_length <= longest:
-            raise PmpdError(f"context length {context_length}: the model allows 1 to {longest}")
-        return DecoderShape(
-            layers=size("num_hidden_layers"),
-            hidden_size=hidden_size,
-            intermediate_size=size("intermediate_size"),
-            heads=heads,
-            kv_heads=kv_heads,
-            head=HeadLayout(head_dim, read_rotary(config, int(head_dim * share))),
-            vocab_size=size("vocab_size"),
-            context_length=context_length or longest,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
-    except KeyError as error:
-        raise PmpdError(f"config.json lacks {error}: is it a complete Hugging Face checkpoint?") from None
-
-
-def read_rotary(config: Mapping[str, Any], dim: int) -> Rotary:
-    """Read the rotary embedding, as transformers 4 (`rope_scaling`) and 5 (`rope_parameters`) write it."""
-    scaling = _table(config, "rope_parameters") or _table(config, "rope_scaling")
-    theta = read_number({**config, **scaling}, "rope_theta", 10000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    match kind:
-        case "default":
-            return Rotary(dim, theta)
-        case "linear":
-            return Rotary(dim, theta, LinearScaling(read_number(scaling, "factor")))
-        case "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            factor, low, high, original = (read_number(scaling, name) for name in names)
-            return Rotary(dim, theta, Llama3Scaling(factor, low, high, int(original)))
-    raise PmpdError(f"config.json: {unknown_choice('rope scaling', kind, ['default', 'linear', 'llama3'])}")
-
-
-def read_number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """Read a positive number; what is absent or null has the default, if there is one.
-
-    Raises:
-        KeyError: it is absent and has no default.
-        PmpdError: it is something else.
-    """
-    number = config[name] if default is None else config.get(name) or default
-    if type(number) not in (int, float) or not 0 < number < math.inf:
-        raise PmpdError(f"config.json: {name} must be a number above 0, got {number!r}: correct it")
-    return number
-
-
-def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    table = config.get(name) or {}
-    if not isinstance(table, Mapping):
-        raise PmpdError(f"config.json: {name} must be an object, got {table!r}: correct it")
-    return {key: value for key, value in table.items() if value is not None}
-
-
-def read_activation(config: Mapping[str, Any], default: str) -> str:
-    """Read `hidden_act`."""
-    name = str(config.get("hidden_act", default))
-    if name not in ACTIVATIONS:
-        raise PmpdError(f"config.json: {unknown_choice('hidden_act', name, ACTIVATIONS)}")
-    return name

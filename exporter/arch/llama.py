@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
+from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family
+from pmpd.exporter.arch.reading import read_activation, read_flag, read_number, read_shape
 from pmpd.exporter.nn import Attention, GatedMlp, LinearFactory, RMSNorm
 
 __all__ = ["Llama", "LlamaLayer"]
@@ -15,8 +16,8 @@ __all__ = ["Llama", "LlamaLayer"]
 class LlamaLayer(DecoderLayer):
     """Attention, then a gated MLP, each behind an RMS norm."""
 
-    def __init__(self, family: Llama, linear: LinearFactory) -> None:
-        super().__init__(family, linear)
+    def __init__(self, family: Llama, linear: LinearFactory, index: int) -> None:
+        super().__init__(family, linear, index)
         shape, epsilon = family.shape, family.norm_epsilon
         self.input_layernorm = RMSNorm(shape.hidden_size, epsilon=epsilon)
         self.self_attn = Attention(
@@ -59,6 +60,6 @@ class Llama(Family):
             shape=read_shape(config, context_length=context_length),
             norm_epsilon=read_number(config, "rms_norm_eps", 1e-6),
             activation=read_activation(config, "silu"),
-            attention_bias=config.get("attention_bias", False),
-            mlp_bias=config.get("mlp_bias", False),
+            attention_bias=read_flag(config, "attention_bias"),
+            mlp_bias=read_flag(config, "mlp_bias"),
         )

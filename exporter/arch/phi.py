@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
+from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family
+from pmpd.exporter.arch.reading import read_activation, read_flag, read_number, read_shape
 from pmpd.exporter.nn import Attention, HeadNorm, LayerNorm, LinearFactory, Mlp
 
 __all__ = ["Phi", "PhiLayer"]
@@ -15,8 +16,8 @@ __all__ = ["Phi", "PhiLayer"]
 class PhiLayer(DecoderLayer):
     """Attention and MLP side by side behind one norm."""
 
-    def __init__(self, family: Phi, linear: LinearFactory) -> None:
-        super().__init__(family, linear)
+    def __init__(self, family: Phi, linear: LinearFactory, index: int) -> None:
+        super().__init__(family, linear, index)
         shape, epsilon = family.shape, family.norm_epsilon
 
         def head_norm(heads: int) -> HeadNorm | None:
@@ -60,5 +61,5 @@ class Phi(Family):
             shape=read_shape(config, context_length=context_length, default_rotary_share=0.5),
             norm_epsilon=read_number(config, "layer_norm_eps", 1e-5),
             activation=read_activation(config, "gelu_new"),
-            qk_norm=config.get("qk_layernorm", False),
+            qk_norm=read_flag(config, "qk_layernorm"),
         )

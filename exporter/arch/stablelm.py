@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family, read_activation, read_number, read_shape
+from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family
+from pmpd.exporter.arch.reading import read_activation, read_flag, read_number, read_shape
 from pmpd.exporter.nn import Attention, GatedMlp, HeadNorm, LayerNorm, LinearFactory
 
 __all__ = ["StableLM", "StableLMLayer"]
@@ -15,8 +16,8 @@ __all__ = ["StableLM", "StableLMLayer"]
 class StableLMLayer(DecoderLayer):
     """Attention, then a gated MLP; or both side by side behind one norm."""
 
-    def __init__(self, family: StableLM, linear: LinearFactory) -> None:
-        super().__init__(family, linear)
+    def __init__(self, family: StableLM, linear: LinearFactory, index: int) -> None:
+        super().__init__(family, linear, index)
         shape, epsilon = family.shape, family.norm_epsilon
 
         def head_norm(heads: int) -> HeadNorm | None:
@@ -64,7 +65,7 @@ class StableLM(Family):
             shape=read_shape(config, context_length=context_length, default_rotary_share=0.25),
             norm_epsilon=read_number(config, "layer_norm_eps", 1e-5),
             activation=read_activation(config, "silu"),
-            qkv_bias=config.get("use_qkv_bias", False),
-            qk_norm=config.get("qk_layernorm", False),
-            parallel_residual=config.get("use_parallel_residual", False),
+            qkv_bias=read_flag(config, "use_qkv_bias"),
+            qk_norm=read_flag(config, "qk_layernorm"),
+            parallel_residual=read_flag(config, "use_parallel_residual"),
         )

@@ -4,7 +4,16 @@ from pmpd.exporter.nn.attention import Attention, Cache, HeadNorm
 from pmpd.exporter.nn.linear import BitplaneLinear, FloatLinear, Index, Linear, LinearFactory, Part, Stored
 from pmpd.exporter.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from pmpd.exporter.nn.norm import LayerNorm, Norm, RMSNorm
-from pmpd.exporter.nn.rotary import HeadLayout, LinearScaling, Llama3Scaling, Rotary, RotaryTables
+from pmpd.exporter.nn.rotary import (
+    HeadLayout,
+    LinearScaling,
+    Llama3Scaling,
+    NtkScaling,
+    RopeScaling,
+    Rotary,
+    RotaryTables,
+    YarnScaling,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,9 +32,12 @@ __all__ = [
     "Llama3Scaling",
     "Mlp",
     "Norm",
+    "NtkScaling",
     "Part",
     "RMSNorm",
+    "RopeScaling",
     "Rotary",
     "RotaryTables",
     "Stored",
+    "YarnScaling",
 ]

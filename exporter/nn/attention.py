@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,15 @@ class Cache:
     """What attention needs besides activations: this layer's past, lengths, and the rotary tables.
 
     `past_key` and `past_value` are ``[B, kv_heads, P, slots]``; `last_position` int32 ``[B]`` is the number of valid
-    positions after this run, less one; `total` int32 the length of the mask.
+    positions after this run, less one; `total` int32 the length of the mask; `rotary` cosines and sines
+    ``[positions, pairs]`` of each layout that the network's layers ask for.
     """
 
     past_key: ir.Value
     past_value: ir.Value
     last_position: ir.Value
     total: ir.Value
-    cos: ir.Value
-    sin: ir.Value
+    rotary: Mapping[HeadLayout, tuple[ir.Value, ir.Value]]
 
 
 class HeadNorm(nn.Module):
@@ -60,7 +61,10 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention over a KV cache that is extended in place."""
+    """Grouped-query self-attention over a KV cache that is extended in place.
+
+    Heads are laid out and rotated as `layout` says; layers of one network may have different ones.
+    """
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class Attention(nn.Module):
             [Part(output, hidden_size)], heads * layout.size, bias=output_bias, columns=layout.heads(plain, heads)
         )
         self.q_layernorm, self.k_layernorm = q_norm, k_norm
+        self.tables = (layout,)
 
     def forward(self, op: Any, x: ir.Value, cache: Cache) -> tuple[ir.Value, ir.Value, ir.Value]:
         """``x [B, S, H]`` → the block's output ``[B, S, H]``, and the present key and value."""
@@ -101,14 +106,15 @@ class Attention(nn.Module):
             q, k, v = op.Split(qkv, sizes, axis=-1, _outputs=3)  # (B, S, heads * slots), twice (B, S, kv_heads * slots)
             q, k = self.q_layernorm(op, q), self.k_layernorm(op, k)
             qkv = op.Concat(q, k, v, axis=-1)  # (B, S, (heads + 2 kv_heads) * slots)
+        cos, sin = cache.rotary[self.layout]
         y, present_key, present_value = getattr(op, GROUP_QUERY_ATTENTION)(
             qkv,
             cache.past_key,
             cache.past_value,
             cache.last_position,
             cache.total,
-            cache.cos,
-            cache.sin,
+            cos,
+            sin,
             num_heads=self.heads,
             kv_num_heads=self.kv_heads,
             scale=1 / math.sqrt(self.layout.size),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,38 @@ from onnxscript import nn
 
 from pmpd.exporter.nn.linear import Index
 
-__all__ = ["HeadLayout", "LinearScaling", "Llama3Scaling", "Rotary", "RotaryTables"]
+__all__ = [
+    "HeadLayout",
+    "LinearScaling",
+    "Llama3Scaling",
+    "NtkScaling",
+    "RopeScaling",
+    "Rotary",
+    "RotaryTables",
+    "YarnScaling",
+    "plain_frequencies",
+]
+
+Doubles = npt.NDArray[np.float64]
+
+
+def plain_frequencies(dim: int, theta: float) -> Doubles:
+    """Return the angle per position of each pair of `dim` rotated elements, unscaled: ``[dim / 2]``."""
+    frequencies: Doubles = theta ** (-np.arange(0, dim, 2) / dim)
+    return frequencies
+
+
+class RopeScaling(Protocol):
+    """How a rotary embedding was stretched to longer texts than it was first trained on."""
+
+    @property
+    def attention_factor(self) -> float:
+        """What cosines and sines are multiplied by."""
+        ...
+
+    def frequencies(self, dim: int, theta: float) -> Doubles:
+        """Return the angle per position of each pair of `dim` rotated elements: ``[dim / 2]``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,10 +52,11 @@ class LinearScaling:
     """Positions are divided by `factor` (LongChat)."""
 
     factor: float
+    attention_factor: float = 1.0
 
-    def __call__(self, frequencies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Scale the frequencies."""
-        return frequencies / self.factor
+    def frequencies(self, dim: int, theta: float) -> Doubles:
+        """Divide all frequencies."""
+        return plain_frequencies(dim, theta) / self.factor
 
 
 @dataclass(frozen=True)
@@ -34,12 +67,57 @@ class Llama3Scaling:
     low_freq_factor: float
     high_freq_factor: float
     original_context: int
+    attention_factor: float = 1.0
 
-    def __call__(self, frequencies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Scale the frequencies."""
-        turns = self.original_context * frequencies / (2 * math.pi)  # full turns within the original context
+    def frequencies(self, dim: int, theta: float) -> Doubles:
+        """Divide frequencies by how many turns they make within the original context."""
+        frequencies = plain_frequencies(dim, theta)
+        turns = self.original_context * frequencies / (2 * math.pi)
         unscaled = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clip(0, 1)
         return (unscaled + (1 - unscaled) / self.factor) * frequencies
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Fast pairs are kept, slow ones divided by `factor`, those between blended by number (YaRN, Peng et al., 2023).
+
+    The blend goes from the pair that makes `beta_fast` turns within the original context to the one that makes
+    `beta_slow`, to whole pairs outwards if `truncate`.
+    """
+
+    factor: float
+    original_context: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def frequencies(self, dim: int, theta: float) -> Doubles:
+        """Divide frequencies by their pair's number."""
+
+        def pair(turns: float) -> float:
+            return dim * math.log(self.original_context / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+        first, last = pair(self.beta_fast), pair(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
+        if first == last:
+            last += 0.001
+        scaled = ((np.arange(dim // 2) - first) / (last - first)).clip(0, 1)  # [dim / 2]
+        return (1 - scaled + scaled / self.factor) * plain_frequencies(dim, theta)
+
+
+@dataclass(frozen=True)
+class NtkScaling:
+    """The base is stretched so that the slowest pair is `alpha` times slower (NTK-aware scaling; Hunyuan)."""
+
+    alpha: float
+    attention_factor: float = 1.0
+
+    def frequencies(self, dim: int, theta: float) -> Doubles:
+        """Return the frequencies of another base."""
+        return plain_frequencies(dim, theta * self.alpha ** (dim / (dim - 2)))
 
 
 @dataclass(frozen=True)
@@ -48,12 +126,18 @@ class Rotary:
 
     dim: int
     theta: float
-    scaling: LinearScaling | Llama3Scaling | None = None
+    scaling: RopeScaling | None = None
 
-    def frequencies(self) -> npt.NDArray[np.float64]:
+    def frequencies(self) -> Doubles:
         """Return the angle per position of each pair: ``[dim / 2]``."""
-        frequencies = self.theta ** (-np.arange(0, self.dim, 2) / self.dim)
-        return frequencies if self.scaling is None else self.scaling(frequencies)
+        if self.scaling is None:
+            return plain_frequencies(self.dim, self.theta)
+        return self.scaling.frequencies(self.dim, self.theta)
+
+    @property
+    def attention_factor(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0 if self.scaling is None else self.scaling.attention_factor
 
 
 @dataclass(frozen=True)
@@ -63,16 +147,20 @@ class HeadLayout:
     GroupQueryAttention wants heads of a multiple of 16 and rotations of a multiple of 8 pairs, which StableLM's 20
     rotated elements of 80 are not. Attention does not care about the order inside a head, so elements are moved: the
     pairs come first, each half padded to a multiple of 8 with elements that are not rotated (cosine 1, sine 0), then
-    the others.
+    the others. A head without rotation has 8 pairs that turn by nothing, because the operator takes no fewer.
     """
 
     size: int
-    rotary: Rotary
+    rotary: Rotary | None
 
     @property
     def pairs(self) -> int:
         """Rotated pairs of slots."""
-        return -(-self.rotary.dim // 16) * 8
+        return max(-(-self._dim // 16), 1) * 8
+
+    @property
+    def _dim(self) -> int:
+        return 0 if self.rotary is None else self.rotary.dim
 
     @property
     def slots(self) -> int:
@@ -81,8 +169,8 @@ class HeadLayout:
 
     def rotated(self) -> tuple[int, ...]:
         """Return which element of a query or key head stands in each slot, -1 for zeros."""
-        half = self.rotary.dim // 2
-        spare = list(range(self.rotary.dim, self.size)) + [-1] * (self.slots - self.size)
+        half = self._dim // 2
+        spare = list(range(2 * half, self.size)) + [-1] * (self.slots - self.size)
         fill = self.pairs - half
         first, second = list(range(half)), list(range(half, 2 * half))
         return tuple(first + spare[:fill] + second + spare[fill : 2 * fill] + spare[2 * fill :])
@@ -99,14 +187,20 @@ class HeadLayout:
 
 
 class RotaryTables(nn.Module):
-    """Cosines and sines of every position: float32 ``[positions, pairs]`` each."""
+    """Cosines and sines of every position for heads of one layout: float32 ``[positions, pairs]`` each.
+
+    A network has one of these per layout that its layers ask for (`DecoderLayer.tables`).
+    """
 
     def __init__(self, layout: HeadLayout, positions: int) -> None:
         super().__init__()
-        angles = np.zeros((positions, layout.pairs))
-        angles[:, : layout.rotary.dim // 2] = np.outer(np.arange(positions), layout.rotary.frequencies())
-        self.cos = nn.Parameter(angles.shape, data=ir.tensor(np.cos(angles).astype(np.float32)))
-        self.sin = nn.Parameter(angles.shape, data=ir.tensor(np.sin(angles).astype(np.float32)))
+        cos, sin = np.ones((positions, layout.pairs)), np.zeros((positions, layout.pairs))
+        if layout.rotary is not None:
+            half, factor = layout.rotary.dim // 2, layout.rotary.attention_factor
+            angles = np.outer(np.arange(positions), layout.rotary.frequencies())  # [positions, dim / 2]
+            cos[:, :half], sin[:, :half] = factor * np.cos(angles), factor * np.sin(angles)
+        self.cos = nn.Parameter(cos.shape, data=ir.tensor(cos.astype(np.float32)))
+        self.sin = nn.Parameter(sin.shape, data=ir.tensor(sin.astype(np.float32)))
 
     def forward(self, op: object) -> tuple[ir.Value, ir.Value]:
         """Return the tables."""

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pmpd.exporter import Export, ExportConfig
 from pmpd.exporter.arch import Decoder, read_family
-from pmpd.exporter.arch.decoder import read_rotary
+from pmpd.exporter.arch.reading import read_rotary
 from pmpd.exporter.bundle.plan import external_tensor, plan_weights
 from pmpd.exporter.nn import BitplaneLinear, HeadLayout, Rotary, RotaryTables
 from pmpd.exporter.onnx_model import Phase, build_graph
@@ -177,7 +177,7 @@ def assert_rotates_like_transformers(config: LlamaConfig, dim: int) -> None:
 
 
 @given(
-    pairs=st.integers(1, 32),
+    pairs=st.integers(2, 32),
     theta=st.floats(10.0, 1e6),
     scaling=st.one_of(
         st.none(),
@@ -191,6 +191,25 @@ def assert_rotates_like_transformers(config: LlamaConfig, dim: int) -> None:
                 "original_max_position_embeddings": original,
             },
             *(st.floats(1.0, 32.0), st.floats(0.5, 4.0), st.floats(0.5, 8.0), st.integers(16, 8192)),
+        ),
+        # Unchanged within the longest text that the checkpoint allows.
+        st.builds(lambda factor: {"rope_type": "dynamic", "factor": factor}, st.floats(1.0, 32.0)),
+        st.builds(
+            lambda factor, original, options: {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+                **options,
+            },
+            *(st.floats(1.0, 32.0), st.integers(16, 8192)),
+            st.sampled_from(
+                [
+                    {},
+                    {"attention_factor": 1.5},
+                    {"mscale": 1.0, "mscale_all_dim": 0.5},
+                    {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False},
+                ]
+            ),
         ),
     ),
 )

@@ -84,7 +84,7 @@ class ModelShape:
         rows = {tensor.layer: tensor.shape[1] for tensor in manifest.tensors if tensor.role == "planes"}
         gated = rows.get("model.layers.0.mlp.gate_up_proj")  # two matrices, stacked
         intermediate_size = gated // 2 if gated else rows["model.layers.0.mlp.fc1_proj"]
-        pairs = next(tensor.shape[1] for tensor in manifest.tensors if tensor.role == "rotary")
+        pairs = max(tensor.shape[1] for tensor in manifest.tensors if tensor.role == "rotary")
         return cls(
             family=a.family,
             layers=a.layers,
