@@ -11,6 +11,8 @@ Columns are in bit-major order: column ``8 b + j`` of a row becomes element ``[j
 match is cheaper than reordering the many weights. (In ONNX Runtime 1.31 an addition or multiplication of uint8 takes
 0.05 ns an element, a shift or a bitwise operator 0.5.)
 
+That of `BitplaneGather` unpacks the rows that are asked for, all columns in their own order.
+
 That of `GroupQueryAttention` is ONNX Runtime's own operator of the name, between casts to the type of the cache.
 """
 
@@ -19,16 +21,19 @@ from __future__ import annotations
 import onnx
 
 __all__ = [
+    "BITPLANE_GATHER",
     "BITPLANE_MATMUL",
     "GROUP_QUERY_ATTENTION",
     "PMPD_DOMAIN",
     "PMPD_VERSION",
+    "bitplane_gather",
     "bitplane_matmul",
     "group_query_attention",
 ]
 
 PMPD_DOMAIN = "pmpd"
 BITPLANE_MATMUL = "BitplaneMatMul"
+BITPLANE_GATHER = "BitplaneGather"
 PMPD_VERSION = 1
 GROUP_QUERY_ATTENTION = "GroupQueryAttention"
 
@@ -185,6 +190,93 @@ def bitplane_matmul() -> onnx.FunctionProto:
     """
     body = _BODY.replace("TILE_WEIGHTS", str(TILE_WEIGHTS)).replace("SMALL_TABLE", str(SMALL_TABLE))
     return onnx.parser.parse_function(body)
+
+
+# Shapes: M ids; K columns in B = K/8 bytes, rounded up; G codebooks a row, of L = 2^p entries.
+_GATHER_BODY = """
+<domain: "pmpd", opset_import: ["": 23]>
+BitplaneGather <K> (ids, planes, codebook) => (Y)
+{
+  zero = Constant <value = int64[1] {0}> ()
+  one = Constant <value = int64[1] {1}> ()
+  two = Constant <value = int64[1] {2}> ()
+  seven = Constant <value = int64[1] {7}> ()
+  eight = Constant <value = int64[1] {8}> ()
+  remaining = Constant <value = int64[1] {-1}> ()
+  zero_code = Constant <value = uint8[1] {0}> ()
+  seven_bits = Constant <value = uint8[1] {7}> ()
+  to_top = Constant <value = uint8[8] {128, 64, 32, 16, 8, 4, 2, 1}> ()
+  zero_0 = Squeeze (zero)
+  one_0 = Squeeze (one)
+  columns_0 = Constant <value_int: int = @K> ()
+  columns = Reshape (columns_0, one)                            # [1]: K
+  columns_up = Add (columns, seven)
+  row_bytes = Div (columns_up, eight)                           # [1]: B
+  row_bytes_0 = Squeeze (row_bytes)
+  groups = Shape <start = 1, end = 2> (codebook)                # [1]: G
+  levels = Shape <start = 2, end = 3> (codebook)                # [1]: L
+  rows = Size (ids)
+  rows_1 = Reshape (rows, one)                                  # [1]: M
+  row_ids = Reshape <allowzero = 1> (ids, rows_1)               # [M]
+
+  # The codes of the rows.
+  all_bytes = Gather <axis = 1> (planes, row_ids)               # [p, M, S]
+  used_bytes = Slice (all_bytes, zero, row_bytes, two)          # [p, M, B]
+  bytes_shape = Concat <axis = 0> (rows_1, row_bytes, one)
+  bits_shape = Concat <axis = 0> (rows_1, row_bytes, eight)
+  no_codes = Expand (zero_code, bits_shape)                     # [M, B, 8]
+  codes = Scan <num_scan_inputs = 1, body = horner (high, plane) => (code) {
+    plane_bytes = Reshape <allowzero = 1> (plane, bytes_shape)  # [M, B, 1]
+    bit_on_top = Mul (plane_bytes, to_top)                      # [M, B, 8]
+    bit = BitShift <direction = "RIGHT"> (bit_on_top, seven_bits)
+    doubled = Add (high, high)
+    code = Add (doubled, bit)                                   # [M, B, 8] uint8
+  }> (no_codes, used_bytes)
+
+  # Their places in the table of all rows' codebooks.
+  byte = Range (zero_0, row_bytes_0, one_0)                     # [B]
+  group_bits = Mul (groups, eight)
+  group_bits_1 = Sub (group_bits, one)
+  columns_up_to_group = Add (columns, group_bits_1)
+  bytes_per_group = Div (columns_up_to_group, group_bits)       # [1]
+  byte_group = Div (byte, bytes_per_group)                      # [B]
+  last_group = Sub (groups, one)
+  group = Min (byte_group, last_group)                          # [B]
+  group_offset = Mul (group, levels)
+  group_offset_1 = Unsqueeze (group_offset, one)                # [B, 1]
+  rows_0 = Squeeze (rows_1)
+  row = Range (zero_0, rows_0, one_0)                           # [M]
+  table_size = Mul (groups, levels)                             # [1]: G * L
+  row_offset = Mul (row, table_size)
+  row_axes = Concat <axis = 0> (one, two)
+  row_offset_2 = Unsqueeze (row_offset, row_axes)               # [M, 1, 1]
+  codes_64 = Cast <to = 7> (codes)
+  entry_in_row = Add (codes_64, group_offset_1)                 # [M, B, 8]
+  entry = Add (entry_in_row, row_offset_2)                      # [M, B, 8] int64
+
+  row_codebooks = Gather <axis = 0> (codebook, row_ids)         # [M, G, L] float16
+  table_16 = Reshape (row_codebooks, remaining)                 # [M * G * L]
+  table = Cast <to = 1> (table_16)
+  values = Gather <axis = 0> (table, entry)                     # [M, B, 8]
+  width = Mul (row_bytes, eight)                                # [1]: 8 B
+  wide_shape = Concat <axis = 0> (rows_1, width)
+  wide = Reshape <allowzero = 1> (values, wide_shape)           # [M, 8 B]
+  y = Slice (wide, zero, columns, one)                          # [M, K]
+  leading = Shape (ids)
+  y_shape = Concat <axis = 0> (leading, columns)
+  Y = Reshape <allowzero = 1> (y, y_shape)                      # [..., K]
+}
+"""
+
+
+def bitplane_gather() -> onnx.FunctionProto:
+    """Return ``BitplaneGather(ids[...], planes[p, N, S], codebook[N, G, 2^p]) → Y[..., K]``.
+
+    Row ``ids[i]`` of the weights that planes and codebook stand for, in float32: what a model reads of an embedding
+    that is tied to its output layer. Attribute ``K`` is the number of columns. Ids are int64 and may be -N to N - 1,
+    as those of Gather; others are an error.
+    """
+    return onnx.parser.parse_function(_GATHER_BODY)
 
 
 # Cast and not CastLike, which is itself a function: ONNX Runtime would run what it expands to after all other nodes

@@ -7,7 +7,7 @@ from pmpd.tvm_kernels.targets import Target
 
 __all__ = ["OPERATORS", "kernels_of"]
 
-# The same as in ort_ops/registry.c. To add an operator, name it in both.
+# The same as in ort_ops/registry.c, but for BitplaneGather, which is C alone. To add an operator, name it in both.
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (BitplaneMatMul(), GroupQueryAttention())}
 
 

@@ -1,8 +1,8 @@
 """What an operator with compiled kernels consists of. `ops.OPERATORS` lists those that there are.
 
-The library's C part has a table of the same operators (``ort_ops/registry.c``). An operator's C code and its kernels
-meet in a header of ``ort_ops``: it declares the kernels' signatures and the array of structures that lists them, which
-`Operator.table` defines.
+The library's C part has a table of the same operators, and of those that it computes by itself
+(``ort_ops/registry.c``). An operator's C code and its kernels meet in a header of ``ort_ops``: it declares the kernels'
+signatures and the array of structures that lists them, which `Operator.table` defines.
 """
 
 from __future__ import annotations

@@ -38,15 +38,15 @@ void pmpd_append_string(struct pmpd_text *text, const char *string);
 /* The functions below give JSON and not structures: bundles hold libraries of older versions, and JSON may grow.
  *
  * An object: "version", "target", "features" of this machine within PMPD_MAX_ISA, and "kernels", what would run: an
- * object each of "op", "rows" and "kernel", and of BitplaneMatMul "bits" and "accuracy", of GroupQueryAttention "dim",
- * the elements of a head. "rows" is "one" or "many": of activations, or queries that share a key. The text is the
- * library's; NULL where PMPD_MAX_ISA names no level, or memory is exhausted. */
+ * object each of "op" and "kernel", of BitplaneMatMul also "rows", "bits" and "accuracy", of GroupQueryAttention "rows"
+ * and "dim", the elements of a head. "rows" is "one" or "many": of activations, or queries that share a key. The text is
+ * the library's; NULL where PMPD_MAX_ISA names no level, or memory is exhausted. */
 PMPD_EXPORT const char *pmpd_ops_info(void);
 
 /* Write a list of the session's nodes: "name", "op", "bits", "n", "k", "kernel" (null before the first call), "calls",
- * "nanoseconds". Bits, n and k are p, N and K of BitplaneMatMul; of GroupQueryAttention they are the bits of a cached
- * number, the columns of Y and the elements of a head. Like snprintf: at most size bytes, the final zero included;
- * returns the length of the whole text. */
+ * "nanoseconds". Bits, n and k are p, N and K of BitplaneMatMul and BitplaneGather; of GroupQueryAttention they are the
+ * bits of a cached number, the columns of Y and the elements of a head. Like snprintf: at most size bytes, the final
+ * zero included; returns the length of the whole text. */
 PMPD_EXPORT size_t pmpd_ops_report(const char *session, char *buffer, size_t size);
 
 /* Zero the calls and nanoseconds of the session's nodes. */
