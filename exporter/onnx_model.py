@@ -8,7 +8,14 @@ import onnx_ir as ir
 import onnxscript
 
 from pmpd.exporter.arch import Decoder
-from pmpd.exporter.graph.operators import PMPD_DOMAIN, PMPD_VERSION, bitplane_matmul, group_query_attention
+from pmpd.exporter.graph.operators import (
+    BITPLANE_GATHER,
+    PMPD_DOMAIN,
+    PMPD_VERSION,
+    bitplane_gather,
+    bitplane_matmul,
+    group_query_attention,
+)
 
 __all__ = ["Phase", "build_graph"]
 
@@ -58,7 +65,10 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     for node in graph:
         node.metadata_props.clear()  # the builder's scope notes are half the file
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name=producer)
-    for definition in (bitplane_matmul(), group_query_attention()):
+    definitions = [bitplane_matmul(), group_query_attention()]
+    if any(node.op_type == BITPLANE_GATHER for node in graph):
+        definitions.append(bitplane_gather())
+    for definition in definitions:
         function = ir.serde.deserialize_function(definition)
         model.functions[function.identifier()] = function
     return model

@@ -67,13 +67,15 @@ class Outline:
         a_layer = sum((node.name or "").startswith(last) for node in graph)
         products = sum(node.op_type == BITPLANE_MATMUL for node in graph)
         others = plan.size - plan.plane_bytes - plan.codebook_bytes
+        remainder = "others" if shape.tied_embeddings else "embedding and others"
+        tied = " (the embedding is tied: read from the head)" if shape.tied_embeddings else ""
         return [
             f"model     {config.model}: {self.family.model_type}, {self.parameters / 1e6:,.1f} M parameters, "
             f"{shape.layers} layers, context {shape.context_length}",
             f"bundle    {config.output}: {'/'.join(map(str, config.precisions))} bits from {config.parent} planes, "
             f"prefill at {config.prefill}, head at {config.head_precision}, schedule {config.schedule}",
             f"weights   {plan.size / 1e6:,.1f} MB: planes {plan.plane_bytes / 1e6:,.1f}, "
-            f"codebooks {plan.codebook_bytes / 1e6:,.1f}, embedding and others {others / 1e6:,.1f}",
+            f"codebooks {plan.codebook_bytes / 1e6:,.1f}, {remainder} {others / 1e6:,.1f}{tied}",
             f"graphs    {len(self.graphs)} of {len(graph)} nodes, {a_layer} a layer, {products} {BITPLANE_MATMUL}",
         ]
 

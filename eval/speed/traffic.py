@@ -13,8 +13,8 @@ _GATHERED = ("embedding", "rotary")
 def step_bytes(manifest: Manifest, *, precision: int, positions: float) -> float:
     """Return the bytes that a decode step at `precision` bits reads with `positions` tokens in the KV cache.
 
-    These are the planes and codebooks of that precision, the head, norms and biases, one row of the embedding, and the
-    keys and values.
+    These are the planes and codebooks of that precision, the head, norms and biases, one row of the embedding (a tied
+    one is in the head), and the keys and values.
     """
 
     def read(tensor: Tensor) -> float:

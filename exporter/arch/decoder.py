@@ -12,10 +12,12 @@ from onnxscript import nn
 
 from pmpd.exporter.nn import (
     Attention,
+    BitplaneLinear,
     Cache,
     GatedMlp,
     HeadLayout,
     LayerNorm,
+    Linear,
     LinearFactory,
     Mlp,
     Norm,
@@ -32,6 +34,7 @@ __all__ = [
     "DecoderShape",
     "Embedding",
     "Family",
+    "TiedEmbedding",
 ]
 
 
@@ -89,15 +92,10 @@ class Body(nn.Module):
     """Embedding, blocks and the last norm, named as in the checkpoint (``model.…``)."""
 
     def __init__(
-        self,
-        shape: DecoderShape,
-        layers: Sequence[DecoderLayer],
-        norm_name: str,
-        norm: Norm,
-        embedding_type: ir.DataType,
+        self, embedding: Embedding | TiedEmbedding, layers: Sequence[DecoderLayer], norm_name: str, norm: Norm
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(shape, embedding_type)
+        self.embed_tokens = embedding
         self.layers = nn.ModuleList(list(layers))
         setattr(self, norm_name, norm)
         self.last_norm_name = norm_name
@@ -124,10 +122,23 @@ class Embedding(nn.Module):
         return op.Cast(op.Gather(self.weight, input_ids), to=ir.DataType.FLOAT)  # type: ignore[no-any-return]
 
 
+class TiedEmbedding(nn.Module):
+    """Rows of an output layer's bit-planes, all of its planes, as float32: it stores no table of its own."""
+
+    def __init__(self, head: BitplaneLinear) -> None:
+        super().__init__()
+        self._head = (head,)  # in a tuple, so that the head is not a part of this module
+
+    def forward(self, op: Any, input_ids: ir.Value) -> ir.Value:
+        """``[B, S] → [B, S, H]``."""
+        (head,) = self._head
+        return head.rows(op, input_ids)
+
+
 class Decoder(nn.Module):
     """A whole network: what `graphs.build_graph` turns into a model."""
 
-    def __init__(self, shape: DecoderShape, body: Body, head: LinearFactory, *, head_bias: bool) -> None:
+    def __init__(self, shape: DecoderShape, body: Body, head: Linear) -> None:
         super().__init__()
         self.shape = shape
         # The first table is `rotary`, others are `rotary_2` and so on.
@@ -136,9 +147,7 @@ class Decoder(nn.Module):
         for layout, name in self.layouts.items():
             setattr(self, name, RotaryTables(layout, shape.context_length))
         self.model = body
-        # A tied head reads the embedding's table from the checkpoint.
-        name = "model.embed_tokens" if shape.tied_embeddings else "lm_head"
-        self.head_proj = head([Part(name, shape.vocab_size)], shape.hidden_size, bias=head_bias)
+        self.head_proj = head
 
     def forward(
         self,
@@ -180,8 +189,17 @@ class Family(ABC):
         """Read a checkpoint's `config.json`; raise PmpdError for what cannot be exported."""
 
     def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
-        """Build the network with the given linear layers."""
+        """Build the network with the given linear layers.
+
+        A tied embedding that is quantized is stored once, as the output layer; one in floats has its own table, of
+        `embedding_type`, as untied ones have.
+        """
         layers = [self.layer(self, linear, index) for index in range(self.shape.layers)]
         norm = self.norm(self.shape.hidden_size, epsilon=self.norm_epsilon)
-        body = Body(self.shape, layers, self.last_norm, norm, embedding_type)
-        return Decoder(self.shape, body, head, head_bias=self.head_bias)
+        shape = self.shape
+        # A tied head reads the embedding's table from the checkpoint.
+        name = "model.embed_tokens" if shape.tied_embeddings else "lm_head"
+        head_proj = head([Part(name, shape.vocab_size)], shape.hidden_size, bias=self.head_bias)
+        tied = shape.tied_embeddings and isinstance(head_proj, BitplaneLinear)
+        embedding = TiedEmbedding(head_proj) if tied else Embedding(shape, embedding_type)
+        return Decoder(shape, Body(embedding, layers, self.last_norm, norm), head_proj)

@@ -116,6 +116,12 @@ class BitplaneLinear(Linear):
             x, self.planes, self.codebook, self.bias, K=self.in_features, _domain=PMPD_DOMAIN
         )
 
+    def rows(self, op: Any, ids: ir.Value) -> ir.Value:
+        """Add a ``pmpd::BitplaneGather`` of rows of the weight: ``ids [B, S] → [B, S, K]``."""
+        return op.BitplaneGather(  # type: ignore[no-any-return]
+            ids, self.planes, self.codebook, K=self.in_features, _domain=PMPD_DOMAIN
+        )
+
 
 class FloatLinear(Linear):
     """A linear layer over the checkpoint's own tensors, in their own type, computed in float32."""

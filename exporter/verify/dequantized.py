@@ -26,7 +26,7 @@ class DequantizedWeights:
     """The parameters of a checkpoint as a bundle's graph of one precision sees them, by their names in transformers.
 
     A merged layer is decoded when the first of its parts is asked for, and each part is handed out once: memory is
-    that of the parts that nobody has asked for yet.
+    that of the parts that nobody has asked for yet. A tied embedding is what the output layer is, and decoded twice.
     """
 
     def __init__(self, bundle: Bundle, checkpoint: Checkpoint, plan: WeightPlan, precision: int) -> None:
@@ -43,6 +43,8 @@ class DequantizedWeights:
         Raises:
             PmpdError: it is further from the checkpoint's than zeros would be.
         """
+        if name == _EMBEDDING and name not in self._plan.tensors:
+            return self(_HEAD)
         if name in self._layers:
             if name not in self._parts:
                 self._parts |= self._decode(self._layers[name])

@@ -9,18 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pmpd.exporter.graph.operators import BITPLANE_MATMUL
+from pmpd.exporter.graph.operators import BITPLANE_GATHER, BITPLANE_MATMUL
 from pmpd.exporter.verify.attention import attention_error
 from pmpd.exporter.verify.probe import Node, Run
 from pmpd.exporter.verify.rounding import (
+    LEAST,
     LEVELS,
+    U,
     int8_product_bound,
     product_bound,
     round_activations,
     round_codebook,
 )
 from pmpd.runtime import Bundle
-from pmpd.runtime.format.bitplanes import group_size, unpack
+from pmpd.runtime.format.bitplanes import dequantize, group_size, unpack
 
 __all__ = ["NodeErrors", "Subject", "node_errors"]
 
@@ -70,6 +72,11 @@ def node_errors(bundle: Bundle, nodes: Sequence[Node], subjects: Sequence[Subjec
     errors = [NodeErrors({}) for _ in subjects]
     changes: list[list[float]] = [[] for _ in subjects]
     for node in nodes:
+        if node.op == BITPLANE_GATHER:
+            stored = [bundle.tensor(tensors[name]) for name in node.inputs[1:3]]
+            for subject, result in zip(subjects, errors, strict=True):
+                result.ratios[node.name] = _rows_error(node, subject.run, *stored)
+            continue
         if node.op != BITPLANE_MATMUL:
             cos, sin = (np.asarray(bundle.tensor(tensors[name]), np.float64) for name in node.inputs[5:7])
             for subject, result in zip(subjects, errors, strict=True):
@@ -155,6 +162,13 @@ class _Layer:
             if ratio <= 1:
                 break
         return change, ratio
+
+
+def _rows_error(node: Node, run: Run, planes: npt.NDArray[np.uint8], codebook: npt.NDArray[np.float16]) -> float:
+    """Return the largest error of rows of an embedding, which are numbers of their codebooks: 1 is half a unit."""
+    ids = run.values[node.inputs[0]].astype(np.intp)  # (T)
+    rows = dequantize(planes[:, ids], codebook[ids], int(node.attributes["K"])).astype(np.float64)  # (T, K)
+    return _ratio(run.values[node.outputs[0]].astype(np.float64), rows, U * np.abs(rows) + LEAST)
 
 
 def _ratio(y: Doubles, product: Doubles, bound: Doubles) -> float:

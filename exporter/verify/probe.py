@@ -29,6 +29,7 @@ __all__ = ["Node", "Probe", "Run"]
 
 Floats = npt.NDArray[np.float32]
 _FED = ".fed"  # behind the name of a weight that is an input
+_IDS = "input_ids"
 _numbers = count(1)  # a library reports by session
 
 
@@ -57,12 +58,12 @@ class Run:
 
     Attributes:
         logits: ``[T, V]``, or ``[1, V]`` of a prefill graph.
-        values: first input and first output of every node, ``[T, width]``, by name.
+        values: first input and first output of every node, ``[T, width]``, by name; ``input_ids`` are ``[T]``.
         cache: keys and values, float16 ``[kv_heads, T, slots]``, by the name of the graph's input.
     """
 
     logits: Floats
-    values: Mapping[str, Floats]
+    values: Mapping[str, npt.NDArray[Any]]
     cache: Mapping[str, npt.NDArray[np.float16]]
 
 
@@ -96,10 +97,11 @@ class Probe:
         Memory is that of the exposed activations: with 32 tokens 60 MB for 1.4 G parameters.
         """
         cache = KvCache(self._contract, sum(map(len, pieces)))
-        ends = (value for node in self.nodes for value in (node.inputs[0], node.outputs[0]))
+        ends = (value for node in self.nodes for value in (node.inputs[0], node.outputs[0]) if value != _IDS)
         names = list(dict.fromkeys(("logits", *ends)))
         parts = [self._append(cache, piece, names, {**self._weights, **(weights or {})}) for piece in pieces]
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in names}
+        arrays[_IDS] = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])
         return Run(
             logits=arrays["logits"],
             values=arrays,
@@ -115,7 +117,7 @@ class Probe:
         """Append tokens to the cache and return the named outputs, each ``[rows, width]``."""
         cache.extend(len(ids))
         binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", np.array([ids], dtype=np.int64))
+        binding.bind_cpu_input(_IDS, np.array([ids], dtype=np.int64))
         for name, value in weights.items():
             binding.bind_cpu_input(f"{name}{_FED}", value)
         cache.bind(binding)
@@ -154,7 +156,7 @@ def _expose(source: Path, target: Path, replaceable: Sequence[str]) -> tuple[Nod
             continue
         for value in (node.inputs[0], node.outputs[0]):
             assert value is not None
-            if value not in model.graph.outputs:
+            if value not in model.graph.outputs and value.name != _IDS:
                 value.type = ir.TensorType(ir.DataType.FLOAT)
                 model.graph.outputs.append(value)
         nodes.append(

@@ -23,6 +23,7 @@ import numpy.typing as npt
 __all__ = [
     "HALF_U",
     "LAMBDA",
+    "LEAST",
     "LEVELS",
     "Rounded",
     "U",

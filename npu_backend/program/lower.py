@@ -126,6 +126,7 @@ class _Lowering:
             "Gather": self._gather,
             "Split": self._split,
             "Concat": self._concat,
+            "pmpd::BitplaneGather": self._bitplane_gather,
             "pmpd::BitplaneMatMul": self._bitplane_matmul,
             "pmpd::GroupQueryAttention": self._attention,
         }
@@ -178,6 +179,14 @@ class _Lowering:
         width = table.shape[1]
         self.values[node.outputs[0]] = _Value(self.tokens, width)
         return [Load("embedding", self.tokens * width * (table.nbytes / (table.shape[0] * width))), Sync()]
+
+    def _bitplane_gather(self, node: Node) -> list[Instruction]:
+        """Rows of an embedding that is tied to the output layer: of all its planes, and of the codebook."""
+        planes, codebook = (self.graph.initializers[name] for name in node.inputs[1:3])
+        width, rows = int(node.attributes["K"]), planes.shape[1]
+        self.values[node.outputs[0]] = _Value(self.tokens, width)
+        nbytes = width * FP16_BITS / 8 if self.fp16 else (planes.nbytes + codebook.nbytes) / rows
+        return [Load("embedding", self.tokens * nbytes), Sync()]
 
     def _bitplane_matmul(self, node: Node) -> list[Instruction]:
         x = self._input(node)

@@ -19,6 +19,7 @@ from pmpd.exporter.bundle import kernels
 from pmpd.exporter.bundle.workspace import Workspace
 from pmpd.exporter.cli import main
 from pmpd.runtime import Bundle, Generator, Manifest, MissingExtraError, PmpdError
+from pmpd.tvm_kernels.library import link
 from pmpd.tvm_kernels.library.compile import Progress
 from pmpd.tvm_kernels.library.link import link_library
 from pmpd.tvm_kernels.targets import find_target, host_target
@@ -272,6 +273,45 @@ def test_wrong_kernels_fail_the_export(wrong: str, tiny: Path, builder: Builder,
     assert "nothing was published" in result.stderr
     assert "--no-verify" in result.stderr
     assert not Path("out").exists()
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TINY_MODELS["llama-tied-bfloat16"].save(tmp_path_factory.mktemp("model") / "tied")
+
+
+def test_a_tied_embedding_runs_in_the_library(tied: Path, builder: Builder) -> None:
+    export_bundle(small(tied, targets=(HOST,)))
+    assert not [tensor for tensor in opened().tensors if tensor.role == "embedding"]
+    generator = Generator(Bundle.open("out"), require_fast_kernels=True)
+    generator.prefill([1, 2, 3])
+    first = generator.kernels()[0]
+    assert (first.node.split("/")[1], first.op, first.kernel) == ("embed_tokens", "BitplaneGather", "gather_rows")
+    assert (first.bits, first.n, first.k) == (3, opened().architecture.vocab_size, opened().architecture.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("word = word << 1 | spread(", "word = word << 1 | spread(byte == 1 ? 0 : "),
+        ("value *= 0x1p112f;", "value *= 1.000001f * 0x1p112f;"),
+    ],
+    ids=["a byte", "the last bits"],
+)
+def test_a_wrong_tied_embedding_fails_the_export(
+    line: str, wrong: str, tied: Path, builder: Builder, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(link.SOURCES, place / "ort_ops")
+    source = place / "ort_ops" / "gather.c"
+    text = source.read_text()
+    assert text.count(line) == 1, "gather.c has changed: adapt the mutation"
+    source.write_text(text.replace(line, wrong))
+    monkeypatch.setattr(link, "SOURCES", place / "ort_ops")
+    builder.library = plain_library(place / "wrong.so")
+    result = export(tied, "-q", "--target", HOST)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: verification failed, nodes of exact {HOST} kernels at 4 bits: ")
+    assert "model.embed_tokens" in result.stderr
 
 
 def test_kernels_that_do_not_load_fail_the_export(tiny: Path, builder: Builder, place: Path) -> None:

@@ -55,6 +55,15 @@ class Reference:
         rows = {tensor.name: tensor.dims[0] for tensor in self.graph.initializer if tensor.dims}
         return {name: self.lengths[name] // rows[name] for name in names}
 
+    @cached_property
+    def embedding(self) -> int:
+        """Bytes of a row of the embedding; of a tied one, those of a row of the output layer's planes and codebook."""
+        if not (gathers := self.nodes("BitplaneGather")):
+            return self.tables["model.embed_tokens.weight"]
+        rows = next(tensor.dims[1] for tensor in self.graph.initializer if tensor.name == "head_proj.planes")
+        assert list(gathers[0].input[1:]) == list(self.nodes("BitplaneMatMul")[-1].input[1:3])
+        return sum(self.lengths[name] for name in gathers[0].input[1:]) // rows
+
     def nodes(self, op_type: str) -> list[Any]:
         return [node for node in self.graph.node if node.op_type == op_type]
 
@@ -62,6 +71,8 @@ class Reference:
         """Bytes that a node references: of all its inputs but tables, or of those at some positions."""
         found = {}
         for node in self.graph.node:
+            if node.op_type == "BitplaneGather":
+                continue
             names = [name for i, name in enumerate(node.input) if not positions or i in positions]
             nbytes = sum(self.lengths.get(name, 0) for name in names if name not in self.tables)
             if nbytes:
@@ -116,13 +127,13 @@ def _check_bytes(path: Path) -> None:
         rotary = sum(reference.tables[name] for name in reference.nodes("GroupQueryAttention")[0].input[5:7])
         expected = reference.by_node() | {node.name: rotary for node in reference.nodes("GroupQueryAttention")}
         assert {node: nbytes for node, nbytes in read.items() if nbytes} == expected
-        # No weight belongs to two nodes, so the sum over nodes is the sum over what the file references.
+        # Rows of an embedding apart no weight belongs to two nodes: the sum is that over what the file references.
         streamed = sum(nbytes for name, nbytes in reference.lengths.items() if name not in reference.tables)
         layers = len(reference.nodes("GroupQueryAttention"))
         assert program.nbytes("planes", "codebooks", "vectors") == streamed + layers * rotary
         assert program.nbytes("planes") == sum(_of_products(reference, 1).values())
         assert program.nbytes("codebooks") == sum(_of_products(reference, 2).values())
-        assert program.nbytes("embedding") == reference.tables["model.embed_tokens.weight"]
+        assert program.nbytes("embedding") == reference.embedding
         assert program.nbytes("dense", "activations") == 0
         assert program.nbytes("logits") == list(reference.products.values())[-1][0]  # int8, one row
 
@@ -181,6 +192,15 @@ def test_float16_is_twice_the_elements(folder: Path) -> None:
     assert _sum_of_macs(fp16) == _sum_of_macs(quantized)
     steps = [step for each in fp16.operators for step in each.instructions if isinstance(step, Matrix)]
     assert {(step.weight_bits, step.codebook) for step in steps} == {(16, False)}
+
+
+def test_float16_rows_of_a_tied_embedding(folder: Path) -> None:
+    model = Model.open(folder / "llama-tied-bfloat16")
+    shape = Bundle.open(folder / "llama-tied-bfloat16", skeleton=True).manifest.architecture
+    for graph, tokens in (model.decode[2], 1), (model.prefill, 9):
+        assert lower(graph, NPU, tokens=tokens, past=3, fp16=True).nbytes("embedding") == tokens * 2 * shape.hidden_size
+        row = Reference(graph.path).embedding
+        assert lower(graph, NPU, tokens=tokens, past=3).nbytes("embedding") == tokens * row
 
 
 def test_the_output_layer_can_be_left_to_the_host(folder: Path) -> None:
