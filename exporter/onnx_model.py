@@ -55,8 +55,12 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     valid = op.ReduceSum(mask, [1], keepdims=0)  # (1)
     last_position = op.Cast(op.Sub(valid, 1), to=ir.DataType.INT32)  # (1)
     total = op.Cast(op.Squeeze(op.Shape(mask, start=1, end=2)), to=ir.DataType.INT32)  # ()
+    first_position = None
+    if decoder.rotates_early:
+        first_position = op.Sub(valid, op.Shape(input_ids, start=1, end=2))  # (1)
     last_only = phase == "prefill"
-    logits, presents = decoder(op, input_ids, (last_position, total), past, last_only=last_only)
+    lengths = (last_position, total, first_position)
+    logits, presents = decoder(op, input_ids, lengths, past, last_only=last_only)
 
     rows = 1 if last_only else "sequence_length"
     _output(builder, "logits", logits, ir.DataType.FLOAT, [1, rows, shape.vocab_size])

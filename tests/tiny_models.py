@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 try:
     from transformers.initialization import no_init_weights  # 5
@@ -36,6 +38,26 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "llama_4_scaling_beta": 0.1,
+}
+GRANITE_MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
+SMOLLM3_IDS = {"pad_token_id": 4, "bos_token_id": 0, "eos_token_id": 1}
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,8 @@ class TinyModel:
         return folder
 
     def _config(self, **changes: Any) -> Any:
+        if self.family not in CONFIG_MAPPING:
+            pytest.skip(f"transformers {transformers.__version__} has no {self.family}")
         # A copy, because transformers 5 writes into what it is given.
         return AutoConfig.for_model(self.family, **deepcopy(BASE | dict(self.options)) | changes)
 
@@ -101,8 +125,53 @@ TINY_MODELS = {
         "stablelm",
         {"hidden_size": 240, "partial_rotary_factor": 0.25, "qk_layernorm": True, "use_parallel_residual": True},
     ),
+    "llama-one-kv-head-tied": TinyModel(
+        "llama", {"num_key_value_heads": 1, "head_dim": 24, "tie_word_embeddings": True, "attention_bias": True}
+    ),
+    "llama-yarn": TinyModel("llama", {"rope_scaling": YARN_SCALING}),
+    "qwen2": TinyModel("qwen2", {"num_key_value_heads": 1}, torch.bfloat16),
+    "qwen2-tied-yarn": TinyModel("qwen2", {"tie_word_embeddings": True, "rope_scaling": YARN_SCALING}),
+    "qwen3": TinyModel(
+        "qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 1e6}, torch.bfloat16
+    ),
+    "qwen3-odd": TinyModel("qwen3", {"head_dim": 20, "attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": TinyModel("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True, **SMOLLM3_IDS}),
+    "smollm3-biases": TinyModel(
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            **SMOLLM3_IDS,
+        },
+    ),
+    "mistral": TinyModel("mistral", {"head_dim": 32, "num_key_value_heads": 1, "sliding_window": None}),
+    "mistral-long-window": TinyModel("mistral", {"sliding_window": 64}, torch.bfloat16),
+    "ministral": TinyModel("ministral", {"head_dim": 24, "layer_types": ["full_attention"] * 2}),
+    "ministral3": TinyModel(
+        "ministral3",
+        {"head_dim": 32, "num_key_value_heads": 1, "rope_parameters": {**MINISTRAL3_ROPE, "llama_4_scaling_beta": 2.0}},
+    ),
+    "ministral3-short": TinyModel(
+        "ministral3",
+        {"head_dim": 20, "rope_parameters": {**MINISTRAL3_ROPE, "original_max_position_embeddings": 64}},
+    ),
+    "granite": TinyModel("granite", {"tie_word_embeddings": True, **GRANITE_MULTIPLIERS}, torch.bfloat16),
+    "granite-biases": TinyModel("granite", {"attention_bias": True, "mlp_bias": True, **GRANITE_MULTIPLIERS}),
+    "hunyuan": TinyModel(
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 32,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+        },
+        torch.bfloat16,
+    ),
+    "hunyuan-odd": TinyModel("hunyuan_v1_dense", {"head_dim": 20, "attention_bias": True}),
 }
-FAMILIES = ("llama", "phi", "stablelm")
+FAMILIES = ("llama", "qwen3", "hunyuan_v1_dense", "phi", "stablelm")
 
 
 def save_with_tokenizer(folder: Path) -> Path:

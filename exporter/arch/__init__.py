@@ -6,14 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from pmpd.exporter.arch.decoder import Decoder, DecoderShape, Family
+from pmpd.exporter.arch.granite import Granite
+from pmpd.exporter.arch.hunyuan import Hunyuan
 from pmpd.exporter.arch.llama import Llama
+from pmpd.exporter.arch.ministral3 import Ministral3
+from pmpd.exporter.arch.mistral import Ministral, Mistral
 from pmpd.exporter.arch.phi import Phi
+from pmpd.exporter.arch.qwen2 import Qwen2
+from pmpd.exporter.arch.qwen3 import Qwen3
+from pmpd.exporter.arch.refused import refusal
+from pmpd.exporter.arch.smollm3 import SmolLM3
 from pmpd.exporter.arch.stablelm import StableLM
 from pmpd.runtime.errors import PmpdError, unknown_choice
 
 __all__ = ["FAMILIES", "Decoder", "DecoderShape", "Family", "read_family"]
 
-FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Llama, Phi, StableLM)}
+FAMILIES: dict[str, type[Family]] = {
+    family.model_type: family
+    for family in (
+        *(Llama, Qwen2, Qwen3, SmolLM3, Mistral, Ministral, Ministral3, Granite, Hunyuan),
+        *(Phi, StableLM),
+    )
+}
 
 
 def read_family(config: Mapping[str, Any], *, context_length: int | None = None) -> Family:
@@ -25,6 +39,8 @@ def read_family(config: Mapping[str, Any], *, context_length: int | None = None)
         PmpdError: an architecture, a kind of rope scaling, an activation or a quantization that cannot be exported.
     """
     model_type = config.get("model_type")
+    if reason := refusal(config, FAMILIES):
+        raise PmpdError(f"config.json: {reason}")
     if model_type not in FAMILIES:
         raise PmpdError(f"config.json: {unknown_choice('architecture', model_type, FAMILIES)}")
     if "quantization_config" in config:

@@ -14,6 +14,7 @@ from pmpd.exporter.nn import (
     Attention,
     BitplaneLinear,
     Cache,
+    EarlyRotation,
     GatedMlp,
     HeadLayout,
     LayerNorm,
@@ -92,9 +93,16 @@ class Body(nn.Module):
     """Embedding, blocks and the last norm, named as in the checkpoint (``model.…``)."""
 
     def __init__(
-        self, embedding: Embedding | TiedEmbedding, layers: Sequence[DecoderLayer], norm_name: str, norm: Norm
+        self,
+        embedding: Embedding | TiedEmbedding,
+        layers: Sequence[DecoderLayer],
+        norm_name: str,
+        norm: Norm,
+        *,
+        embedding_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.embedding_scale = embedding_scale
         self.embed_tokens = embedding
         self.layers = nn.ModuleList(list(layers))
         setattr(self, norm_name, norm)
@@ -103,6 +111,9 @@ class Body(nn.Module):
     def forward(self, op: Any, input_ids: ir.Value, caches: Sequence[Cache]) -> tuple[ir.Value, list[ir.Value]]:
         """``input_ids [B, S]`` → normalized hidden states ``[B, S, H]`` and present keys and values in turn."""
         stream, block, presents = self.embed_tokens(op, input_ids), None, []
+        if self.embedding_scale != 1.0:
+            # Not folded into the table, which may be the output layer's too.
+            stream = op.Mul(stream, self.embedding_scale)
         for layer, cache in zip(self.layers, caches, strict=True):
             stream, block, key, value = layer(op, stream, block, cache)
             presents += [key, value]
@@ -146,6 +157,7 @@ class Decoder(nn.Module):
         self.layouts = {layout: f"rotary_{i}" if i > 1 else "rotary" for i, layout in enumerate(layouts, 1)}
         for layout, name in self.layouts.items():
             setattr(self, name, RotaryTables(layout, shape.context_length))
+        self.rotates_early = any(isinstance(module, EarlyRotation) for module in body.modules())
         self.model = body
         self.head_proj = head
 
@@ -153,7 +165,7 @@ class Decoder(nn.Module):
         self,
         op: Any,
         input_ids: ir.Value,
-        lengths: tuple[ir.Value, ir.Value],
+        lengths: tuple[ir.Value, ir.Value, ir.Value | None],
         past: Sequence[ir.Value],
         *,
         last_only: bool,
@@ -179,6 +191,7 @@ class Family(ABC):
     norm: ClassVar[type[LayerNorm | RMSNorm]]
     last_norm: ClassVar[str] = "norm"
     head_bias: ClassVar[bool] = False
+    embedding_scale: float = 1.0
     shape: DecoderShape
     norm_epsilon: float
     activation: str
@@ -188,18 +201,26 @@ class Family(ABC):
     def from_config(cls, config: Mapping[str, Any], *, context_length: int | None) -> Family:
         """Read a checkpoint's `config.json`; raise PmpdError for what cannot be exported."""
 
+    def make_layer(self, linear: LinearFactory, index: int) -> DecoderLayer:
+        """Make block number `index`."""
+        return self.layer(self, linear, index)
+
+    def make_last_norm(self) -> Norm:
+        """Make the norm before the output layer."""
+        return self.norm(self.shape.hidden_size, epsilon=self.norm_epsilon)
+
     def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
         """Build the network with the given linear layers.
 
         A tied embedding that is quantized is stored once, as the output layer; one in floats has its own table, of
         `embedding_type`, as untied ones have.
         """
-        layers = [self.layer(self, linear, index) for index in range(self.shape.layers)]
-        norm = self.norm(self.shape.hidden_size, epsilon=self.norm_epsilon)
         shape = self.shape
+        layers = [self.make_layer(linear, index) for index in range(shape.layers)]
         # A tied head reads the embedding's table from the checkpoint.
         name = "model.embed_tokens" if shape.tied_embeddings else "lm_head"
         head_proj = head([Part(name, shape.vocab_size)], shape.hidden_size, bias=self.head_bias)
         tied = shape.tied_embeddings and isinstance(head_proj, BitplaneLinear)
         embedding = TiedEmbedding(head_proj) if tied else Embedding(shape, embedding_type)
-        return Decoder(shape, Body(embedding, layers, self.last_norm, norm), head_proj)
+        body = Body(embedding, layers, self.last_norm, self.make_last_norm(), embedding_scale=self.embedding_scale)
+        return Decoder(shape, body, head_proj)

@@ -20,8 +20,10 @@ class PhiLayer(DecoderLayer):
         super().__init__(family, linear, index)
         shape, epsilon = family.shape, family.norm_epsilon
 
-        def head_norm(heads: int) -> HeadNorm | None:
-            return HeadNorm(heads, shape.head, epsilon=epsilon, bias=True, per_head=False) if family.qk_norm else None
+        def head_norm(name: str, heads: int) -> tuple[str, HeadNorm] | None:
+            if not family.qk_norm:
+                return None
+            return name, HeadNorm(heads, shape.head, epsilon=epsilon, bias=True, per_head=False)
 
         self.input_layernorm = LayerNorm(shape.hidden_size, epsilon=epsilon)
         self.self_attn = Attention(
@@ -33,8 +35,8 @@ class PhiLayer(DecoderLayer):
             qkv_bias=True,
             output="dense",
             output_bias=True,
-            q_norm=head_norm(shape.heads),
-            k_norm=head_norm(shape.kv_heads),
+            q_norm=head_norm("q_layernorm", shape.heads),
+            k_norm=head_norm("k_layernorm", shape.kv_heads),
         )
         self.post_attention_layernorm = None
         self.mlp = Mlp(shape.hidden_size, shape.intermediate_size, linear, activation=family.activation, bias=True)

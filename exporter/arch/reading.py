@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pmpd.exporter.arch.decoder import DecoderShape
 from pmpd.exporter.nn import ACTIVATIONS, HeadLayout, LinearScaling, Llama3Scaling, Rotary, YarnScaling
 from pmpd.runtime.errors import PmpdError, unknown_choice
 
-__all__ = ["read_activation", "read_flag", "read_number", "read_rotary", "read_shape", "read_table"]
+__all__ = ["read_activation", "read_flag", "read_number", "read_rotary", "read_shape", "read_table", "read_windows"]
 
+_LAYER_KINDS = ("full_attention", "sliding_attention")
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -21,8 +22,9 @@ def read_shape(
     context_length: int | None,
     default_rotary_share: float = 1.0,
     default_head_dim: int | None = None,
+    default_tied: bool = False,
 ) -> DecoderShape:
-    """Read the numbers every family has; the rotated share of a head has a default of the family's own."""
+    """Read the numbers every family has; defaults are those of a family."""
     rope = read_table(config, "rope_parameters")  # transformers 5 keeps the share there
     share = read_number({**config, **rope}, "partial_rotary_factor", default_rotary_share)
 
@@ -52,7 +54,7 @@ def read_shape(
             head=HeadLayout(head_dim, read_rotary(config, int(head_dim * share))),
             vocab_size=size("vocab_size"),
             context_length=context_length or longest,
-            tied_embeddings=read_flag(config, "tie_word_embeddings"),
+            tied_embeddings=read_flag(config, "tie_word_embeddings", default=default_tied),
         )
     except KeyError as error:
         raise PmpdError(f"config.json lacks {error}: is it a complete Hugging Face checkpoint?") from None
@@ -102,6 +104,35 @@ def _read_yarn(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> YarnSca
         beta_fast=read_number(scaling, "beta_fast", 32.0),
         beta_slow=read_number(scaling, "beta_slow", 1.0),
         truncate=read_flag(scaling, "truncate", default=True),
+    )
+
+
+def read_windows(kinds: object, layers: int, window: object, context_length: int) -> tuple[int | None, ...]:
+    """Return how many positions each layer sees, its own included; None for all.
+
+    Args:
+        kinds: a name for each layer, as in `layer_types`.
+        layers: how many there are.
+        window: what layers of the kind `sliding_attention` see; None for all.
+        context_length: where texts end: no longer window changes anything.
+
+    Raises:
+        PmpdError: an unknown kind of layer, or a window that cuts something off, which cannot be exported.
+    """
+    if not isinstance(kinds, Sequence) or len(kinds) != layers:
+        raise PmpdError(f"config.json: layer_types must have a name for {layers} layers, got {kinds!r:.60}: correct it")
+    for kind in kinds:
+        if kind not in _LAYER_KINDS:
+            raise PmpdError(f"config.json: {unknown_choice('kind of layer', kind, _LAYER_KINDS)}")
+    if window is None or "sliding_attention" not in kinds:
+        return (None,) * layers
+    if type(window) is not int or window < 1:
+        raise PmpdError(f"config.json: sliding_window must be a whole number of 1 or more, got {window!r}: correct it")
+    if window >= context_length:
+        return (None,) * layers
+    raise PmpdError(
+        f"config.json: layers see a sliding window of {window} tokens, and texts may have {context_length}: export "
+        f"with --context-length {window} or less"
     )
 
 

@@ -20,8 +20,10 @@ class StableLMLayer(DecoderLayer):
         super().__init__(family, linear, index)
         shape, epsilon = family.shape, family.norm_epsilon
 
-        def head_norm(heads: int) -> HeadNorm | None:
-            return HeadNorm(heads, shape.head, epsilon=epsilon, bias=False, per_head=True) if family.qk_norm else None
+        def head_norm(name: str, heads: int) -> tuple[str, HeadNorm] | None:
+            if not family.qk_norm:
+                return None
+            return name, HeadNorm(heads, shape.head, epsilon=epsilon, bias=False, per_head=True)
 
         self.input_layernorm = LayerNorm(shape.hidden_size, epsilon=epsilon)
         self.self_attn = Attention(
@@ -33,8 +35,8 @@ class StableLMLayer(DecoderLayer):
             qkv_bias=family.qkv_bias,
             output="o_proj",
             output_bias=False,
-            q_norm=head_norm(shape.heads),
-            k_norm=head_norm(shape.kv_heads),
+            q_norm=head_norm("q_layernorm", shape.heads),
+            k_norm=head_norm("k_layernorm", shape.kv_heads),
         )
         self.post_attention_layernorm = None
         if not family.parallel_residual:

@@ -49,16 +49,32 @@ class LinearLayer:
         return tuple(f"{scope}{part.name}.weight" for part in self.module.parts)
 
     def weight(self, tensors: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-        """Stack the rows of per-checkpoint-weight matrices (weights or sensitivities): float32 ``[N, K]``."""
+        """Merge weights of the checkpoint into the layer's: float32 ``[N, K]``."""
+        weight = self.stack(tensors)
+        scales = self._row_scales()
+        return weight if scales is None else weight * scales
+
+    def stack(self, tensors: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+        """Stack the rows of matrices of the checkpoint's weights (sensitivities, say) as the layer's: ``[N, K]``."""
         stacked = [
             _select(_to_numpy(tensors[name]), part.index, axis=0)
             for name, part in zip(self.weight_names, self.module.parts, strict=True)
         ]
         return _select(np.concatenate(stacked), self.module.columns, axis=1)
 
+    def _row_scales(self) -> npt.NDArray[np.float32] | None:
+        """Return what each row of the checkpoint's is multiplied by, ``[N, 1]``; None if nothing changes."""
+        parts = self.module.parts
+        if all(part.scale == 1.0 for part in parts):
+            return None
+        return np.repeat([part.scale for part in parts], [part.out_rows for part in parts])[:, None].astype(np.float32)
+
     def unstack(self, weight: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
         """Undo `weight`: the checkpoint's tensors that a merged matrix ``[N, K]`` stands for."""
         module = self.module
+        scales = self._row_scales()
+        if scales is not None:
+            weight = weight / scales
         if module.columns is not None:
             weight = _unselect(weight, module.columns, size=module.source_features, axis=1)
         tensors, row = {}, 0
@@ -73,7 +89,7 @@ class LinearLayer:
         scope = parent_scope(self.name)
         return np.concatenate(
             [
-                _select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0)
+                _select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0) * part.scale
                 for part in self.module.parts
             ]
         )
@@ -117,6 +133,8 @@ def plain_tensors(
                 arrays = [_to_numpy(checkpoint.tensor(f"{scope}.{source}"), parameter.dtype) for source in sources]
                 array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
                 array = _select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
+                if parameter.scale != 1.0:
+                    array = array * np.float32(parameter.scale)
                 if not np.isfinite(array).all():
                     place = np.argwhere(~np.isfinite(array))[0]
                     raise PmpdError(

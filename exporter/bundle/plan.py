@@ -18,7 +18,7 @@ from onnxscript import nn
 from pmpd.exporter.arch import Decoder
 from pmpd.exporter.arch.decoder import Embedding
 from pmpd.exporter.bundle.layers import LinearLayer
-from pmpd.exporter.nn import BitplaneLinear, HeadNorm, Norm, RotaryTables
+from pmpd.exporter.nn import BitplaneLinear, HeadNorm, Norm, RMSHeadNorm, RotaryTables
 from pmpd.runtime.format.bitplanes import CACHE_LINE
 from pmpd.runtime.format.manifest import DTYPE_SIZES, Tensor
 
@@ -88,7 +88,7 @@ def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> We
 
 def _role(module: nn.Module) -> str:
     """Return the role of a module's parameters that are not quantized."""
-    for kinds, role in (((Norm, HeadNorm), "norm"), (Embedding, "embedding"), (RotaryTables, "rotary")):
+    for kinds, role in (((Norm, HeadNorm, RMSHeadNorm), "norm"), (Embedding, "embedding"), (RotaryTables, "rotary")):
         if isinstance(module, kinds):
             return role
     raise TypeError(f"the parameters of {type(module).__name__} have no role in a bundle: give them one here")

@@ -34,7 +34,7 @@ class Fisher:
 
     def merge(self, layer: LinearLayer, arrays: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
         """Stack them as the weights are stacked: ``[N, K]``."""
-        return layer.weight(arrays)
+        return layer.stack(arrays)
 
 
 def squared_gradients(

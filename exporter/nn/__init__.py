@@ -1,6 +1,7 @@
 """Components that the architecture families are made of. They never name a family."""
 
-from pmpd.exporter.nn.attention import Attention, Cache, HeadNorm
+from pmpd.exporter.nn.attention import Attention, Cache, EarlyRotation
+from pmpd.exporter.nn.head_norm import HeadNorm, RMSHeadNorm
 from pmpd.exporter.nn.linear import BitplaneLinear, FloatLinear, Index, Linear, LinearFactory, Part, Stored
 from pmpd.exporter.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from pmpd.exporter.nn.norm import LayerNorm, Norm, RMSNorm
@@ -9,6 +10,7 @@ from pmpd.exporter.nn.rotary import (
     LinearScaling,
     Llama3Scaling,
     NtkScaling,
+    PositionScale,
     RopeScaling,
     Rotary,
     RotaryTables,
@@ -20,6 +22,7 @@ __all__ = [
     "Attention",
     "BitplaneLinear",
     "Cache",
+    "EarlyRotation",
     "FloatLinear",
     "GatedMlp",
     "HeadLayout",
@@ -34,6 +37,8 @@ __all__ = [
     "Norm",
     "NtkScaling",
     "Part",
+    "PositionScale",
+    "RMSHeadNorm",
     "RMSNorm",
     "RopeScaling",
     "Rotary",

@@ -11,10 +11,11 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from pmpd.exporter.graph.operators import GROUP_QUERY_ATTENTION, PMPD_DOMAIN
-from pmpd.exporter.nn.linear import LinearFactory, Part, Stored
+from pmpd.exporter.nn.head_norm import HeadNorm, RMSHeadNorm
+from pmpd.exporter.nn.linear import LinearFactory, Part
 from pmpd.exporter.nn.rotary import HeadLayout
 
-__all__ = ["Attention", "Cache", "HeadNorm"]
+__all__ = ["Attention", "Cache", "EarlyRotation"]
 
 
 @dataclass(frozen=True)
@@ -22,48 +23,39 @@ class Cache:
     """What attention needs besides activations: this layer's past, lengths, and the rotary tables.
 
     `past_key` and `past_value` are ``[B, kv_heads, P, slots]``; `last_position` int32 ``[B]`` is the number of valid
-    positions after this run, less one; `total` int32 the length of the mask; `rotary` cosines and sines
-    ``[positions, pairs]`` of each layout that the network's layers ask for.
+    positions after this run, less one; `total` int32 the length of the mask; `first_position` int64 ``[B]`` the number
+    of positions before this run, where a layer needs it; `rotary` cosines and sines ``[positions, pairs]`` of each
+    layout that the network's layers ask for.
     """
 
     past_key: ir.Value
     past_value: ir.Value
     last_position: ir.Value
     total: ir.Value
+    first_position: ir.Value | None
     rotary: Mapping[HeadLayout, tuple[ir.Value, ir.Value]]
-
-
-class HeadNorm(nn.Module):
-    """A layer norm over each head, before the rotation: one weight for all heads, or one per head."""
-
-    def __init__(self, heads: int, layout: HeadLayout, *, epsilon: float, bias: bool, per_head: bool) -> None:
-        super().__init__()
-        self.shape = (heads, layout.slots)
-        self.epsilon = epsilon
-        size = (heads, layout.slots) if per_head and heads > 1 else (layout.slots,)
-
-        def stored(kind: str) -> Stored:
-            sources = tuple(f"norms.{head}.{kind}" for head in range(heads)) if per_head else (kind,)
-            return Stored(size, sources=sources, columns=layout.heads(layout.rotated(), 1))
-
-        self.weight = stored("weight")
-        self.bias = stored("bias") if bias else None
-
-    def forward(self, op: Any, x: ir.Value) -> ir.Value:
-        """``[B, S, heads * slots]`` → the same, normalized."""
-        heads, slots = self.shape
-        x = op.Reshape(x, [0, 0, heads, slots])  # (B, S, heads, slots)
-        x = op.LayerNormalization(x, [1.0] * slots, axis=-1, epsilon=self.epsilon)
-        x = op.Mul(x, self.weight)  # by (slots) or (heads, slots)
-        if self.bias is not None:
-            x = op.Add(x, self.bias)
-        return op.Reshape(x, [0, 0, heads * slots])  # type: ignore[no-any-return]  # (B, S, heads * slots)
 
 
 class Attention(nn.Module):
     """Grouped-query self-attention over a KV cache that is extended in place.
 
-    Heads are laid out and rotated as `layout` says; layers of one network may have different ones.
+    Heads are laid out and rotated as `layout` says; layers of one network may have different ones. Norms of queries and
+    keys, named as in the checkpoint, come before the rotation.
+
+    Args:
+        hidden_size: H, of the residual stream.
+        heads: heads of queries.
+        kv_heads: heads of keys, and of values.
+        layout: how heads are laid out and rotated.
+        linear: makes the projections.
+        qkv_bias: queries, keys and values have biases.
+        output: the output projection's name in the checkpoint.
+        output_bias: it has a bias.
+        output_scale: its result is multiplied by this.
+        q_norm: name and norm of queries.
+        k_norm: name and norm of keys.
+        scale: what scores are multiplied by; default one over the square root of a head's size.
+        window: a token sees itself and the ``window - 1`` before it; None: all.
     """
 
     def __init__(
@@ -77,11 +69,16 @@ class Attention(nn.Module):
         qkv_bias: bool,
         output: str,
         output_bias: bool,
-        q_norm: HeadNorm | None = None,
-        k_norm: HeadNorm | None = None,
+        output_scale: float = 1.0,
+        q_norm: tuple[str, HeadNorm | RMSHeadNorm] | None = None,
+        k_norm: tuple[str, HeadNorm | RMSHeadNorm] | None = None,
+        scale: float | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.layout = heads, kv_heads, layout
+        self.scale = 1 / math.sqrt(layout.size) if scale is None else scale
+        self.limits = {} if window is None else {"window": window}
         rotated, plain = layout.rotated(), layout.plain()
         self.qkv_proj = linear(
             [
@@ -93,20 +90,26 @@ class Attention(nn.Module):
             bias=qkv_bias,
         )
         self.o_proj = linear(
-            [Part(output, hidden_size)], heads * layout.size, bias=output_bias, columns=layout.heads(plain, heads)
+            [Part(output, hidden_size, scale=output_scale)],
+            heads * layout.size,
+            bias=output_bias,
+            columns=layout.heads(plain, heads),
         )
-        self.q_layernorm, self.k_layernorm = q_norm, k_norm
-        self.tables = (layout,)
+        self.norm_names = (q_norm[0], k_norm[0]) if q_norm is not None and k_norm is not None else None
+        for norm in (q_norm, k_norm):
+            if norm is not None:
+                setattr(self, *norm)
+        self.operator_layout = layout
+
+    @property
+    def tables(self) -> tuple[HeadLayout, ...]:
+        """The layouts whose cosines and sines it reads."""
+        return (self.operator_layout,)
 
     def forward(self, op: Any, x: ir.Value, cache: Cache) -> tuple[ir.Value, ir.Value, ir.Value]:
         """``x [B, S, H]`` → the block's output ``[B, S, H]``, and the present key and value."""
-        qkv = self.qkv_proj(op, x)  # (B, S, (heads + 2 kv_heads) * slots)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            sizes = [count * self.layout.slots for count in (self.heads, self.kv_heads, self.kv_heads)]
-            q, k, v = op.Split(qkv, sizes, axis=-1, _outputs=3)  # (B, S, heads * slots), twice (B, S, kv_heads * slots)
-            q, k = self.q_layernorm(op, q), self.k_layernorm(op, k)
-            qkv = op.Concat(q, k, v, axis=-1)  # (B, S, (heads + 2 kv_heads) * slots)
-        cos, sin = cache.rotary[self.layout]
+        qkv = self.prepared(op, self.qkv_proj(op, x), cache)  # (B, S, (heads + 2 kv_heads) * slots)
+        cos, sin = cache.rotary[self.operator_layout]
         y, present_key, present_value = getattr(op, GROUP_QUERY_ATTENTION)(
             qkv,
             cache.past_key,
@@ -117,8 +120,64 @@ class Attention(nn.Module):
             sin,
             num_heads=self.heads,
             kv_num_heads=self.kv_heads,
-            scale=1 / math.sqrt(self.layout.size),
+            scale=self.scale,
+            **self.limits,
             _domain=PMPD_DOMAIN,
             _outputs=3,
         )  # y (B, S, heads * slots), presents (B, kv_heads, P, slots)
         return self.o_proj(op, y), present_key, present_value  # (B, S, H)
+
+    def prepared(self, op: Any, qkv: ir.Value, cache: Cache) -> ir.Value:
+        """Return ``qkv [B, S, (heads + 2 kv_heads) * slots]`` as the operator takes it: with norms, if there are."""
+        if self.norm_names is None:
+            return qkv
+        q, k, v = self.split(op, qkv)
+        return op.Concat(*self.normalized(op, q, k), v, axis=-1)  # type: ignore[no-any-return]
+
+    def split(self, op: Any, qkv: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Return queries ``[B, S, heads * slots]``, keys and values ``[B, S, kv_heads * slots]``."""
+        sizes = [count * self.layout.slots for count in (self.heads, self.kv_heads, self.kv_heads)]
+        return op.Split(qkv, sizes, axis=-1, _outputs=3)  # type: ignore[no-any-return]
+
+    def normalized(self, op: Any, q: ir.Value, k: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return queries and keys behind their norms, if they have some."""
+        if self.norm_names is None:
+            return q, k
+        q_norm, k_norm = (getattr(self, name) for name in self.norm_names)
+        return q_norm(op, q), k_norm(op, k)
+
+
+class EarlyRotation(Attention):
+    """Attention whose queries and keys are rotated before their norms, or not by the same table.
+
+    The operator then has nothing to rotate. `query_layout` is that of queries, where it is another than that of keys.
+    """
+
+    def __init__(self, *args: Any, query_layout: HeadLayout | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.query_layout = query_layout or self.layout
+        self.operator_layout = HeadLayout(self.layout.size, None)
+
+    @property
+    def tables(self) -> tuple[HeadLayout, ...]:
+        """The layouts whose cosines and sines it reads."""
+        return (self.query_layout, self.layout, self.operator_layout)
+
+    def prepared(self, op: Any, qkv: ir.Value, cache: Cache) -> ir.Value:
+        """Return ``qkv [B, S, (heads + 2 kv_heads) * slots]`` with queries and keys rotated, then normalized."""
+        q, k, v = self.split(op, qkv)
+        q = self._rotated(op, q, cache, self.query_layout, self.heads)
+        k = self._rotated(op, k, cache, self.layout, self.kv_heads)
+        return op.Concat(*self.normalized(op, q, k), v, axis=-1)  # type: ignore[no-any-return]
+
+    def _rotated(self, op: Any, x: ir.Value, cache: Cache, layout: HeadLayout, heads: int) -> ir.Value:
+        cos, sin = cache.rotary[layout]
+        return op.RotaryEmbedding(  # type: ignore[no-any-return]  # (B, S, heads * slots)
+            x,
+            cache.first_position,
+            cos,
+            sin,
+            num_heads=heads,
+            rotary_embedding_dim=2 * layout.pairs,
+            _domain="com.microsoft",
+        )

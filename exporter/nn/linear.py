@@ -22,7 +22,8 @@ class Stored(nn.Parameter):
     """A parameter that is copied from the checkpoint without quantization.
 
     `sources` are names of checkpoint tensors, relative to the module, to be stacked along a new first axis when there
-    are several; by default the parameter's own name. `columns` selects along the last axis.
+    are several; by default the parameter's own name. `columns` selects along the last axis. What the checkpoint has is
+    multiplied by `scale`.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Stored(nn.Parameter):
         dtype: ir.DataType = ir.DataType.FLOAT,
         sources: tuple[str, ...] | None = None,
         columns: Index = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(shape, dtype=dtype)
         self.sources = sources
         self.columns = columns
+        self.scale = scale
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class Part:
         name: the checkpoint's layer, relative to the module that holds the merged one (``q_proj``).
         rows: rows of the checkpoint's weight.
         index: which of them are taken.
+        scale: what they and their bias are multiplied by.
     """
 
     name: str
     rows: int
     index: Index = None
+    scale: float = 1.0
 
     @property
     def out_rows(self) -> int:
@@ -145,6 +150,8 @@ class FloatLinear(Linear):
             pieces = []
             for part in self.parts:
                 value = op.Cast(getattr(self, f"{part.name.replace('.', '_')}_{kind}"), to=ir.DataType.FLOAT)
+                if part.scale != 1.0:
+                    value = op.Mul(value, part.scale)
                 pieces.append(_select(op, value, part.index, size=part.rows, axis=0))
             return pieces[0] if len(pieces) == 1 else op.Concat(*pieces, axis=0)
 

@@ -40,13 +40,22 @@ ACTIVATIONS: dict[str, Callable[[Any, ir.Value], ir.Value]] = {
 
 
 class GatedMlp(nn.Module):
-    """``down(act(gate(x)) * up(x))``, gate and up merged (Llama, StableLM)."""
+    """``down(act(gate(x)) * up(x))``, gate and up merged (Llama, StableLM); the result times `output_scale`."""
 
-    def __init__(self, hidden_size: int, size: int, linear: LinearFactory, *, activation: str, bias: bool) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        size: int,
+        linear: LinearFactory,
+        *,
+        activation: str,
+        bias: bool,
+        output_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
         self.gate_up_proj = linear([Part("gate_proj", size), Part("up_proj", size)], hidden_size, bias=bias)
-        self.down_proj = linear([Part("down_proj", hidden_size)], size, bias=bias)
+        self.down_proj = linear([Part("down_proj", hidden_size, scale=output_scale)], size, bias=bias)
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """``[B, S, H] → [B, S, H]``."""

@@ -31,12 +31,12 @@ class Norm(nn.Module):
 
 
 class RMSNorm(Norm):
-    """Root-mean-square norm (Llama)."""
+    """Root-mean-square norm (Llama), its result times `scale`."""
 
-    def __init__(self, size: int, *, epsilon: float) -> None:
+    def __init__(self, size: int, *, epsilon: float, scale: float = 1.0) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.weight = Stored([size])
+        self.weight = Stored([size], scale=scale)
 
     def normalize(self, op: Any, x: ir.Value) -> ir.Value:
         """Add the operator."""

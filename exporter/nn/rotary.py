@@ -18,6 +18,7 @@ __all__ = [
     "LinearScaling",
     "Llama3Scaling",
     "NtkScaling",
+    "PositionScale",
     "RopeScaling",
     "Rotary",
     "RotaryTables",
@@ -121,12 +122,29 @@ class NtkScaling:
 
 
 @dataclass(frozen=True)
+class PositionScale:
+    """Queries at later positions are larger: ``1 + beta * log(1 + floor(position / original_context))`` (Llama 4)."""
+
+    beta: float
+    original_context: int
+
+    def __call__(self, positions: npt.NDArray[np.integer]) -> Doubles:
+        """Return the factor of each position."""
+        factors: Doubles = 1 + self.beta * np.log(1 + np.floor(positions / self.original_context))
+        return factors
+
+
+@dataclass(frozen=True)
 class Rotary:
-    """Rotation of the first `dim` elements of each head, in halves (GPT-NeoX style)."""
+    """Rotation of the first `dim` elements of each head, in halves (GPT-NeoX style).
+
+    With a `position_scale`, which takes a rotation of whole heads, rotated heads also change in size.
+    """
 
     dim: int
     theta: float
     scaling: RopeScaling | None = None
+    position_scale: PositionScale | None = None
 
     def frequencies(self) -> Doubles:
         """Return the angle per position of each pair: ``[dim / 2]``."""
@@ -199,6 +217,9 @@ class RotaryTables(nn.Module):
             half, factor = layout.rotary.dim // 2, layout.rotary.attention_factor
             angles = np.outer(np.arange(positions), layout.rotary.frequencies())  # [positions, dim / 2]
             cos[:, :half], sin[:, :half] = factor * np.cos(angles), factor * np.sin(angles)
+            if layout.rotary.position_scale is not None:
+                sizes = layout.rotary.position_scale(np.arange(positions))[:, None]  # [positions, 1]
+                cos, sin = sizes * cos, sizes * sin
         self.cos = nn.Parameter(cos.shape, data=ir.tensor(cos.astype(np.float32)))
         self.sin = nn.Parameter(sin.shape, data=ir.tensor(sin.astype(np.float32)))
 

@@ -119,7 +119,7 @@ class _Lowering:
         inputs = [name for name in node.inputs if name and name not in self.graph.initializers]
         if node.op == "CastLike" and node.inputs[0] in self.graph.initializers:
             return []  # a constant that is stored in one type and used in another
-        if node.op in _COUNTING and self.counts.issuperset(inputs):
+        if node.op == "Shape" or (node.op in _COUNTING and self.counts.issuperset(inputs)):
             self.counts.update(node.outputs)
             return []
         special = {
@@ -129,6 +129,7 @@ class _Lowering:
             "pmpd::BitplaneGather": self._bitplane_gather,
             "pmpd::BitplaneMatMul": self._bitplane_matmul,
             "pmpd::GroupQueryAttention": self._attention,
+            "com.microsoft::RotaryEmbedding": self._rotary_embedding,
         }
         handlers: Mapping[str, Callable[[Node], list[Instruction]]] = (
             dict.fromkeys(_VIEWS, self._view) | dict.fromkeys(_FUNCTIONS, self._function) | special
@@ -169,6 +170,13 @@ class _Lowering:
         x = self._input(node)
         self.values[node.outputs[0]] = x
         return [*self._vectors(node), Special(_FUNCTIONS[node.op], x.rows * x.width), Sync()]
+
+    def _rotary_embedding(self, node: Node) -> list[Instruction]:
+        x = self._input(node)
+        self.values[node.outputs[0]] = x
+        pairs = self.graph.initializers[node.inputs[2]].shape[1]
+        elements = int(node.attributes["num_heads"]) * 2 * pairs
+        return [Load("vectors", x.rows * pairs * 2 * 4), Special("rotary", x.rows * elements), Sync()]
 
     def _gather(self, node: Node) -> list[Instruction]:
         """Rows of the embedding's table, or one row of the activations."""

@@ -1,0 +1,63 @@
+"""Norms of queries and keys, over each head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import nn
+
+from pmpd.exporter.nn.linear import Stored
+from pmpd.exporter.nn.rotary import HeadLayout
+
+__all__ = ["HeadNorm", "RMSHeadNorm"]
+
+
+class HeadNorm(nn.Module):
+    """A layer norm over each head: one weight for all heads, or one per head."""
+
+    def __init__(self, heads: int, layout: HeadLayout, *, epsilon: float, bias: bool, per_head: bool) -> None:
+        super().__init__()
+        self.shape = (heads, layout.slots)
+        self.epsilon = epsilon
+        size = (heads, layout.slots) if per_head and heads > 1 else (layout.slots,)
+
+        def stored(kind: str) -> Stored:
+            sources = tuple(f"norms.{head}.{kind}" for head in range(heads)) if per_head else (kind,)
+            return Stored(size, sources=sources, columns=layout.heads(layout.rotated(), 1))
+
+        self.weight = stored("weight")
+        self.bias = stored("bias") if bias else None
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """``[B, S, heads * slots]`` → the same, normalized."""
+        heads, slots = self.shape
+        x = op.Reshape(x, [0, 0, heads, slots])  # (B, S, heads, slots)
+        x = op.LayerNormalization(x, [1.0] * slots, axis=-1, epsilon=self.epsilon)
+        x = op.Mul(x, self.weight)  # by (slots) or (heads, slots)
+        if self.bias is not None:
+            x = op.Add(x, self.bias)
+        return op.Reshape(x, [0, 0, heads * slots])  # type: ignore[no-any-return]  # (B, S, heads * slots)
+
+
+class RMSHeadNorm(nn.Module):
+    """A root-mean-square norm over each head, with one weight for all heads.
+
+    Slots without an element are zeros: they make the mean square smaller by ``size / slots``, which epsilon and weight
+    undo.
+    """
+
+    def __init__(self, heads: int, layout: HeadLayout, *, epsilon: float) -> None:
+        super().__init__()
+        self.shape = (heads, layout.slots)
+        share = layout.size / layout.slots
+        self.epsilon = epsilon * share
+        self.weight = Stored([layout.slots], columns=layout.heads(layout.rotated(), 1), scale=math.sqrt(share))
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """``[B, S, heads * slots]`` → the same, normalized."""
+        heads, slots = self.shape
+        x = op.Reshape(x, [0, 0, heads, slots])  # (B, S, heads, slots)
+        x = op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.epsilon)
+        return op.Reshape(x, [0, 0, heads * slots])  # type: ignore[no-any-return]  # (B, S, heads * slots)
