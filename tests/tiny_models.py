@@ -135,7 +135,7 @@ TINY_MODELS = {
         "qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rope_theta": 1e6}, torch.bfloat16
     ),
     "qwen3-odd": TinyModel("qwen3", {"head_dim": 20, "attention_bias": True, "tie_word_embeddings": True}),
-    "smollm3": TinyModel("smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True, **SMOLLM3_IDS}),
+    "smollm3": TinyModel("smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True, **SMOLLM3_IDS}),
     "smollm3-biases": TinyModel(
         "smollm3",
         {

@@ -14,10 +14,11 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from tiny_models import BASE, FAMILIES, TINY_MODELS
+from tiny_models import BASE, TINY_MODELS
 
 from pmpd.exporter import Export, ExportConfig, export_bundle
-from pmpd.exporter.arch import read_family
+from pmpd.exporter.arch import FAMILIES, read_family
+from pmpd.exporter.arch.refused import REFUSED
 from pmpd.exporter.demo import demo_model_path
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.models import resolve_model
@@ -184,12 +185,13 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(
         (bytes_with("config.json", lambda data: data[:-9]), "config.json is not valid JSON"),
         (bytes_with("config.json", lambda _: b"[1]"), "config.json is not a JSON object"),
         (bytes_with("config.json", lambda _: b"\xff\xfe"), "config.json is not valid JSON"),
-        (config_with(model_type="mamba"), "unknown architecture 'mamba': choose one of"),
+        (config_with(model_type="mamba3"), "unknown architecture 'mamba3': choose one of"),
+        (config_with(model_type="mamba2"), "the architecture 'mamba2' cannot be exported: it has Mamba layers"),
         (config_with(model_type=None), "unknown architecture 'None'"),
         (config_with(quantization_config={"quant_method": "gptq"}), "give the floating-point checkpoint"),
         (
-            config_with(rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_parameters=None),
-            "unknown rope scaling 'yarn': choose one of",
+            config_with(rope_scaling={"rope_type": "spiral", "factor": 4.0}, rope_parameters=None),
+            "unknown rope scaling 'spiral': choose one of",
         ),
         (config_with(rope_scaling={"rope_type": "linear"}, rope_parameters=None), "config.json lacks 'factor'"),
         (config_with(rope_scaling="linear", rope_parameters=None), "rope_scaling must be an object, got 'linear'"),
@@ -304,9 +306,44 @@ def test_a_weight_that_is_no_number_is_named(
 
 def test_the_supported_architectures_are_listed() -> None:
     with pytest.raises(PmpdError) as caught:
-        read_family({"model_type": "llama4"})
-    assert str(caught.value).startswith("config.json: unknown architecture 'llama4': choose one of llama")
+        read_family({"model_type": "lama"})
+    assert str(caught.value).startswith("config.json: unknown architecture 'lama': choose one of llama")
     assert all(family in str(caught.value) for family in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "qwen3_5"}, "the architecture 'qwen3_5' cannot be exported: its linear attention"),
+        ({"model_type": "gemma3n"}, "the architecture 'gemma3n' cannot be exported: its per-layer embeddings"),
+        ({"model_type": "granitemoehybrid"}, "the architecture 'granitemoehybrid' cannot be exported: it has Mamba"),
+        ({"model_type": "qwen3_moe"}, "the architecture 'qwen3_moe' cannot be exported: it is a mixture of experts"),
+        ({"model_type": "bert"}, "the architecture 'bert' cannot be exported: it is an encoder"),
+        ({"model_type": "gpt2"}, "the architecture 'gpt2' cannot be exported: it has learned position embeddings"),
+        (
+            {"model_type": "mistral3", "vision_config": {}, "text_config": {}},
+            "the architecture 'mistral3' cannot be exported: it reads images or sound as well as text",
+        ),
+        (
+            {"model_type": "mobilellm", "auto_map": {"AutoConfig": "configuration_mobilellm.MobileLLMConfig"}},
+            "the architecture 'mobilellm' cannot be exported: it needs code of its repository, which is never run",
+        ),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+            "the model LlamaForSequenceClassification has no output layer for text: give a model for causal",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["model_type"],
+)
+def test_an_architecture_that_cannot_be_exported_is_refused_by_name(config: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PmpdError) as caught:
+        read_family(config)
+    assert str(caught.value).startswith(f"config.json: {reason}")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_supported_architecture_is_in_the_table_of_refusals() -> None:
+    assert not FAMILIES.keys() & REFUSED.keys()
 
 
 @pytest.mark.parametrize("length", [0, -1, BASE["max_position_embeddings"] + 1])

@@ -84,11 +84,18 @@ def test_the_catalogue_has_a_sharded_checkpoint(tmp_path: Path) -> None:
     assert len(set(checkpoint.shards.values())) > 2
 
 
-@pytest.mark.parametrize("name", ["llama-tied-bfloat16", "phi-qk-norm", "stablelm"])
+NESTED = {"precisions": (4, 3, 2)}
+GROUPED = {"precisions": (8, 5, 1), "parent": 8, "groups": 3, "head_precision": 8}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"precisions": (4, 3, 2)}, {"precisions": (8, 5, 1), "parent": 8, "groups": 3, "head_precision": 8}],
-    ids=["4,3,2", "8,5,1 in 3 groups"],
+    ("name", "options"),
+    [
+        *((name, NESTED) for name in ("llama-tied-bfloat16", "qwen2", "qwen3-odd", "smollm3", "mistral")),
+        *((name, NESTED) for name in ("granite-biases", "hunyuan-odd", "ministral3", "phi-qk-norm", "stablelm")),
+        *((name, GROUPED) for name in ("llama-tied-bfloat16", "granite", "phi-qk-norm", "stablelm")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value["precisions"])),
 )
 def test_decode_graphs_compute_with_the_dequantized_weights(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     folder = TINY_MODELS[name].save(tmp_path / name)

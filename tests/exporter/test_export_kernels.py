@@ -7,9 +7,11 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from tiny_models import TINY_MODELS
@@ -194,6 +196,25 @@ def test_the_bundle_holds_and_checks_the_kernels_of_this_machine(
     generator = Generator(Bundle.open("out"), require_fast_kernels=True)
     generator.prefill([1, 2, 3])
     assert generator.kernels()[0].kernel == "plain_int8_4"
+
+
+# The plain kernels are for heads of 16.
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3", "mistral-long-window", "granite", "hunyuan"])
+def test_every_family_passes_the_checks_with_kernels(name: str, builder: Builder, place: Path) -> None:
+    model = TINY_MODELS[name]
+    export_bundle(small(replace(model, options={**model.options, "head_dim": 16}).save(place / "model")))
+    assert opened().verified
+    generator = Generator(Bundle.open("out"), require_fast_kernels=True)
+    whole = generator.decode([1, 2, 3, 4], precision=4)[3]
+    generator.reset()
+    generator.prefill([1, 2])
+    generator.decode([3], precision=4)
+    assert_close(generator.decode([4], precision=4)[0], whole)
+
+
+def assert_close(logits: Any, wanted: Any) -> None:
+    """A token alone gives the logits that it gives behind others, within what the kernels round."""
+    np.testing.assert_allclose(logits, wanted, atol=0.05 * np.abs(wanted).max())
 
 
 def test_by_default_kernels_are_those_of_this_machine(tiny: Path, builder: Builder) -> None:

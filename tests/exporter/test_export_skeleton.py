@@ -240,7 +240,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments: str, message: str, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "unknown architecture 'gpt2'"),
+        ({"model_type": "gpt3"}, "unknown architecture 'gpt3'"),
         ({"hidden_size": "48"}, "hidden_size must be a whole number of 1 or more, got '48'"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of 1 or more, got 0"),
         ({"num_hidden_layers": -1}, "num_hidden_layers must be a whole number of 1 or more, got -1"),

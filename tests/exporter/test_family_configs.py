@@ -1,0 +1,123 @@
+"""How families read `config.json`: defaults of their own, windows, what cannot be exported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_models import BASE, GRANITE_MULTIPLIERS, MINISTRAL3_ROPE
+
+from pmpd.exporter.arch import Family, read_family
+from pmpd.exporter.nn import NtkScaling, PositionScale
+from pmpd.runtime import PmpdError
+
+WINDOW = {"sliding_window": 16}
+CONTEXT = BASE["max_position_embeddings"]
+
+
+def family(model_type: str, context_length: int | None = None, **changes: Any) -> Any:
+    config = {key: value for key, value in {**BASE, **changes}.items() if value != "absent"}
+    return read_family({"model_type": model_type, **config}, context_length=context_length)
+
+
+def refusal(model_type: str, **changes: Any) -> str:
+    with pytest.raises(PmpdError) as caught:
+        family(model_type, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied", "theta", "head_dim", "epsilon"),
+    [
+        ("llama", False, 1e4, 16, 1e-6),
+        ("qwen2", False, 1e4, 16, 1e-6),
+        ("qwen3", False, 1e4, 128, 1e-6),
+        ("smollm3", True, 2e6, 16, 1e-6),
+        ("granite", False, 1e4, 16, 1e-6),
+        ("hunyuan_v1_dense", False, 1e4, 16, 1e-5),
+    ],
+)
+def test_what_a_configuration_leaves_out_has_the_defaults_of_transformers(
+    model_type: str, tied: bool, theta: float, head_dim: int, epsilon: float
+) -> None:
+    read: Family = family(model_type)
+    rotary = read.shape.head.rotary
+    assert rotary is not None
+    assert (read.shape.tied_embeddings, rotary.theta, read.shape.head.size) == (tied, theta, head_dim)
+    assert read.norm_epsilon == epsilon
+
+
+def test_a_window_that_cuts_nothing_off_changes_nothing() -> None:
+    assert family("mistral", **WINDOW, context_length=16).windows == (None, None)
+    assert family("mistral", sliding_window=None).windows == (None, None)
+    assert family("mistral", sliding_window=CONTEXT).windows == (None, None)
+    assert family("ministral", **WINDOW, layer_types=["full_attention"] * 2).windows == (None, None)
+    # What published Qwen2 models say: a window that is not used.
+    unused = {"use_sliding_window": False, "max_window_layers": 0}
+    assert family("qwen2", **WINDOW, **unused).windows == (None, None)
+    assert family("qwen3", **WINDOW, use_sliding_window=True).windows == (None, None)  # from layer 28 on
+    assert family("smollm3", **WINDOW, use_sliding_window=True).windows == (None, None)  # of layers without rotation
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("mistral", {}),
+        ("ministral", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("ministral3", {"rope_parameters": MINISTRAL3_ROPE}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("smollm3", {"use_sliding_window": True, "no_rope_layers": [1, 0]}),
+    ],
+)
+def test_a_window_that_cuts_something_off_is_refused(model_type: str, changes: dict[str, Any]) -> None:
+    assert refusal(model_type, **WINDOW, **changes) == (
+        "config.json: layers see a sliding window of 16 tokens, and texts may have 64: export with --context-length 16 "
+        "or less"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("mistral", {"sliding_window": 0.5}, "sliding_window must be a whole number of 1 or more, got 0.5"),
+        ("ministral", {"layer_types": ["full_attention"]}, "layer_types must have a name for 2 layers, got ['full_"),
+        ("qwen2", {"layer_types": ["full_attention", "ring"]}, "unknown kind of layer 'ring': choose one of full"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be 2 times 0 or 1, got [1]"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers must be 2 times 0 or 1, got [1, 2]"),
+        ("granite", {"logits_scaling": -8.0}, "logits_scaling must be a number above 0, got -8.0"),
+        ("llama", {"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
+        ("ministral3", {}, "rope_parameters of ministral3 must have llama_4_scaling_beta"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 0.0, "beta_fast": -1}},
+            "beta_fast must be a number",
+        ),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_one_line(model_type: str, changes: dict[str, Any], message: str) -> None:
+    assert message in refusal(model_type, **changes)
+
+
+def test_layers_without_rotation_have_a_layout_of_their_own() -> None:
+    assert family("smollm3", num_hidden_layers=5).rotated == (True, True, True, False, True)
+    assert family("smollm3", no_rope_layer_interval=2).rotated == (True, False)
+
+
+def test_multipliers_are_read() -> None:
+    granite = family("granite", **GRANITE_MULTIPLIERS)
+    assert (granite.embedding_scale, granite.attention_multiplier) == (12.0, 0.2)
+    assert (granite.residual_multiplier, granite.logits_scaling) == (0.22, 8.0)
+
+
+def test_queries_grow_only_beyond_the_original_context() -> None:
+    assert family("ministral3", rope_parameters=MINISTRAL3_ROPE).query_scale == PositionScale(0.1, 16)
+    assert family("ministral3", rope_parameters=MINISTRAL3_ROPE, context_length=16).query_scale is None
+
+
+def test_the_base_of_hunyuan_is_stretched_by_a_constant() -> None:
+    scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    for key in ("rope_scaling", "rope_parameters"):
+        assert family("hunyuan_v1_dense", **{key: scaling}).shape.head.rotary.scaling == NtkScaling(1000.0)
+    assert family("hunyuan_v1_dense").shape.head.rotary.scaling is None
