@@ -9,7 +9,7 @@ from typing import Any
 from pmpd.exporter.arch.gated import GatedFamily, GatedLayer
 from pmpd.exporter.arch.reading import read_flag, read_windows
 
-__all__ = ["Qwen2", "Qwen2Layer"]
+__all__ = ["Qwen2", "Qwen2Layer", "read_qwen_windows"]
 
 
 class Qwen2Layer(GatedLayer):
