@@ -20,6 +20,7 @@ from pmpd.exporter.config import ExportConfig, ResolvedConfig
 from pmpd.exporter.outline import Outline, file_entry
 from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
+from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
 from pmpd.exporter.verify.agreement import Check, require_passed
 from pmpd.exporter.verify.bundle import Verification, summarize
@@ -62,10 +63,10 @@ class Export:
         check_output(resolved.output, overwrite=resolved.overwrite)
         for target in resolved.targets if resolved.kernels_required else ():
             require_toolchain(target)
-        checkpoint = Checkpoint.open(resolved.model, revision=resolved.revision)
+        checkpoint = open_checkpoint(resolved.model, revision=resolved.revision)
         outline = Outline.of(resolved, checkpoint.source, checkpoint.config)
         for name, shape in checkpoint_shapes(outline.network):
-            checkpoint.tensor(name, shape)  # a missing one is better found now than in an hour
+            checkpoint.require(name, shape)  # a missing one is better found now than in an hour
         export = cls(outline, checkpoint, _fingerprint(outline, checkpoint))
         export._require_room()
         export._warn()
@@ -112,16 +113,17 @@ class Export:
         """Estimated peak of resident memory in bytes.
 
         That is the libraries and the largest layer as floats, a few times over; in the verification the checkpoint
-        too, mapped from its files; in the calibration the weights and their sensitivities in float32.
+        too (a folder's is mapped from its files); in the calibration the weights and their sensitivities in float32.
         """
         largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
         calibrating = 12 * self.outline.parameters if self.config.calibration else 0
-        return int(700e6 + max(12 * largest + self.checkpoint.nbytes, calibrating))
+        return int(700e6 + max(12 * largest + self.checkpoint.tensor_nbytes, calibrating))
 
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
         return [
             *self.outline.describe(),
+            *self.checkpoint.describe(),
             f"kernels   {self._kernels()}",
             f"needs     {byte_text(self.plan.size)} of disk, about {byte_text(self.peak_memory)} of memory",
         ]

@@ -19,8 +19,8 @@ from pmpd.exporter.bundle.destination import Destination, check_output
 from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.config import ExportConfig
 from pmpd.exporter.outline import Outline, file_entry
-from pmpd.exporter.source.checkpoint import read_json
-from pmpd.exporter.source.models import DEMO, published_name, resolve_model
+from pmpd.exporter.source.models import DEMO, published_name
+from pmpd.exporter.source.opening import open_config
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.manifest import MANIFEST_NAME, Graph, Manifest, Source
 from pmpd.tvm_kernels.models import shipped_config, shipped_models
@@ -52,7 +52,7 @@ class Skeleton:
 
     @classmethod
     def of(cls, config: ExportConfig) -> Self:
-        """Outline the model that `config` names: one of `shipped_models`, ``demo``, or a folder with a config.json.
+        """Outline the model that `config` names: one of `shipped_models`, ``demo``, a folder or a GGUF file.
 
         Raises:
             PmpdError: no such model, an architecture that cannot be exported, or an option that needs weights.
@@ -128,12 +128,11 @@ def export_skeleton(config: ExportConfig) -> Manifest:
 
 
 def _read_config(model: str) -> Mapping[str, Any]:
-    if model != DEMO and not Path(model).is_dir():  # a folder comes first, as in `resolve_model`
+    if model != DEMO and not Path(model).exists():  # what is on disk comes first, as in `resolve_model`
         if model in shipped_models():
             return shipped_config(model)
         choices = [DEMO, *shipped_models()]
-        raise PmpdError(f"{unknown_choice('model', model, choices)}, or give a folder with a config.json")
-    path = resolve_model(model) / "config.json"
-    if not path.is_file():
-        raise PmpdError(f"{path.parent} has no config.json: give a Hugging Face checkpoint's folder")
-    return read_json(path)
+        raise PmpdError(
+            f"{unknown_choice('model', model, choices)}, or give a folder with a config.json or a GGUF file"
+        )
+    return open_config(model)

@@ -23,7 +23,7 @@ WEIGHTS_CODE = (
     _EXPORTER / "quantize",
     _EXPORTER / "bundle" / "layers.py",
     _EXPORTER / "bundle" / "plan.py",
-    _EXPORTER / "source" / "checkpoint.py",
+    _EXPORTER / "source" / "folder.py",
     Path(pmpd.runtime.format.bitplanes.__file__),
 )
 

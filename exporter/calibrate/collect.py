@@ -15,7 +15,7 @@ from pmpd.exporter.config import ResolvedConfig
 from pmpd.exporter.documents import read_documents
 from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
-from pmpd.exporter.source.tokenizer import load_tokenizer
+from pmpd.exporter.source.reference import load_model
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bundle import sha256_of
 
@@ -36,17 +36,14 @@ def collect_statistics(
     weights = sorted({name for layer in layers for name in layer.weight_names})
 
     def load() -> tuple[torch.nn.Module, list[torch.Tensor]]:
-        from transformers import AutoModelForCausalLM
-
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = checkpoint.tokenizer()
         if tokenizer is None:
             raise PmpdError(
                 f"{checkpoint.path} has no tokenizer for the calibration text: export without --calibration"
             )
         ids = tokenizer("\n\n".join(read_documents(text)))["input_ids"]
         batches = calibration_batches(ids, samples, length)
-        model = AutoModelForCausalLM.from_pretrained(str(checkpoint.path), dtype=torch.float32, local_files_only=True)
-        return model, batches
+        return load_model(checkpoint), batches
 
     identity = (checkpoint.identity(), sha256_of(text), samples, length, weights)
     return StatisticsStore.collect(

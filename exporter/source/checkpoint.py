@@ -1,150 +1,82 @@
-"""Reading a Hugging Face checkpoint: tensor by tensor, never all at once."""
+"""What an export reads of a model, whatever its file format: a configuration, tensors one by one, a tokenizer."""
 
 from __future__ import annotations
 
-import json
-import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-import safetensors
-
-from pmpd.exporter.source.models import published_name, resolve_model
-from pmpd.runtime.errors import PmpdError, one_line
+from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.manifest import Source
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "read_json"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Checkpoint"]
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk: its configuration, and where each tensor lies."""
+class Checkpoint(ABC):
+    """A model on disk. `open_checkpoint` opens one; each file format is a subclass.
+
+    Attributes:
+        path: its folder or file, for messages.
+        source: where it comes from, as a bundle says it.
+        config: its configuration under the names of Hugging Face's `config.json`.
+    """
 
     path: Path
     source: Source
     config: Mapping[str, Any]
-    shards: Mapping[str, Path]
 
-    @classmethod
-    def open(cls, model: str, *, revision: str | None = None) -> Self:
-        """Open a model as `resolve_model` finds it.
-
-        Raises:
-            PmpdError: it is not found, has no config.json, no safetensors weights, or a broken index.
-        """
-        path = resolve_model(model, revision=revision)
-        if not (path / "config.json").is_file():
-            raise PmpdError(f"{path} has no config.json: give a Hugging Face checkpoint's folder")
-        config = read_json(path / "config.json")
-        source = Source(model=published_name(model), revision=_revision(path, revision), license=_license(path))
-        return cls(path, source, config, _find_tensors(path))
-
+    @abstractmethod
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Return a tensor in its stored type; it is mapped from the file, not copied.
+        """Return a floating-point tensor by its name in transformers.
 
         Raises:
             PmpdError: the checkpoint has no such tensor, its file is damaged, or it is not of the given `shape`.
         """
-        if name not in self.shards:
-            raise PmpdError(f"{self.path} has no tensor {name!r}: the checkpoint does not fit its config.json")
-        shard = self.shards[name]
-        try:
-            # Opened anew each time (0.3 ms): what an open file has mapped counts as this process's memory.
-            tensor: torch.Tensor = _open_shard(shard).get_tensor(name)
-        except safetensors.SafetensorError as error:
-            raise PmpdError(
-                f"tensor {name!r} cannot be read from {shard} ({error}): fetch the checkpoint again"
-            ) from None
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise PmpdError(
-                f"tensor {name!r} is {list(tensor.shape)} instead of {list(shape)}: "
-                f"{self.path} does not fit its config.json"
-            )
-        if not tensor.is_floating_point():
-            raise PmpdError(
-                f"tensor {name!r} is {tensor.dtype}: give the floating-point checkpoint, not a quantized one"
-            )
-        return tensor
+
+    @abstractmethod
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check that a tensor is there and whole, without the cost of reading it. Raises as `tensor`."""
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of its weight files."""
-        return sum(shard.stat().st_size for shard in set(self.shards.values()))
 
+    @property
+    @abstractmethod
+    def tensor_nbytes(self) -> int:
+        """Bytes of all its tensors as `tensor` returns them."""
+
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return what tells this checkpoint from another: its configuration, and sizes and dates of its files."""
-        files = sorted(set(self.shards.values()))
-        stats = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-        return {"config": dict(self.config), "files": stats}
+        """Return what tells this checkpoint from another, as JSON-ready data."""
 
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """Return transformers' tokenizer, None if the checkpoint has none.
 
-def _find_tensors(path: Path) -> dict[str, Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-            raise PmpdError(f"{index} has no weight_map from tensors to files: fetch the checkpoint again")
-        shards = {name: path / file for name, file in names.items()}
-        for shard in sorted(set(shards.values())):
-            if not shard.is_file() or shard.parent != path:
-                raise PmpdError(f"{shard} is missing: {index.name} lists it, fetch the checkpoint again")
-        return shards
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        if binaries := sorted(path.glob("*.bin")):
+        Raises:
+            PmpdError: it is damaged, or of a kind that cannot be loaded.
+        """
+
+    @abstractmethod
+    def generation_config(self) -> dict[str, Any]:
+        """Return its generation configuration, empty if it has none.
+
+        Raises:
+            PmpdError: it is damaged.
+        """
+
+    def describe(self) -> list[str]:
+        """Return what a person should know of it before an export, in lines of the plan."""
+        return []
+
+    def _require_shape(self, name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if actual != expected:
             raise PmpdError(
-                f"{path} has only {binaries[0].name}, which is a pickle and can run code: convert it once where you "
-                'trust it, with python -c "from transformers import AutoModelForCausalLM as M; '
-                "M.from_pretrained('FOLDER').save_pretrained('NEW')\", and copy the tokenizer files"
+                f"tensor {name!r} is {list(actual)} instead of {list(expected)}: {self.path} does not fit its config"
             )
-        raise PmpdError(f"{path} has no *.safetensors weights: give a complete checkpoint")
-    shards = {}
-    for file in files:
-        shards |= dict.fromkeys(_open_shard(file).keys(), file)
-    return shards
-
-
-def _open_shard(file: Path) -> Any:
-    try:
-        return safetensors.safe_open(file, framework="pt")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise PmpdError(f"{file} cannot be read ({error}): fetch the checkpoint again") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a checkpoint, or raise PmpdError."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise PmpdError(f"{file} is not valid JSON ({error}): fetch the checkpoint again") from None
-    if not isinstance(document, dict):
-        raise PmpdError(f"{file} is not a JSON object: fetch the checkpoint again")
-    return document
-
-
-def _revision(path: Path, asked: str | None) -> str | None:
-    """Return the commit of a hub snapshot (its folder's name), or what was asked for."""
-    return path.name if path.parent.name == "snapshots" else asked
-
-
-def _license(path: Path) -> str | None:
-    """Return the licence that a model card's front matter names, several of them separated by commas."""
-    from huggingface_hub import metadata_load
-
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        names = (metadata_load(card) or {}).get("license")
-    except Exception as error:  # of the YAML reader, of decoding, of the hub's own checks
-        log.warning("warning   no licence read from %s (%s)", card, one_line(error, 100))
-        return None
-    names = names if isinstance(names, list) else [names]
-    return ", ".join(name for name in names if isinstance(name, str)) or None

@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pmpd.exporter.source.checkpoint import Checkpoint, read_json
-from pmpd.runtime.errors import PmpdError
+from pmpd.exporter.source.checkpoint import Checkpoint
 
-__all__ = ["copy_text_files", "load_tokenizer"]
+__all__ = ["copy_text_files"]
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +24,7 @@ def copy_text_files(checkpoint: Checkpoint, target: Path) -> None:
     Raises:
         PmpdError: a file is damaged, or the tokenizer cannot be loaded.
     """
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         log.warning("%s has no tokenizer: the bundle will work with token ids only", checkpoint.path)
     else:
@@ -39,33 +38,12 @@ def copy_text_files(checkpoint: Checkpoint, target: Path) -> None:
             template = template.get("default")
         if template:
             (target / "chat_template.jinja").write_text(template, encoding="utf-8")
-    source = checkpoint.path / "generation_config.json"
-    generation = read_json(source) if source.is_file() else {}
+    generation = checkpoint.generation_config()
     generation.pop("transformers_version", None)
     for key in ("bos_token_id", "eos_token_id"):
         known = (generation.get(key), checkpoint.config.get(key), getattr(tokenizer, key, None))
         generation[key] = next((value for value in known if value is not None), None)
     _write_json(target / "generation_config.json", generation)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return transformers' tokenizer for a checkpoint, None if it has no tokenizer files.
-
-    Raises:
-        PmpdError: transformers cannot load it.
-    """
-    if not any((checkpoint.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
-    except Exception as error:  # tokenizers raises Exception itself
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PmpdError(
-            f"{checkpoint.path} has a tokenizer that transformers cannot load ({reason:.200}): fetch the checkpoint "
-            "again; tokenizer.model needs the packages sentencepiece and protobuf"
-        ) from None
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ class Verification:
             KernelError: a library does not load.
             PmpdError: weights are not those of the checkpoint.
         """
-        unquantized = reference_logits(self.checkpoint.path, checkpoint_weights(self.checkpoint, self.family), self.ids)
+        unquantized = reference_logits(self.checkpoint, checkpoint_weights(self.checkpoint, self.family), self.ids)
         yield self._float_graph(unquantized)
         for precision in self.bundle.manifest.precisions:
             yield from self._precision(precision, unquantized)
@@ -128,7 +128,7 @@ class Verification:
 
         yield _nodes(f"nodes of the portable graph at {precision} bits", errors[0])
         want = reference_logits(
-            self.checkpoint.path, DequantizedWeights(self.bundle, self.checkpoint, self.plan, precision), self.ids
+            self.checkpoint, DequantizedWeights(self.bundle, self.checkpoint, self.plan, precision), self.ids
         )
         yield compare(f"decode at {precision} bits against dequantized weights", portable.logits, want, floor=floor)
         quantized = Distance.of(portable.logits, unquantized)

@@ -8,31 +8,32 @@ the checkpoint, or dequantized from a bundle.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pmpd.exporter.source.checkpoint import Checkpoint
+from pmpd.exporter.source.reference import no_initialization, transformers_config
+
 __all__ = ["reference_logits"]
 
 
 def reference_logits(
-    checkpoint: Path, tensor: Callable[[str], torch.Tensor], ids: Sequence[int]
+    checkpoint: Checkpoint, tensor: Callable[[str], torch.Tensor], ids: Sequence[int]
 ) -> npt.NDArray[np.float32]:
     """Return transformers' float32 logits ``[len(ids), V]`` for a text.
 
     Args:
-        checkpoint: folder with `config.json`.
+        checkpoint: what the configuration is taken from.
         tensor: gives a parameter by its name in transformers (``model.layers.0.self_attn.q_proj.weight``).
         ids: token ids.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(checkpoint), local_files_only=True)
-    with torch.device("meta"), _no_initialization():
+    config = transformers_config(checkpoint)
+    with torch.device("meta"), no_initialization():
         model = AutoModelForCausalLM.from_config(config)
     model.eval()
     # Its buffers are computed, not loaded, so they need memory.
@@ -44,16 +45,6 @@ def reference_logits(
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits.float().numpy()
-
-
-def _no_initialization() -> AbstractContextManager[None]:
-    """Return the context in which transformers leaves new weights alone; its place depends on the version."""
-    try:
-        from transformers.initialization import no_init_weights  # 5
-    except ImportError:
-        from transformers.modeling_utils import no_init_weights  # 4
-    context: AbstractContextManager[None] = no_init_weights()
-    return context
 
 
 def _loader(name: str, tensor: Callable[[str], torch.Tensor]) -> Callable[[torch.nn.Module, Any], None]:

@@ -20,8 +20,8 @@ from pmpd.exporter import Export, ExportConfig, export_bundle
 from pmpd.exporter.arch import FAMILIES, read_family
 from pmpd.exporter.arch.refused import REFUSED
 from pmpd.exporter.demo import demo_model_path
-from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.models import resolve_model
+from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.runtime.errors import PmpdError
 from pmpd.tvm_kernels.models import MODELS
 
@@ -120,7 +120,7 @@ def test_a_snapshot_of_the_hub_knows_its_commit(whole: Path, tmp_path: Path, mon
     folder = tmp_path / "models--somebody--tiny" / "snapshots" / "0123abc"
     shutil.copytree(whole, folder)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
-    source = Checkpoint.open("somebody/tiny", revision="main").source
+    source = open_checkpoint("somebody/tiny", revision="main").source
     assert (source.model, source.revision) == ("somebody/tiny", "0123abc")
 
 
@@ -355,7 +355,7 @@ def test_a_context_beyond_the_model_is_refused(length: int, whole: Path, tmp_pat
 def test_a_tensor_is_read_only_when_it_is_asked_for(whole_sharded: Path, tmp_path: Path) -> None:
     """Opening a sharded checkpoint needs its index alone, so a damaged shard shows when it is read."""
     folder = broken(whole_sharded, tmp_path, lambda _: None)
-    checkpoint = Checkpoint.open(str(folder))
+    checkpoint = open_checkpoint(str(folder))
     shard = checkpoint.shards["lm_head.weight"]
     shard.write_bytes(b"damaged")
     with pytest.raises(PmpdError, match=f"{shard.name} cannot be read"):
@@ -380,7 +380,7 @@ def test_a_tensor_is_read_only_when_it_is_asked_for(whole_sharded: Path, tmp_pat
 )
 def test_the_licence_comes_from_the_model_card(card: str, wanted: str | None, whole: Path, tmp_path: Path) -> None:
     folder = broken(whole, tmp_path, lambda folder: (folder / "README.md").write_text(card) and None)
-    assert Checkpoint.open(str(folder)).source.license == wanted
+    assert open_checkpoint(str(folder)).source.license == wanted
 
 
 def test_planning_writes_nothing(whole: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pmpd.exporter.arch.reading import read_rotary
 from pmpd.exporter.bundle.plan import external_tensor, plan_weights
 from pmpd.exporter.nn import BitplaneLinear, HeadLayout, Rotary, RotaryTables
 from pmpd.exporter.onnx_model import Phase, build_graph
-from pmpd.exporter.source.checkpoint import Checkpoint
+from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.verify.float_graph import FloatGraph
 from pmpd.runtime import Bundle, Generator
 from pmpd.runtime.format.bitplanes import dequantize
@@ -73,14 +73,14 @@ def node_count(config: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_float_graph_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(str(TINY_MODELS[name].save(tmp_path)))
+    checkpoint = open_checkpoint(str(TINY_MODELS[name].save(tmp_path)))
     family = read_family(checkpoint.config)
     ids = random_ids(family.shape.vocab_size, POSITIONS)
     assert_same(FloatGraph(checkpoint, family).logits(ids), plain_logits(plain_model(tmp_path), ids))
 
 
 def test_the_catalogue_has_a_sharded_checkpoint(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(str(TINY_MODELS["llama-linear-sharded"].save(tmp_path)))
+    checkpoint = open_checkpoint(str(TINY_MODELS["llama-linear-sharded"].save(tmp_path)))
     assert len(set(checkpoint.shards.values())) > 2
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pmpd.exporter.demo import demo_model_path
-from pmpd.exporter.source.checkpoint import Checkpoint
+from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
 from pmpd.runtime import Bundle, Tokenizer
 from pmpd.runtime.errors import BundleError, PmpdError
@@ -90,7 +90,7 @@ def text_bundle(checkpoint: Path) -> Bundle:
     """Copy the text files of a checkpoint and open them as the bundle they would be part of."""
     target = checkpoint.parent / "bundle"
     target.mkdir()
-    copy_text_files(Checkpoint.open(str(checkpoint)), target)
+    copy_text_files(open_checkpoint(str(checkpoint)), target)
     manifest: Any = SimpleNamespace(context_length=64, files={file.name for file in target.iterdir()})
     return Bundle(target, manifest)
 

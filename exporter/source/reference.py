@@ -1,0 +1,48 @@
+"""A checkpoint as a model of transformers, in memory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from typing import Any
+
+from pmpd.exporter.source.checkpoint import Checkpoint
+
+__all__ = ["load_model", "no_initialization", "transformers_config"]
+
+
+def transformers_config(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration object of a checkpoint; no code of the checkpoint is run for it."""
+    from transformers import AutoConfig
+
+    # A copy, because transformers 5 writes into what it is given.
+    options = deepcopy({key: value for key, value in checkpoint.config.items() if key != "model_type"})
+    return AutoConfig.for_model(checkpoint.config["model_type"], **options)
+
+
+def load_model(checkpoint: Checkpoint) -> Any:
+    """Return transformers' model of a checkpoint with its weights in float32, ready for inference.
+
+    Raises:
+        PmpdError: a tensor is missing or damaged.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with no_initialization():
+        model = AutoModelForCausalLM.from_config(transformers_config(checkpoint), dtype=torch.float32)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # a tied one once, under its first name
+            parameter.copy_(checkpoint.tensor(name, tuple(parameter.shape)))
+    return model.eval()
+
+
+def no_initialization() -> AbstractContextManager[None]:
+    """Return the context in which transformers leaves new weights alone; its place depends on the version."""
+    try:
+        from transformers.initialization import no_init_weights  # 5
+    except ImportError:
+        from transformers.modeling_utils import no_init_weights  # 4
+    context: AbstractContextManager[None] = no_init_weights()
+    return context
