@@ -107,7 +107,7 @@ def errors_of(library: KernelLibrary | None, seed: int = 0) -> int:
 )
 @example(N=12, K=512, p=4, G=1, leading=[1, 1], threads=1)  # one whole line
 @example(N=12, K=513, p=7, G=1, leading=[1, 1], threads=1)  # one more
-@example(N=30, K=5000, p=3, G=2, leading=[1, 30], threads=2)  # several threads
+@example(N=30, K=5000, p=3, G=2, leading=[1, 40], threads=2)  # several threads
 @example(N=5, K=8, p=8, G=5, leading=[4], threads=1)  # more groups than bytes in a row
 @example(N=5, K=20, p=8, G=1, leading=[2, 0, 3], threads=2)
 @example(N=5, K=20, p=2, G=1, leading=[1] * 7, threads=1)
