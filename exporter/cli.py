@@ -94,6 +94,13 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     "--head-precision", type=int, metavar="BITS", help="Bits of the output layer in all graphs.  [default: 6]"
 )
 @click.option(
+    "--coarse-precision",
+    type=int,
+    metavar="BITS",
+    help="Bits of the output layer that each step reads of all words; it reads the others of words that can still win. "
+    "0: all bits of all words.  [default: 4 for large vocabularies]",
+)
+@click.option(
     "--groups", type=int, metavar="N", default=1, show_default=True, help="Codebooks per row of a weight matrix."
 )
 @click.option(

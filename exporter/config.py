@@ -40,6 +40,7 @@ class ResolvedConfig:
     seed_precision: int
     prefill: int
     head_precision: int
+    coarse_precision: int | None
     groups: int
     schedule: str
     context_length: int | None
@@ -78,6 +79,8 @@ class ExportConfig:
         seed_precision: bits of the first clustering; each further bit splits the clusters in two.
         prefill: bits to prefill at; default the highest precision.
         head_precision: bits of the output layer, the same in every graph.
+        coarse_precision: bits of the output layer that a decode step reads of every row; the others are read of rows
+            that can still win. 0 reads all of every row; default 4 where that is less to read (`outline.coarse_bits`).
         groups: codebooks per row.
         schedule: the bundle's default schedule; default uniform at the highest precision.
         context_length: longest text in tokens; default what the checkpoint allows.
@@ -103,6 +106,7 @@ class ExportConfig:
     seed_precision: int = 2
     prefill: int | None = None
     head_precision: int = DEFAULT_HEAD_PRECISION
+    coarse_precision: int | None = None
     groups: int = 1
     schedule: str | None = None
     context_length: int | None = None
@@ -125,6 +129,13 @@ class ExportConfig:
                 raise PmpdError(f"{name} must be 1 to {MAX_PRECISION} bits, got {bits}")
         if not self.precisions or list(self.precisions) != sorted(set(self.precisions), reverse=True):
             raise PmpdError(f"precisions must fall without repeats (4,3,2), got {','.join(map(str, self.precisions))}")
+        if self.coarse_precision and not 0 < self.coarse_precision < self.head_precision:
+            raise PmpdError(
+                f"coarse precision must be 0 (off) or 1 to {self.head_precision - 1} bits, fewer than the output "
+                f"layer has, got {self.coarse_precision}"
+            )
+        if self.coarse_precision and self.groups > 1:
+            raise PmpdError(f"coarse precision {self.coarse_precision}: it needs one codebook per row (--groups 1)")
         if self.parent is not None and self.parent < self.precisions[0]:
             raise PmpdError(f"parent precision {self.parent} is lower than the highest precision {self.precisions[0]}")
         if self.prefill is not None and self.prefill not in self.precisions:
@@ -170,6 +181,7 @@ class ExportConfig:
             seed_precision=self.seed_precision,
             prefill=high if self.prefill is None else self.prefill,
             head_precision=self.head_precision,
+            coarse_precision=self.coarse_precision,
             groups=self.groups,
             schedule=str(parse_schedule(self.schedule or f"uniform:{high}", self.precisions)),
             context_length=self.context_length,

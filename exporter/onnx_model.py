@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 import onnxscript
 
 from pmpd.exporter.arch import Decoder
+from pmpd.exporter.graph.logits import BITPLANE_LOGITS, MARGIN, bitplane_logits
 from pmpd.exporter.graph.operators import (
     BITPLANE_GATHER,
     PMPD_DOMAIN,
@@ -38,6 +40,9 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     That is what kernels take. The portable body also lets the cache grow from nothing, as it is ONNX Runtime's own
     operator; no caller should count on it.
 
+    A decode graph whose output layer is computed coarse to fine has one more input, ``logits_margin`` float32 ``[1]``,
+    which has a default: infinity, for exact logits (see `bitplane_logits`).
+
     Parameters become initializers under their names in the network; their values are for the caller to set.
     """
     shape = decoder.shape
@@ -66,16 +71,29 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     _output(builder, "logits", logits, ir.DataType.FLOAT, [1, rows, shape.vocab_size])
     for name, present in zip(names, presents, strict=True):
         _output(builder, f"present.{name}", present, ir.DataType.FLOAT16, kv_shape)
+    definitions = [bitplane_matmul(), group_query_attention()]
+    if any(node.op_type == BITPLANE_LOGITS for node in graph):
+        definitions.append(bitplane_logits())
+        _add_margin(graph)
+    if any(node.op_type == BITPLANE_GATHER for node in graph):
+        definitions.append(bitplane_gather())
     for node in graph:
         node.metadata_props.clear()  # the builder's scope notes are half the file
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name=producer)
-    definitions = [bitplane_matmul(), group_query_attention()]
-    if any(node.op_type == BITPLANE_GATHER for node in graph):
-        definitions.append(bitplane_gather())
     for definition in definitions:
         function = ir.serde.deserialize_function(definition)
         model.functions[function.identifier()] = function
     return model
+
+
+def _add_margin(graph: ir.Graph) -> None:
+    """Make the margin of the output layer an input with a default."""
+    name = next(name for name in graph.initializers if name.endswith(MARGIN))
+    margin = graph.initializers.pop(name)
+    margin.name = MARGIN
+    margin.const_value = ir.tensor(np.array([np.inf], dtype=np.float32), name=MARGIN)
+    graph.inputs.append(margin)
+    graph.register_initializer(margin)
 
 
 def _output(builder: Any, name: str, value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> None:

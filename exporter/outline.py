@@ -14,13 +14,18 @@ import onnx_ir as ir
 from pmpd.exporter.arch import Decoder, Family, read_family
 from pmpd.exporter.bundle.plan import WeightPlan, external_tensor, plan_weights
 from pmpd.exporter.config import ResolvedConfig
+from pmpd.exporter.graph.logits import BITPLANE_LOGITS
 from pmpd.exporter.graph.operators import BITPLANE_MATMUL
-from pmpd.exporter.nn import BitplaneLinear
+from pmpd.exporter.nn import BitplaneLinear, BitplaneLogits, LinearFactory
 from pmpd.exporter.onnx_model import Phase, build_graph
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import Architecture, FileEntry, Graph, KvContract, Manifest, Source
 
-__all__ = ["Outline", "file_entry"]
+__all__ = ["Outline", "coarse_bits", "file_entry"]
+
+# Coarse to fine pays for vocabularies and output layers of at least this size, and from this precision on; see README.
+LEAST_WORDS, LEAST_WEIGHTS, LEAST_HEAD = 32_000, 1 << 24, 6
+COARSE = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Outline:
             PmpdError: an architecture or an option of one that cannot be exported.
         """
         family = read_family(document, context_length=config.context_length)
-        network = _network(config, family, config.precisions[0])
+        network = _network(config, family, config.precisions[0], coarse=coarse_bits(config, family))
         return cls(config, source, family, network, plan_weights(network, config.precisions, config.parent))
 
     @property
@@ -65,7 +70,7 @@ class Outline:
         graph = self.model(self.graphs[1]).graph
         last = f"model/layers.{shape.layers - 1}/"
         a_layer = sum((node.name or "").startswith(last) for node in graph)
-        products = sum(node.op_type == BITPLANE_MATMUL for node in graph)
+        products = sum(node.op_type in (BITPLANE_MATMUL, BITPLANE_LOGITS) for node in graph)
         others = plan.size - plan.plane_bytes - plan.codebook_bytes
         remainder = "others" if shape.tied_embeddings else "embedding and others"
         tied = " (the embedding is tied: read from the head)" if shape.tied_embeddings else ""
@@ -90,7 +95,10 @@ class Outline:
     def model(self, graph: Graph) -> ir.Model:
         """Build one of `graphs`; its weights are references into the weight file, which need not exist."""
         phase: Phase = "prefill" if graph.phase == "prefill" else "decode"
-        model = build_graph(_network(self.config, self.family, graph.precision), phase=phase, producer=_producer())
+        # A prompt's graph computes the output layer once: it reads all of it.
+        coarse = coarse_bits(self.config, self.family) if phase == "decode" else None
+        network = _network(self.config, self.family, graph.precision, coarse=coarse)
+        model = build_graph(network, phase=phase, producer=_producer())
         for name, value in model.graph.initializers.items():
             if name in self.plan.tensors:
                 value.const_value = external_tensor(self.plan.tensors[name], planes=graph.precision)
@@ -148,9 +156,20 @@ def file_entry(file: Path) -> FileEntry:
     return FileEntry(size=file.stat().st_size, sha256=sha256_of(file))
 
 
-def _network(config: ResolvedConfig, family: Family, precision: int) -> Decoder:
+def coarse_bits(config: ResolvedConfig, family: Family) -> int | None:
+    """Return how many bits of the output layer decoding reads of all rows; None: it reads all bits of all rows."""
+    if config.coarse_precision is not None:
+        return config.coarse_precision or None
+    words, width = family.shape.vocab_size, family.shape.hidden_size
+    large = words >= LEAST_WORDS and words * width >= LEAST_WEIGHTS
+    return COARSE if large and config.head_precision >= LEAST_HEAD and config.groups == 1 else None
+
+
+def _network(config: ResolvedConfig, family: Family, precision: int, *, coarse: int | None) -> Decoder:
     linear = partial(BitplaneLinear, precision=precision, groups=config.groups)
-    head = partial(BitplaneLinear, precision=config.head_precision, groups=config.groups, nested=False)
+    head: LinearFactory = partial(BitplaneLinear, precision=config.head_precision, groups=config.groups, nested=False)
+    if coarse is not None:
+        head = partial(BitplaneLogits, precision=config.head_precision, coarse=coarse)
     return family.decoder(linear, head, embedding_type=ir.DataType.FLOAT16)
 
 

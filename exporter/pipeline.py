@@ -6,9 +6,14 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from pmpd.exporter.bundle.card import CARD, model_card
+from pmpd.exporter.bundle.coarse import basis_of, coarse_tensors
 from pmpd.exporter.bundle.destination import check_output
 from pmpd.exporter.bundle.fingerprint import WEIGHTS_CODE, code_digest, fingerprint
 from pmpd.exporter.bundle.kernels import build_kernels, built_kernels
@@ -17,13 +22,16 @@ from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.bundle.workspace import Workspace, bytes_on_disk
 from pmpd.exporter.calibrate.collect import collect_statistics
 from pmpd.exporter.config import ExportConfig, ResolvedConfig
-from pmpd.exporter.outline import Outline, file_entry
+from pmpd.exporter.nn import BitplaneLogits
+from pmpd.exporter.outline import Outline, coarse_bits, file_entry
 from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
 from pmpd.exporter.verify.agreement import Check, require_passed
 from pmpd.exporter.verify.bundle import Verification, summarize
+from pmpd.exporter.verify.float_graph import FloatGraph
+from pmpd.exporter.verify.texts import text_ids
 from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import MissingExtraError, PmpdError
@@ -131,7 +139,9 @@ class Export:
     @property
     def kernel_precisions(self) -> tuple[int, ...]:
         """Bits of all weights that a kernel may meet, high to low."""
-        return tuple(sorted({*self.config.precisions, self.config.head_precision}, reverse=True))
+        coarse = coarse_bits(self.config, self.outline.family)
+        met = {*self.config.precisions, self.config.head_precision, *(() if coarse is None else (coarse,))}
+        return tuple(sorted(met, reverse=True))
 
     def _kernels(self) -> str:
         config = self.config
@@ -191,8 +201,9 @@ class Export:
             method = METHODS[config.method](
                 precisions=layer.precisions,
                 parent=layer.parent,
-                # A layer with one precision is best clustered at it; the others must have room to be cut.
-                seed=min(config.seed_precision, layer.parent) if layer.module.nested else layer.parent,
+                # A layer with one precision is best clustered at it, one that is read coarsely at what all rows are
+                # read at; the others must have room to be cut.
+                seed=min(config.seed_precision, layer.parent) if layer.module.nested else layer.precisions[-1],
                 groups=layer.module.groups,
             )
             parts = {name: checkpoint.tensor(name) for name in layer.weight_names}
@@ -200,7 +211,17 @@ class Export:
                 quantized = method.quantize(layer.weight(parts), {} if statistics is None else statistics.of(layer))
             except PmpdError as error:
                 raise PmpdError(f"layer {layer.name}: {error}") from None
-            workspace.write(layer.name, layer.tensors(quantized, checkpoint))
+            tensors = layer.tensors(quantized, checkpoint)
+            if isinstance(layer.module, BitplaneLogits):
+                basis = self._basis(workspace, layer.module.basis.shape[0])
+                coarse = coarse_tensors(layer.name, quantized, layer.parent, layer.module.coarse, basis)
+                tensors = chain(tensors, coarse)
+            workspace.write(layer.name, tensors)
+
+    def _basis(self, workspace: Workspace, directions: int) -> npt.NDArray[np.float32]:
+        """Return the directions that the output layer's inputs have, measured on a text of our own."""
+        ids = text_ids(workspace.path, self.outline.family.shape)
+        return basis_of(FloatGraph(self.checkpoint, self.outline.family).hidden(ids), directions)
 
     def _verify(self, bundle: Bundle, workspace: Workspace) -> list[Check]:
         checks = []

@@ -322,6 +322,7 @@ def _kernel_lines(nodes: list[NodeKernel]) -> Iterator[str]:
         line = f"{graph}: {len(same)} {op} of {bits} bits: {kernel}"
         if calls := sum(node.calls or 0 for node in same):
             seconds = sum(node.seconds or 0.0 for node in same)
+            line += "".join(f", {node.finished:.2%} finished" for node in same if node.finished is not None)
             line += f", {calls} calls of {seconds / calls * 1e6:.1f} µs, {seconds:.3f} s"
         yield line
 

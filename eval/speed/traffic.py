@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pmpd.runtime.format.manifest import DTYPE_SIZES, Manifest, Tensor
+from pmpd.runtime.format.manifest import DTYPE_SIZES, Manifest
+from pmpd.runtime.format.tensor import Tensor, coarse_codebooks
 
 __all__ = ["step_bytes"]
 
@@ -14,12 +15,18 @@ def step_bytes(manifest: Manifest, *, precision: int, positions: float) -> float
     """Return the bytes that a decode step at `precision` bits reads with `positions` tokens in the KV cache.
 
     These are the planes and codebooks of that precision, the head, norms and biases, one row of the embedding (a tied
-    one is in the head), and the keys and values.
+    one is in the head), and the keys and values. Of a head that is computed coarse to fine it is what is read of every
+    row; the few rows that a greedy step reads whole are not counted.
     """
+    coarse = {tensor.layer: tensor.bits or 0 for tensor in coarse_codebooks(manifest.tensors)}
 
     def read(tensor: Tensor) -> float:
         if tensor.role in _GATHERED:
             return tensor.length / tensor.shape[0]
+        if tensor.layer in coarse and tensor.role == "planes":
+            return tensor.length * coarse[tensor.layer] / tensor.shape[0]
+        if tensor.layer in coarse and tensor.role == "codebook" and tensor.bits != coarse[tensor.layer]:
+            return 0.0
         return tensor.length * tensor.shape_at(precision)[0] / tensor.shape[0]
 
     kv = manifest.kv_cache

@@ -34,7 +34,7 @@ class LinearLayer:
         name: its name in the network.
         module: the network's module.
         parent: bits of its codes.
-        precisions: those that the bundle offers, high to low.
+        precisions: those that the bundle has codebooks for, high to low.
     """
 
     name: str

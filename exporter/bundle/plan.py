@@ -18,7 +18,7 @@ from onnxscript import nn
 from pmpd.exporter.arch import Decoder
 from pmpd.exporter.arch.decoder import Embedding
 from pmpd.exporter.bundle.layers import LinearLayer
-from pmpd.exporter.nn import BitplaneLinear, HeadNorm, Norm, RMSHeadNorm, RotaryTables
+from pmpd.exporter.nn import BitplaneLinear, BitplaneLogits, HeadNorm, Norm, RMSHeadNorm, RotaryTables
 from pmpd.runtime.format.bitplanes import CACHE_LINE
 from pmpd.runtime.format.manifest import DTYPE_SIZES, Tensor
 
@@ -75,11 +75,15 @@ def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> We
                 add(name, parameter.dtype.numpy().name, parameter.shape, role=_role(module))
             continue
         bits = parent if module.nested else module.precision
-        offered = tuple(precisions) if module.nested else (module.precision,)
+        coarse = (module.coarse,) if isinstance(module, BitplaneLogits) else ()
+        offered = tuple(precisions) if module.nested else (module.precision, *coarse)
         N, stride = module.planes.shape[1:]
         add(f"{scope}.planes", "uint8", (bits, N, stride), role="planes", layer=scope, bits=bits, nested=module.nested)
         for p in offered:
             add(f"{scope}.codebook.{p}", "float16", (N, module.groups, 2**p), role="codebook", layer=scope, bits=p)
+        if isinstance(module, BitplaneLogits):
+            add(f"{scope}.basis", "float32", module.basis.shape, role="basis", layer=scope)
+            add(f"{scope}.bound", "float16", module.bound.shape, role="bound", layer=scope)
         if module.has_bias:
             add(f"{scope}.bias", "float32", (N,), role="bias", layer=scope)
         linears.append(LinearLayer(scope, module, bits, offered))

@@ -2,7 +2,16 @@
 
 from pmpd.exporter.nn.attention import Attention, Cache, EarlyRotation
 from pmpd.exporter.nn.head_norm import HeadNorm, RMSHeadNorm
-from pmpd.exporter.nn.linear import BitplaneLinear, FloatLinear, Index, Linear, LinearFactory, Part, Stored
+from pmpd.exporter.nn.linear import (
+    BitplaneLinear,
+    BitplaneLogits,
+    FloatLinear,
+    Index,
+    Linear,
+    LinearFactory,
+    Part,
+    Stored,
+)
 from pmpd.exporter.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from pmpd.exporter.nn.norm import LayerNorm, Norm, RMSNorm
 from pmpd.exporter.nn.rotary import (
@@ -21,6 +30,7 @@ __all__ = [
     "ACTIVATIONS",
     "Attention",
     "BitplaneLinear",
+    "BitplaneLogits",
     "Cache",
     "EarlyRotation",
     "FloatLinear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,10 +10,11 @@ from typing import Any, Protocol
 import onnx_ir as ir
 from onnxscript import nn
 
+from pmpd.exporter.graph.logits import MARGIN
 from pmpd.exporter.graph.operators import PMPD_DOMAIN
 from pmpd.runtime.format.bitplanes import row_stride
 
-__all__ = ["BitplaneLinear", "FloatLinear", "Index", "Linear", "LinearFactory", "Part", "Stored"]
+__all__ = ["BitplaneLinear", "BitplaneLogits", "FloatLinear", "Index", "Linear", "LinearFactory", "Part", "Stored"]
 
 # For each place, which row or column of the checkpoint's tensor stands there; -1 for zeros. None: all, in order.
 Index = tuple[int, ...] | None
@@ -125,6 +127,42 @@ class BitplaneLinear(Linear):
         """Add a ``pmpd::BitplaneGather`` of rows of the weight: ``ids [B, S] → [B, S, K]``."""
         return op.BitplaneGather(  # type: ignore[no-any-return]
             ids, self.planes, self.codebook, K=self.in_features, _domain=PMPD_DOMAIN
+        )
+
+
+class BitplaneLogits(BitplaneLinear):
+    """An output layer that is computed coarse to fine: one ``pmpd::BitplaneLogits``.
+
+    Its first `coarse` planes have a codebook of their own; `basis` and `bound` limit what the others change.
+    """
+
+    DIRECTIONS = 64
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        in_features: int,
+        *,
+        bias: bool,
+        columns: Index = None,
+        precision: int,
+        coarse: int,
+    ) -> None:
+        super().__init__(parts, in_features, bias=bias, columns=columns, precision=precision, nested=False)
+        N, K = self.out_features, self.in_features
+        self.coarse = coarse
+        directions = min(self.DIRECTIONS, K)
+        groups = 2 + math.ceil(math.log(directions, 4))
+        self.coarse_codebook = nn.Parameter([N, 1, 2**coarse], dtype=ir.DataType.FLOAT16, name=f"codebook.{coarse}")
+        self.basis = nn.Parameter([directions, K])
+        self.bound = nn.Parameter([groups, N], dtype=ir.DataType.FLOAT16)
+        self.margin = nn.Parameter([1], name=MARGIN)
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """Add the operator."""
+        weights = self.planes, self.codebook, self.coarse_codebook, self.basis, self.bound
+        return op.BitplaneLogits(  # type: ignore[no-any-return]  # (B, S, N)
+            x, *weights, self.margin, self.bias, K=self.in_features, _domain=PMPD_DOMAIN
         )
 
 

@@ -19,6 +19,7 @@ from pmpd.exporter.arch import Family
 from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.verify.agreement import MEAN_KL, Check, Distance, Figure, compare, same_tokens
+from pmpd.exporter.verify.coarse import coarse_check, coarse_node
 from pmpd.exporter.verify.dequantized import DequantizedWeights, checkpoint_weights
 from pmpd.exporter.verify.float_graph import FloatGraph
 from pmpd.exporter.verify.nodes import NodeErrors, Subject, node_errors
@@ -87,7 +88,8 @@ class Verification:
         return list(product(here, dict.fromkeys(("exact", manifest.accuracy))))
 
     def __len__(self) -> int:
-        return 2 + len(self.bundle.manifest.precisions) * (3 + 2 * len(self.libraries))
+        coarse = any(tensor.role == "bound" for tensor in self.bundle.manifest.tensors)
+        return 2 + len(self.bundle.manifest.precisions) * (3 + (2 + coarse) * len(self.libraries))
 
     def __iter__(self) -> Iterator[Check]:
         """Do the checks one by one.
@@ -119,11 +121,17 @@ class Verification:
         portable = probe.run([part for part in (together, steps) if part])
         floor = Distance.of(probe.run([self.ids], weights=moved(norms, PORTABLE_ROUNDING)).logits, portable.logits)
 
-        subjects = [Subject(portable, None)]
+        subjects, node, coarse = [Subject(portable, None)], coarse_node(probe.nodes), list[Check]()
         for target, accuracy in self.libraries:
             library = KernelLibrary(self.bundle.path / manifest.kernels[target], accuracy=accuracy)
-            run = Probe(self.bundle, graph, library=library).run([together, *([i] for i in steps)])
-            subjects.append(Subject(run, accuracy))
+            fast = Probe(self.bundle, graph, library=library)
+            pieces = [together, *([i] for i in steps)]
+            subjects.append(Subject(fast.run(pieces), accuracy))
+            if node is not None:
+                pieces = [[i] for i in self.ids]
+                runs = fast.run(pieces), fast.run(pieces, margin=0.0)
+                name = f"coarse logits of {accuracy} {target} kernels at {precision} bits"
+                coarse.append(coarse_check(name, self.bundle, node, *runs, accuracy=accuracy))
         errors = node_errors(self.bundle, probe.nodes, subjects)
 
         yield _nodes(f"nodes of the portable graph at {precision} bits", errors[0])
@@ -142,6 +150,7 @@ class Verification:
                 allowance = Distance.of(noisy.logits, portable.logits)
                 note = f"mean KL of the quantization itself {quantized.mean_kl:.2g}"
             yield compare(name, subject.run.logits, portable.logits, floor=allowance, note=note)
+        yield from coarse
         if precision == manifest.prefill_precision:
             prefill = Probe(self.bundle, manifest.graph("prefill", precision), library=None).run([self.ids])
             yield compare("prefill against decoding", prefill.logits[-1:], portable.logits[-1:], floor=floor)

@@ -54,6 +54,7 @@ class FloatGraph:
                     norms.add(name)
         arrays = dict(plain_tensors(decoder, checkpoint, skip=set(self._weights)))
         self.norms: dict[str, npt.NDArray[np.float32]] = {name: arrays.pop(name) for name in sorted(norms)}
+        self._hidden = _expose_hidden(model.graph)
         for name in (*self._weights, *self.norms):
             model.graph.inputs.append(model.graph.initializers.pop(name))
         for name, array in arrays.items():
@@ -72,6 +73,15 @@ class FloatGraph:
         self, ids: Sequence[int], *, norms: Mapping[str, npt.NDArray[np.float32]] | None = None
     ) -> npt.NDArray[np.float32]:
         """Return the logits ``[len(ids), V]`` of a text, with other norm weights if some are given."""
+        return self._run("logits", ids, self.norms if norms is None else norms)
+
+    def hidden(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return what the output layer is given for a text, ``[len(ids), K]``."""
+        return self._run(self._hidden, ids, self.norms)
+
+    def _run(
+        self, output: str, ids: Sequence[int], norms: Mapping[str, npt.NDArray[np.float32]]
+    ) -> npt.NDArray[np.float32]:
         shape = self._shape
         past = _ort_value(torch.zeros(1, shape.kv_heads, len(ids), shape.head.slots, dtype=torch.float16))
         feeds = {
@@ -79,10 +89,25 @@ class FloatGraph:
             "attention_mask": _ort_value(torch.ones(1, len(ids), dtype=torch.int64)),
             **{f"past_key_values.{layer}.{part}": past for layer in range(shape.layers) for part in ("key", "value")},
             **self._weights,
-            **{name: _ort_value(torch.from_numpy(array)) for name, array in (norms or self.norms).items()},
+            **{name: _ort_value(torch.from_numpy(array)) for name, array in norms.items()},
         }
-        logits: npt.NDArray[np.float32] = self._session.run_with_ort_values(["logits"], feeds)[0].numpy()[0]
-        return logits
+        values: npt.NDArray[np.float32] = self._session.run_with_ort_values([output], feeds)[0].numpy()[0]
+        return values
+
+
+def _expose_hidden(graph: ir.Graph) -> str:
+    """Make the output layer's input an output of the graph, and return its name: the product nearest to the logits."""
+    node = graph.outputs[0].producer()
+    while node is not None and node.op_type != "FusedMatMul":
+        assert node.inputs[0] is not None
+        node = node.inputs[0].producer()
+    assert node is not None
+    hidden = node.inputs[0]
+    assert hidden is not None
+    assert hidden.name is not None
+    hidden.type = ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs.append(hidden)
+    return hidden.name
 
 
 def _ort_value(tensor: torch.Tensor) -> Any:

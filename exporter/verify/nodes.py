@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pmpd.exporter.graph.logits import BITPLANE_LOGITS
 from pmpd.exporter.graph.operators import BITPLANE_GATHER, BITPLANE_MATMUL
 from pmpd.exporter.verify.attention import attention_error
 from pmpd.exporter.verify.probe import Node, Run
@@ -77,7 +78,7 @@ def node_errors(bundle: Bundle, nodes: Sequence[Node], subjects: Sequence[Subjec
             for subject, result in zip(subjects, errors, strict=True):
                 result.ratios[node.name] = _rows_error(node, subject.run, *stored)
             continue
-        if node.op != BITPLANE_MATMUL:
+        if node.op not in (BITPLANE_MATMUL, BITPLANE_LOGITS):
             cos, sin = (np.asarray(bundle.tensor(tensors[name]), np.float64) for name in node.inputs[5:7])
             for subject, result in zip(subjects, errors, strict=True):
                 result.ratios[node.name] = attention_error(
@@ -86,7 +87,8 @@ def node_errors(bundle: Bundle, nodes: Sequence[Node], subjects: Sequence[Subjec
             continue
         codebook = bundle.tensor(tensors[node.inputs[2]])
         bits = codebook.shape[2].bit_length() - 1
-        bias = bundle.tensor(tensors[node.inputs[3]]) if node.inputs[3] else None
+        bias_name = node.inputs[7 if node.op == BITPLANE_LOGITS else 3]
+        bias = bundle.tensor(tensors[bias_name]) if bias_name else None
         planes = tensors[node.inputs[1]]
         layer = _Layer.sampled(bundle.tensor(planes, planes=bits), codebook, bias, int(node.attributes["K"]))
         y = [subject.run.values[node.outputs[0]][:, layer.outputs].astype(np.float64) for subject in subjects]

@@ -128,6 +128,8 @@ class _Lowering:
             "Concat": self._concat,
             "pmpd::BitplaneGather": self._bitplane_gather,
             "pmpd::BitplaneMatMul": self._bitplane_matmul,
+            # The whole product: what of it a step can leave out depends on its activations.
+            "pmpd::BitplaneLogits": self._bitplane_matmul,
             "pmpd::GroupQueryAttention": self._attention,
             "com.microsoft::RotaryEmbedding": self._rotary_embedding,
         }
@@ -210,8 +212,9 @@ class _Lowering:
         steps: list[Instruction] = []
         passes, loaded, stored = self._passes(x, inputs, outputs, sum(streams.values()))
         steps += [Load(data, nbytes * passes) for data, nbytes in streams.items()]
-        if len(node.inputs) > 3 and node.inputs[3]:
-            steps.append(Load("vectors", self.graph.initializers[node.inputs[3]].nbytes))
+        place = 7 if node.op == "pmpd::BitplaneLogits" else 3  # of the bias
+        if len(node.inputs) > place and node.inputs[place]:
+            steps.append(Load("vectors", self.graph.initializers[node.inputs[place]].nbytes))
         if np.any(loaded):
             steps.append(Load("activations", loaded))
         steps += self._products(x.rows, outputs, inputs, 1, bits, codebook=not self.fp16)

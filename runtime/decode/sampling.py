@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ import numpy.typing as npt
 from pmpd.runtime.errors import PmpdError
 
 __all__ = ["Sampler", "Sampling"]
+
+# Nats below the likeliest token from which on probabilities may be approximate.
+TAIL = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,16 @@ class Sampling:
             raise PmpdError(f"repetition penalty must be greater than 0 (1 is off), got {self.repetition_penalty}")
         if self.seed is not None and self.seed < 0:
             raise PmpdError(f"seed must be 0 or more, got {self.seed}")
+
+    @property
+    def margin(self) -> float:
+        """How far below the best a logit may be and matter; see `Sequence.step`.
+
+        Only the best one matters to greedy decoding. At a temperature T, tokens further than ``TAIL * T`` below the
+        best are each less likely than it by a factor of e^-TAIL; their probabilities may be approximate. A repetition
+        penalty may make any token the best.
+        """
+        return math.inf if self.repetition_penalty != 1 else TAIL * self.temperature
 
 
 class Sampler:

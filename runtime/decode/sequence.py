@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import abc
 from collections.abc import Callable
@@ -119,15 +120,18 @@ class Sequence:
             self.check(ids)
             return self._append(ids, self._runner(precision).run)
 
-    def step(self, token_id: int, *, precision: int) -> npt.NDArray[np.float32]:
+    def step(self, token_id: int, *, precision: int, margin: float = math.inf) -> npt.NDArray[np.float32]:
         """Append one token at `precision` bits; return logits ``[V]`` that the next step overwrites.
+
+        Those within `margin` of the best are exact. With a finite margin a bundle whose output layer is computed coarse
+        to fine gives the others approximately, and reads less: they are below the best by more than the margin.
 
         Raises as `decode` does.
         """
         with self.exclusive():
             self.check((token_id,))
             runner = self._runner(precision)
-            return self._append((token_id,), lambda _: runner.step(token_id))
+            return self._append((token_id,), lambda _: runner.step(token_id, margin=margin))
 
     def begin(self, schedule: Schedule, logits: npt.NDArray[np.float32]) -> Plan:
         """Return the schedule's plan for the prompt in the cache; `logits` ``[V]`` are those of its last position."""

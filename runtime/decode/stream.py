@@ -58,6 +58,7 @@ def decode_tokens(
         token_id = sampler(logits, history)
         epoch = conversation.epoch
     adaptive = plan if isinstance(plan, AdaptivePlan) else None
+    margin = math.inf if adaptive is not None else sampler.sampling.margin  # such a plan may look at any logit
     for index in range(limit):
         if token_id in stop:
             trace.finish_reason = "stop_id"
@@ -69,7 +70,7 @@ def decode_tokens(
         with conversation.exclusive(since=epoch):
             history.append(token_id)
             precision = plan.precision(index)
-            logits = conversation.step(token_id, precision=precision)
+            logits = conversation.step(token_id, precision=precision, margin=margin)
             _check_finite(logits, f"of decode step {index} ({precision} bits)")
             if adaptive is not None:
                 adaptive.observe(index, logits)

@@ -22,6 +22,7 @@ from pmpd.runtime.format.manifest import ACCURACIES, Graph, Manifest
 from pmpd.runtime.format.targets import machine_targets
 
 __all__ = [
+    "LOGITS",
     "MATMUL",
     "PORTABLE",
     "KernelLibrary",
@@ -35,6 +36,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 MATMUL = "BitplaneMatMul"
+LOGITS = "BitplaneLogits"  # a product, of which only what can matter is finished
 PORTABLE = "portable"
 # Marker in the name of the generic kernel, which takes any bits and any number of codebooks per row, slowly.
 _GENERIC = "any"
@@ -47,13 +49,14 @@ class NodeKernel:
     Attributes:
         graph: the file of its graph.
         node: its name.
-        op: its operator: `MATMUL`, or another that the library has (``GroupQueryAttention``).
+        op: its operator: `MATMUL`, `LOGITS`, or another that the library has (``GroupQueryAttention``).
         bits: bits of its weights, or of a number in the KV cache; 0 before its first run.
         n: rows of its weights, or columns of attention's output; 0 before its first run.
         k: columns of its weights, or elements of a head; None for the portable body, as the manifest does not tell.
         kernel: the kernel that ran last, None before the first run; `PORTABLE` for the portable body.
         calls: how often it ran; None for the portable body, which is not counted.
         seconds: wall time of all calls; None for the portable body.
+        finished: of `LOGITS`, the share of its weights' rows that were read whole; None for others.
     """
 
     graph: str
@@ -65,6 +68,7 @@ class NodeKernel:
     kernel: str | None
     calls: int | None
     seconds: float | None
+    finished: float | None = None
 
     @property
     def slow(self) -> bool:
@@ -151,6 +155,7 @@ class KernelLibrary:
                 kernel=node["kernel"],
                 calls=node["calls"],
                 seconds=node["nanoseconds"] / 1e9,
+                finished=_share_finished(node),
             )
             for node in json.loads(buffer.value)
         ]
@@ -158,6 +163,13 @@ class KernelLibrary:
     def reset(self, tag: str) -> None:
         """Count calls and seconds of the session's nodes from zero."""
         self._reset(tag.encode())
+
+
+def _share_finished(node: dict[str, Any]) -> float | None:
+    if node["op"] != LOGITS or not node["calls"]:
+        return None
+    share: float = node["finished"] / (node["calls"] * node["n"])
+    return share
 
 
 def choose_library(bundle: Bundle, choice: bool | str | Path, *, accuracy: str, required: bool) -> KernelLibrary | None:

@@ -86,13 +86,22 @@ class LoadedGraph:
     tag: str
 
 
+# An input of graphs whose output layer is computed coarse to fine: logits that are within it of the best are exact, and
+# others may be approximate, but below. Its default, infinity, asks for exact logits.
+MARGIN = "logits_margin"
+
+
 class StepBuffers:
-    """What every decode step of one sequence reads and writes, whatever its precision: a token id and its logits."""
+    """What every decode step of one sequence reads and writes, whatever its precision.
+
+    A token id, its logits, and the margin within which logits must be exact.
+    """
 
     def __init__(self, vocab_size: int, *, device: Device | None = None) -> None:
         device = Cpu() if device is None else device
         self.token_id = device.allocate((1, 1), np.int64)
         self.logits = device.allocate((1, 1, vocab_size), np.float32)
+        self.margin = device.allocate((1,), np.float32)
 
 
 class GraphRunner:
@@ -107,15 +116,20 @@ class GraphRunner:
         self._buffers = step
         # Decoding feeds one token at a time: its binding is made once and reused.
         self._step = loaded.session.io_binding()
+        inputs = {"input_ids": step.token_id}
+        if any(value.name == MARGIN for value in loaded.session.get_overridable_initializers()):
+            inputs[MARGIN] = step.margin
         with _load_errors(loaded.path):
-            (Cpu() if device is None else device).bind(
-                self._step, inputs={"input_ids": step.token_id}, outputs={"logits": step.logits}
-            )
+            (Cpu() if device is None else device).bind(self._step, inputs=inputs, outputs={"logits": step.logits})
             cache.bind(self._step)
 
-    def step(self, token_id: int) -> npt.NDArray[np.float32]:
-        """Run one token; return logits ``[V]``: a view that the sequence's next step at any precision overwrites."""
+    def step(self, token_id: int, *, margin: float = np.inf) -> npt.NDArray[np.float32]:
+        """Run one token; return logits ``[V]``: a view that the sequence's next step at any precision overwrites.
+
+        Logits further than `margin` below the best may be approximate, where the graph has such an output layer.
+        """
         self._buffers.token_id.array[0, 0] = token_id
+        self._buffers.margin.array[0] = margin
         self._run(self._step)
         row: npt.NDArray[np.float32] = self._buffers.logits.array[0, 0]
         return row

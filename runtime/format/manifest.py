@@ -340,8 +340,8 @@ class Manifest:
 
     @cached_property
     def optional_tensors(self) -> frozenset[str]:
-        """The names of the tensors that a graph may leave out: bounds and coarse codebooks."""
-        bounds = [tensor.name for tensor in self.tensors if tensor.role == "bound"]
+        """The names of the tensors that a graph may leave out: coarse codebooks, and basis and bound."""
+        bounds = [tensor.name for tensor in self.tensors if tensor.role in ("basis", "bound")]
         return frozenset([*bounds, *(tensor.name for tensor in coarse_codebooks(self.tensors))])
 
     def to_json(self) -> str:

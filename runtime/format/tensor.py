@@ -13,9 +13,9 @@ from pmpd.runtime.format.bitplanes import CACHE_LINE, MAX_PRECISION
 __all__ = ["DTYPE_SIZES", "ROLES", "Tensor", "check_tensors", "coarse_codebooks"]
 
 DTYPE_SIZES = {"uint8": 1, "float16": 2, "float32": 4, "int64": 8}
-# What a tensor is for. The first four belong to a linear layer.
-ROLES = ("planes", "codebook", "bias", "bound", "embedding", "norm", "rotary")
-_OF_LAYER = ROLES[:4]
+# What a tensor is for. The first five belong to a linear layer.
+ROLES = ("planes", "codebook", "bias", "basis", "bound", "embedding", "norm", "rotary")
+_OF_LAYER = ROLES[:5]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +28,10 @@ class Tensor:
         offset: its first byte there.
         length: its bytes.
         dtype: type of its elements.
-        shape: planes ``[P, N, S]``, codebook ``[N, G, 2**bits]``, bias ``[N]`` (see `bitplanes`), bound ``[N]``,
-            embedding ``[V, H]``, rotary cosines and sines ``[positions, pairs]``.
+        shape: planes ``[P, N, S]``, codebook ``[N, G, 2**bits]``, bias ``[N]`` (see `bitplanes`), basis ``[D, K]``,
+            bound ``[B, N]``, embedding ``[V, H]``, rotary cosines and sines ``[positions, pairs]``.
         role: what it is for, one of `ROLES`.
-        layer: the linear layer (the name of its node) that planes, codebook, bias or bound belong to.
+        layer: the linear layer (the name of its node) that planes, codebook, bias, basis or bound belong to.
         bits: how many planes there are, or the precision that a codebook is for; None for other roles.
         nested: planes of which a graph reads as many as its precision says; other planes are read whole.
     """
@@ -72,8 +72,9 @@ class Tensor:
         """Say what contradicts the tensor's role, if something does."""
         if (self.layer is None) == (self.role in _OF_LAYER):
             return "must name its layer" if self.layer is None else f"cannot belong to the layer {self.layer!r}"
-        if self.role == "bound" and (self.dtype != "float32" or len(self.shape) != 1):
-            return f"must be float32 [N], got {self.dtype} {list(self.shape)}"
+        for role, dtype, form in (("basis", "float32", "[D, K]"), ("bound", "float16", "[B, N]")):
+            if self.role == role and (self.dtype != dtype or len(self.shape) != 2):
+                return f"must be {dtype} {form}, got {self.dtype} {list(self.shape)}"
         if self.role not in ("planes", "codebook"):
             return "has no bits and no planes to be nested" if self.bits is not None or self.nested else None
         if self.bits is None or not 1 <= self.bits <= MAX_PRECISION:
@@ -123,9 +124,9 @@ def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
     for tensor in tensors:
         if tensor.role in ("codebook", "bias", "bound"):
             rows = planes[tensor.layer].shape[1] if tensor.layer in planes else 0
-            if tensor.shape[0] != rows:
+            if (row_count := tensor.shape[tensor.role == "bound"]) != rows:
                 raise BundleError(
-                    f"tensor {tensor.name!r} has {tensor.shape[0]} rows, the planes of its layer have {rows}: "
+                    f"tensor {tensor.name!r} has {row_count} rows, the planes of its layer have {rows}: "
                     "export the model again"
                 )
     coarse = {tensor.layer for tensor in coarse_codebooks(tensors)}
@@ -135,9 +136,17 @@ def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
                 f"tensor {tensor.name!r} is for {tensor.bits} bits, the planes of its layer are {stored}: "
                 "export the model again"
             )
-        if tensor.role == "bound" and tensor.layer not in coarse:
+        if tensor.role in ("basis", "bound") and tensor.layer not in coarse:
             raise BundleError(
-                f"tensor {tensor.name!r} (bound) belongs to a layer without a coarse codebook: export the model again"
+                f"tensor {tensor.name!r} ({tensor.role}) belongs to a layer without a coarse codebook: "
+                "export the model again"
+            )
+    for layer in planes:
+        pair = [role for role in ("basis", "bound") if (layer, role, None) in parts]
+        if len(pair) == 1:
+            raise BundleError(
+                f"layer {layer!r} has a {pair[0]} without a {'bound' if pair == ['basis'] else 'basis'}: "
+                "export the model again"
             )
     for layer, tensor in planes.items():
         stored = tensor.shape[0]

@@ -17,9 +17,9 @@ def upgrade(document: dict[str, Any]) -> dict[str, Any]:
     """
     tensors = document.get("tensors")
     for tensor in tensors if isinstance(tensors, list) else ():
-        if isinstance(tensor, dict) and tensor.get("role") == "bound":
+        if isinstance(tensor, dict) and tensor.get("role") in ("basis", "bound"):
             raise BundleError(
-                f"bundle.json: tensor {tensor.get('name')!r:.60} has the role 'bound', which version 2 does not know: "
-                "export again"
+                f"bundle.json: tensor {tensor.get('name')!r:.60} has the role {tensor['role']!r}, which version 2 does "
+                "not know: export again"
             )
     return document

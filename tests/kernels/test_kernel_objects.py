@@ -158,6 +158,7 @@ def _least_first(arch: str) -> list[Isa]:
 def test_operators_are_those_of_the_c_part() -> None:
     """Each is registered in C under its name, with the header that declares its kernels."""
     rows = "".join(path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.c")))
-    assert re.findall(r'\.name = "(\w+)"', rows) == sorted(OPERATORS, reverse=True)
+    c_alone = {"BitplaneGather", "BitplaneLogits"}  # they have no kernels of their own
+    assert sorted(re.findall(r'\.name = "(\w+)"', rows)) == sorted({*OPERATORS, *c_alone})
     for operator in OPERATORS.values():
         assert f"extern const struct {operator.struct} {operator.array}[];" in (SOURCES / operator.header).read_text()

@@ -325,6 +325,7 @@ def test_report_counts_and_resets(library: Path, reports: Reports) -> None:
             "kernel": None,
             "calls": 0,
             "nanoseconds": 0,
+            "finished": 0,
         }
     ]
     for _ in range(3):
@@ -332,10 +333,11 @@ def test_report_counts_and_resets(library: Path, reports: Reports) -> None:
     [node] = reports.nodes("counted")
     assert node["calls"] == 3
     assert node["nanoseconds"] > 0
+    assert node["finished"] == 21
     reports.functions.pmpd_ops_reset(b"another")
     assert reports.nodes("counted") == [node]
     reports.functions.pmpd_ops_reset(b"counted")
-    assert reports.nodes("counted") == [{**node, "calls": 0, "nanoseconds": 0}]
+    assert reports.nodes("counted") == [{**node, "calls": 0, "nanoseconds": 0, "finished": 0}]
 
 
 def test_report_fills_no_more_than_the_buffer(library: Path, reports: Reports) -> None:

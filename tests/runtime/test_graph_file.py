@@ -104,8 +104,17 @@ def test_a_graph_may_leave_out_a_coarse_codebook_and_a_bound(tmp_path: Path) -> 
     path = Path(shutil.copytree(GOLDEN.parent / "v2-llama", tmp_path / "bundle"))
     document = json.loads((path / "bundle.json").read_text(encoding="utf-8")) | {"version": 3}
     codebook = tensor(document, CODEBOOK) | {"name": "head_proj.codebook.3", "bits": 3, "shape": [131, 1, 8]}
-    bound = {**codebook, "name": "head_proj.bound", "role": "bound", "bits": None, "dtype": "float32", "shape": [131]}
-    document["tensors"] += [codebook, bound]
+    bound = {
+        **codebook,
+        "name": "head_proj.bound",
+        "role": "bound",
+        "bits": None,
+        "dtype": "float16",
+        "shape": [2, 131],
+    }
+    basis = {**bound, "name": "head_proj.basis", "role": "basis", "dtype": "float32", "shape": [1, 48]}
+    document["tensors"] += [codebook, basis, bound]
+    move_to_end(document, basis, length=192)
     move_to_end(document, bound, length=131 * 4)
     bound["offset"] -= bound["offset"] % 64
     codebook.update(length=131 * 16, offset=bound["offset"] - 64 * 40)

@@ -122,7 +122,7 @@ def test_a_manifest_of_version_2_is_upgraded() -> None:
 
 def test_a_role_that_version_2_does_not_know_is_refused_there() -> None:
     changed = coarse_document() | {"version": 2}
-    with pytest.raises(BundleError, match=r"'head\.bound' has the role 'bound', which version 2 does not know"):
+    with pytest.raises(BundleError, match=r"'head\.basis' has the role 'basis', which version 2 does not know"):
         Manifest.from_json(json.dumps(changed))
 
 
@@ -134,32 +134,37 @@ def coarse_document() -> Document:
         changed["tensors"].append(
             entry | {"name": name, "layer": "head", "nested": nested, "offset": entry["offset"] + 640}
         )
+    head = changed["tensors"][3] | {"layer": "head", "length": 8}
+    changed["tensors"].append(head | {"name": "head.basis", "role": "basis", "shape": [1, 2], "offset": 1216})
     changed["tensors"].append(
-        changed["tensors"][3] | {"name": "head.bound", "layer": "head", "role": "bound", "offset": 1152}
+        head | {"name": "head.bound", "role": "bound", "dtype": "float16", "shape": [2, 2], "offset": 1152}
     )
-    changed["files"]["w.bin"]["size"] = 1160
+    changed["files"]["w.bin"]["size"] = 1224
     return changed
 
 
 def test_an_output_layer_may_have_a_coarse_codebook_and_a_bound() -> None:
     read = Manifest.from_json(json.dumps(coarse_document()))
-    assert read.optional_tensors == {"head.codebook.2", "head.bound"}
+    assert read.optional_tensors == {"head.codebook.2", "head.basis", "head.bound"}
     for precision in read.precisions:  # the layer is not nested: graphs of all precisions may read all of it
         names = {tensor.name for tensor in read.tensors_at(precision)}
-        assert {"head.planes", "head.codebook.3", "head.codebook.2", "head.bound"} <= names
+        assert {"head.planes", "head.codebook.3", "head.codebook.2", "head.basis", "head.bound"} <= names
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda d: d["tensors"][-1].update(length=4, shape=[1]), "tensor 'head.bound' has 1 rows, the planes"),
-        (lambda d: d["tensors"][-1].update(length=4, dtype="float16"), "must be float32 [N], got float16 [2]"),
+        (lambda d: d["tensors"][-1].update(length=4, shape=[2, 1]), "tensor 'head.bound' has 1 rows, the planes"),
+        (lambda d: d["tensors"][-1].update(length=16, dtype="float32"), "must be float16 [B, N], got float32 [2, 2]"),
+        (lambda d: d["tensors"][-2].update(length=4, dtype="float16"), "must be float32 [D, K], got float16 [1, 2]"),
+        (lambda d: d["tensors"].pop(-2), "layer 'head' has a bound without a basis"),
+        (lambda d: d["tensors"].pop(-1), "layer 'head' has a basis without a bound"),
         (lambda d: d["tensors"][-1].update(layer="a"), "(bound) belongs to a layer without a coarse codebook"),
         (lambda d: d["tensors"][-1].update(layer=None), "tensor 'head.bound' (bound) must name its layer"),
         (lambda d: d["tensors"][-1].update(bits=2), "tensor 'head.bound' (bound) has no bits"),
-        (lambda d: d["tensors"].pop(-2), "(bound) belongs to a layer without a coarse codebook"),
+        (lambda d: d["tensors"].pop(-3), "(basis) belongs to a layer without a coarse codebook"),
         (
-            lambda d: d["tensors"][-2].update(bits=4, shape=[2, 1, 16], length=64),
+            lambda d: d["tensors"][-3].update(bits=4, shape=[2, 1, 16], length=64),
             "tensor 'head.codebook.2' is for 4 bits, the planes of its layer are 3",
         ),
     ],

@@ -207,7 +207,12 @@ static OrtStatus *compute(struct pmpd_operator *operator, OrtKernelContext *cont
   TRY(open_call((const struct attention *)operator, context, &call));
   TRY(run(api, context, &call));
   if (call.no_memory) return pmpd_no_memory(api);
-  *ran = (struct pmpd_ran){call.kernel->name, CACHE_BITS, call.heads * call.dim, call.dim};
+  *ran = (struct pmpd_ran){
+      .kernel = call.kernel->name,
+      .bits = CACHE_BITS,
+      .n = call.heads * call.dim,
+      .k = call.dim,
+  };
   return NULL;
 }
 

@@ -140,7 +140,12 @@ static OrtStatus *compute(struct pmpd_operator *operator, OrtKernelContext *cont
     TRY(operator->settings->api->KernelContext_ParallelFor(context, unpack_part, parts, 0, &call));
   else
     unpack_part(&call, 0);
-  *ran = (struct pmpd_ran){KERNEL, call.bits, call.n > INT32_MAX ? INT32_MAX : (int32_t)call.n, call.k};
+  *ran = (struct pmpd_ran){
+      .kernel = KERNEL,
+      .bits = call.bits,
+      .n = call.n > INT32_MAX ? INT32_MAX : (int32_t)call.n,
+      .k = call.k,
+  };
   return NULL;
 }
 

@@ -28,12 +28,6 @@ struct pmpd_value {
   int optional;
 };
 
-/* What one call did, for reports; see pmpd_ops_report. */
-struct pmpd_ran {
-  const char *kernel;
-  int32_t bits, n, k;
-};
-
 /* A kind of operator: a row of the table in registry.c. */
 struct pmpd_op {
   const char *name;

@@ -5,9 +5,9 @@
 #include <time.h>
 
 /* To add an operator, write its row in a file of its own and name it here. */
-extern const struct pmpd_op pmpd_matmul_op, pmpd_attention_op, pmpd_gather_op;
+extern const struct pmpd_op pmpd_matmul_op, pmpd_logits_op, pmpd_attention_op, pmpd_gather_op;
 
-const struct pmpd_op *const pmpd_ops[] = {&pmpd_matmul_op, &pmpd_attention_op, &pmpd_gather_op};
+const struct pmpd_op *const pmpd_ops[] = {&pmpd_matmul_op, &pmpd_logits_op, &pmpd_attention_op, &pmpd_gather_op};
 _Static_assert(PMPD_COUNT(pmpd_ops) == PMPD_OP_COUNT, "PMPD_OP_COUNT is not the number of operators");
 
 static uint64_t nanoseconds(void) {
@@ -51,7 +51,7 @@ static OrtStatus *compute(void *kernel, OrtKernelContext *context) {
   struct pmpd_ran ran = {0};
   const uint64_t start = nanoseconds();
   TRY(operator->op->compute(operator, context, &ran));
-  pmpd_node_ran(&operator->node, ran.kernel, ran.bits, ran.n, ran.k, nanoseconds() - start);
+  pmpd_node_ran(&operator->node, &ran, nanoseconds() - start);
   return NULL;
 }
 

@@ -12,7 +12,7 @@ struct pmpd_registered {
 };
 
 extern const struct pmpd_op *const pmpd_ops[];
-enum { PMPD_OP_COUNT = 3 };
+enum { PMPD_OP_COUNT = 4 };
 
 struct pmpd_registered pmpd_register(const struct pmpd_op *op, const struct pmpd_settings *settings);
 

@@ -30,12 +30,12 @@ void pmpd_node_remove(struct pmpd_node *node) {
   pthread_mutex_unlock(&lock);
 }
 
-void pmpd_node_ran(struct pmpd_node *node, const char *kernel, int32_t bits, int32_t n, int32_t k,
-                   uint64_t nanoseconds) {
-  atomic_store_explicit(&node->bits, bits, memory_order_relaxed);
-  atomic_store_explicit(&node->n, n, memory_order_relaxed);
-  atomic_store_explicit(&node->k, k, memory_order_relaxed);
-  atomic_store_explicit(&node->kernel, kernel, memory_order_relaxed);
+void pmpd_node_ran(struct pmpd_node *node, const struct pmpd_ran *ran, uint64_t nanoseconds) {
+  atomic_store_explicit(&node->bits, ran->bits, memory_order_relaxed);
+  atomic_store_explicit(&node->n, ran->n, memory_order_relaxed);
+  atomic_store_explicit(&node->k, ran->k, memory_order_relaxed);
+  atomic_store_explicit(&node->kernel, ran->kernel, memory_order_relaxed);
+  atomic_fetch_add_explicit(&node->finished, ran->finished, memory_order_relaxed);
   atomic_fetch_add_explicit(&node->calls, 1, memory_order_relaxed);
   atomic_fetch_add_explicit(&node->nanoseconds, nanoseconds, memory_order_relaxed);
 }
@@ -110,7 +110,8 @@ size_t pmpd_ops_report(const char *session, char *buffer, size_t size) {
     pmpd_append(&text, ", \"op\": \"%s\", \"bits\": %d, \"n\": %d, \"k\": %d, \"kernel\": ", node->op, node->bits,
                 node->n, node->k);
     kernel ? pmpd_append_string(&text, kernel) : pmpd_append(&text, "null");
-    pmpd_append(&text, ", \"calls\": %" PRIu64 ", \"nanoseconds\": %" PRIu64 "}", node->calls, node->nanoseconds);
+    pmpd_append(&text, ", \"calls\": %" PRIu64 ", \"nanoseconds\": %" PRIu64 ", \"finished\": %" PRIu64 "}", node->calls,
+                node->nanoseconds, node->finished);
     separator = ", ";
   }
   pthread_mutex_unlock(&lock);
@@ -121,6 +122,6 @@ size_t pmpd_ops_report(const char *session, char *buffer, size_t size) {
 void pmpd_ops_reset(const char *session) {
   pthread_mutex_lock(&lock);
   for (struct pmpd_node *node = nodes; node; node = node->next)
-    if (!strcmp(node->session, session)) node->calls = node->nanoseconds = 0;
+    if (!strcmp(node->session, session)) node->calls = node->nanoseconds = node->finished = 0;
   pthread_mutex_unlock(&lock);
 }

@@ -15,15 +15,21 @@ struct pmpd_node {
   const char *session; /* the tag of its session */
   _Atomic int32_t bits, n, k;
   _Atomic(const char *) kernel; /* what ran last; NULL before the first call */
-  _Atomic uint64_t calls, nanoseconds;
+  _Atomic uint64_t calls, nanoseconds, finished;
   struct pmpd_node *next;
 };
 
 void pmpd_node_add(struct pmpd_node *node);
 void pmpd_node_remove(struct pmpd_node *node);
+/* What one call did; see pmpd_ops_report. */
+struct pmpd_ran {
+  const char *kernel;
+  int32_t bits, n, k;
+  uint64_t finished;
+};
+
 /* Count a call. */
-void pmpd_node_ran(struct pmpd_node *node, const char *kernel, int32_t bits, int32_t n, int32_t k,
-                   uint64_t nanoseconds);
+void pmpd_node_ran(struct pmpd_node *node, const struct pmpd_ran *ran, uint64_t nanoseconds);
 
 /* A text that is written into a buffer; what does not fit is only counted. */
 struct pmpd_text {
@@ -44,12 +50,13 @@ void pmpd_append_string(struct pmpd_text *text, const char *string);
 PMPD_EXPORT const char *pmpd_ops_info(void);
 
 /* Write a list of the session's nodes: "name", "op", "bits", "n", "k", "kernel" (null before the first call), "calls",
- * "nanoseconds". Bits, n and k are p, N and K of BitplaneMatMul and BitplaneGather; of GroupQueryAttention they are the
- * bits of a cached number, the columns of Y and the elements of a head. Like snprintf: at most size bytes, the final
- * zero included; returns the length of the whole text. */
+ * "nanoseconds", "finished". Bits, n and k are p, N and K of BitplaneMatMul, BitplaneLogits and BitplaneGather; of
+ * GroupQueryAttention they are the bits of a cached number, the columns of Y and the elements of a head. "finished" are
+ * the rows of weights that the first two read all planes of, over all calls; of BitplaneLogits that may be few. Like
+ * snprintf: at most size bytes, the final zero included; returns the length of the whole text. */
 PMPD_EXPORT size_t pmpd_ops_report(const char *session, char *buffer, size_t size);
 
-/* Zero the calls and nanoseconds of the session's nodes. */
+/* Zero the calls, nanoseconds and finished rows of the session's nodes. */
 PMPD_EXPORT void pmpd_ops_reset(const char *session);
 
 #endif

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from pmpd.runtime import Bundle, Generator, Prefill
-from pmpd.runtime.engine.kernels import MATMUL
+from pmpd.runtime.engine.kernels import LOGITS, MATMUL
 
 __all__ = ["BundleContender", "load"]
 
@@ -53,7 +53,7 @@ class BundleContender:
                 continue
             phase = "prefill" if node.graph == self._prefill else "decode"
             kernels[phase].add(node.kernel)
-            if phase == "decode" and node.op == MATMUL and node.seconds is not None:
+            if phase == "decode" and node.op in (LOGITS, MATMUL) and node.seconds is not None:
                 matmul_seconds = (matmul_seconds or 0.0) + node.seconds
         return {
             "prefill_seconds": generator.trace.prefill_seconds,
