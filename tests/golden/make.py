@@ -19,7 +19,7 @@ from pmpd.exporter.demo import demo_model_path  # noqa: E402
 from pmpd.runtime import Bundle, Generator, Tokenizer  # noqa: E402
 
 TEXTS = FOLDER / "demo-texts.json"
-BUNDLE = FOLDER / "v2-llama"
+BUNDLE = FOLDER / "v3-llama"
 PROMPT = "Once upon a time, there was a little girl named Lily."
 SCHEDULES = ("uniform:4", "uniform:3", "uniform:2", "static:3@8,2@16")
 
@@ -46,11 +46,11 @@ def make_texts() -> None:
 
 
 def make_bundle() -> None:
-    """Write a bundle of a tiny random Llama, and the tokens that it gives."""
+    """Write a bundle of a tiny random Llama with tied embeddings, and the tokens that it gives."""
     shutil.rmtree(BUNDLE, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the bundle states the checkpoint as `llama-tiny`
-        TINY_MODELS["llama-llama3-float16"].save(Path("llama-tiny"))
+        TINY_MODELS["llama-tied-bfloat16"].save(Path("llama-tiny"))
         export_bundle(ExportConfig(model="llama-tiny", output=BUNDLE, precisions=(4, 3, 2), targets=()))
     generator = Generator(Bundle.open(BUNDLE), kernels=False)
     prompt = random_ids(131, 9)
