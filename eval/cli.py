@@ -125,7 +125,7 @@ def main() -> None:
 @click.option(
     "--reference",
     metavar="MODEL",
-    help="Folder, name or hub id of the unquantized fp model.  [default: the one the bundle was made from]",
+    help="Folder, GGUF file, name or hub id of the unquantized fp model.  [default: the one the bundle was made from]",
 )
 @click.option(
     "--reference-backend",

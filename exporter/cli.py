@@ -57,7 +57,7 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     "-m",
     "--model",
     required=True,
-    help="A checkpoint folder, a model id of the Hugging Face hub, or a name such as demo, phi-1.5 or vicuna-7b.",
+    help="A checkpoint folder, a GGUF file, a model id of the Hugging Face hub, or a name such as demo or vicuna-7b.",
 )
 @click.option(
     "-o",
@@ -174,7 +174,8 @@ def main(
     check_outputs(json_file)
     config = ExportConfig(
         model=model,
-        output=output or Path(f"{Path(model).resolve().name}-{'skeleton' if skeleton else 'pmpd'}"),
+        output=output
+        or Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-{'skeleton' if skeleton else 'pmpd'}"),
         targets=_chosen_targets(targets),
         head_precision=DEFAULT_HEAD_PRECISION if head_precision is None else head_precision,
         accuracy=accuracy,

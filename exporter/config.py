@@ -70,7 +70,7 @@ class ExportConfig:
     """The configuration of an export.
 
     Attributes:
-        model: hub id, alias or folder.
+        model: hub id, alias, folder or GGUF file.
         output: the bundle's folder.
         revision: branch, tag or commit on the hub.
         precisions: bits to decode at; one graph each.

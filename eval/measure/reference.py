@@ -8,25 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmpd.eval.measure.models import Answer, Forced
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import MissingExtraError, PmpdError, one_line
+
+if TYPE_CHECKING:
+    from pmpd.exporter.source.gguf.checkpoint import GgufCheckpoint
 
 __all__ = ["BACKENDS", "Reference", "ReferenceCheckpoint"]
 
 
 @dataclass(frozen=True)
 class ReferenceCheckpoint:
-    """A checkpoint folder that fits a bundle; `bits` are those of its stored weights (16 or 32)."""
+    """A folder or GGUF file that fits a bundle; `bits` are those of its weights as they are read (16 or 32)."""
 
     path: Path
     bits: int
 
     @classmethod
     def find(cls, bundle: Bundle, override: str | None = None) -> ReferenceCheckpoint:
-        """Find the checkpoint that a bundle was made from, or `override` (a folder, alias or hub id).
+        """Find the checkpoint that a bundle was made from, or `override` (a folder, GGUF file, alias or hub id).
 
         Raises:
             PmpdError: it cannot be found or read, or has another vocabulary than the bundle.
@@ -42,20 +45,26 @@ class ReferenceCheckpoint:
             path = Path(override)
         else:
             path = _resolve(override or source.model, None if override else source.revision)
-        try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise PmpdError(
-                f"reference {path} is not a checkpoint that transformers can read ({_first_line(error)}): "
-                "give another with --reference"
-            ) from None
+        if path.is_file():
+            checkpoint = _open_file(path)
+            tokens = checkpoint.config["vocab_size"]
+            bits = 32 if checkpoint.matrix_type == "float32" else 16
+        else:
+            try:
+                config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                raise PmpdError(
+                    f"reference {path} is not a checkpoint that transformers can read ({_first_line(error)}): "
+                    "give another with --reference"
+                ) from None
+            tokens, bits = config.vocab_size, 16 if str(config.dtype).endswith("16") else 32
         vocab_size = bundle.manifest.architecture.vocab_size
-        if config.vocab_size != vocab_size:
+        if tokens != vocab_size:
             raise PmpdError(
-                f"reference {path} has {config.vocab_size} tokens, the bundle {vocab_size}: "
+                f"reference {path} has {tokens} tokens, the bundle {vocab_size}: "
                 "give the checkpoint that the bundle was made from with --reference"
             )
-        return cls(path, 16 if str(config.dtype).endswith("16") else 32)
+        return cls(path, bits)
 
     def load(self, backend: str, *, threads: int) -> Reference:
         """Load it into a backend of `BACKENDS`, to compute with `threads` threads.
@@ -86,6 +95,12 @@ def _resolve(model: str, revision: str | None) -> Path:
         return resolve_model(model, revision=revision)
     except PmpdError as error:
         raise PmpdError(f"no fp reference: {error} (choose one with --reference)") from None
+
+
+def _open_file(path: Path) -> GgufCheckpoint:
+    from pmpd.exporter.source.gguf.checkpoint import GgufCheckpoint
+
+    return GgufCheckpoint.open(path, name=path.name)
 
 
 def _first_line(error: Exception) -> str:
@@ -162,13 +177,20 @@ def _transformers(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:
 
     disable_progress_bar()  # transformers 5 shows one for loading; the progress here is ours
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+    if checkpoint.path.is_file():
+        from pmpd.exporter.source.reference import load_model
+
+        model = load_model(_open_file(checkpoint.path))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
     return Reference(model.eval(), bits=checkpoint.bits, last_logits={"logits_to_keep": 1})
 
 
 def _optimum(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:
     import onnxruntime
 
+    if checkpoint.path.is_file():
+        raise PmpdError(f"optimum reads no GGUF file ({checkpoint.path}): take --reference-backend transformers")
     try:
         from optimum.onnxruntime import ORTModelForCausalLM
     except (ImportError, RuntimeError) as error:  # RuntimeError: a module of optimum that is imported on first use

@@ -25,6 +25,7 @@ WEIGHTS_CODE = (
     _EXPORTER / "bundle" / "layers.py",
     _EXPORTER / "bundle" / "plan.py",
     _EXPORTER / "source" / "folder.py",
+    _EXPORTER / "source" / "gguf",
     Path(pmpd.runtime.format.bitplanes.__file__),
 )
 

@@ -1,4 +1,4 @@
-"""What `--model` may be: the demo model, an alias, a hub id, or a folder."""
+"""What `--model` may be: the demo model, an alias, a hub id, a folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.m
 
 
 def resolve_model(model: str, *, revision: str | None = None) -> Path:
-    """Return the local folder of a model: ``demo``, a folder, or a snapshot of an alias or hub id.
+    """Return a model's local folder or GGUF file: ``demo``, a path, or a snapshot of an alias or hub id.
 
     The hub is asked only for what is not in its cache; `HF_HUB_OFFLINE=1` keeps it from asking at all.
 
@@ -28,13 +28,16 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        what = "a GGUF file, whose weights are quantized already" if path.suffix == ".gguf" else "a file"
-        raise PmpdError(f"{path} is {what}: give the folder of a Hugging Face checkpoint (config.json, *.safetensors)")
+        if path.suffix == ".gguf":
+            return path
+        raise PmpdError(f"{path} is a file: give a GGUF file, or the folder of a Hugging Face checkpoint")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise PmpdError(f"there is no folder {path}: give the folder of a Hugging Face checkpoint, or a hub id")
+        raise PmpdError(f"there is no {path}: give the folder of a Hugging Face checkpoint, a GGUF file, or a hub id")
     hub_id = MODELS[model].hub_id if model in MODELS else model
     if hub_id.count("/") != 1:
-        raise PmpdError(f"{unknown_choice('model', model, [DEMO, *MODELS])}, or give a hub id (owner/name) or a folder")
+        raise PmpdError(
+            f"{unknown_choice('model', model, [DEMO, *MODELS])}, or give a hub id (owner/name), a folder or a GGUF file"
+        )
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -49,6 +52,6 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
 
 
 def published_name(model: str) -> str:
-    """Return a model as a bundle names it: of a local folder only the last part, which says nothing of its owner."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if model != DEMO and folder.is_dir() else model
+    """Return a model as a bundle names it: of a local one only the last part, which says nothing of its owner."""
+    path = Path(model).expanduser()
+    return path.resolve().name if model != DEMO and path.exists() else model

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf_files import convert
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import TinyModel
 
 from pmpd.eval.measure.models import Scheduled, precision_runs
 from pmpd.eval.measure.reference import Reference, ReferenceCheckpoint
@@ -243,3 +245,15 @@ def test_optimum_that_cannot_be_imported(
         ReferenceCheckpoint(tmp_path, 32).load("optimum", threads=1)
     for name in [name for name in sys.modules if name.partition(".")[0] == "optimum"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_gguf_file_is_a_reference(demo_bundle: Path, tmp_path: Path) -> None:
+    folder = TinyModel("llama", {"vocab_size": 4096}).save(tmp_path / "folder")
+    file = str(convert(folder, tmp_path / "tiny.gguf"))
+    prompt, answer = [1, 300, 400], [500, 600, 700]
+    references = [ReferenceCheckpoint.find(Bundle.open(demo_bundle), str(path)) for path in (file, folder)]
+    assert [reference.bits for reference in references] == [32, 32]
+    forced = [reference.load("transformers", threads=1).force(prompt, answer) for reference in references]
+    np.testing.assert_allclose(forced[0].logits, forced[1].logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(PmpdError, match="optimum reads no GGUF file"):
+        references[0].load("optimum", threads=1)

@@ -27,7 +27,7 @@ DISTRIBUTIONS = {
     **{"huggingface_hub": "huggingface_hub", "google": "protobuf"},
 }
 # Peers to compare with: the user installs them, and `pmpd-eval` says how.
-PEERS = {"llama_cpp", "gguf", "onnxruntime_genai"}
+PEERS = {"llama_cpp", "onnxruntime_genai"}
 # Listed without an import of ours: another package imports it, or it is run as a program.
 INDIRECT = {"onnxruntime-gpu", "protobuf", "sentencepiece", "ziglang"}
 

@@ -1,0 +1,1 @@
+"""GGUF files: header, configuration, tensors and tokenizer under Hugging Face's names."""

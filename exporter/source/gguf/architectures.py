@@ -1,0 +1,228 @@
+"""Architectures of GGUF files: their configuration and tensors in the terms of Hugging Face.
+
+One line per architecture says how it differs from Llama. Names of metadata and tensors are those of the package `gguf`;
+what the conversion to GGUF does to weights is undone: rows of rotated heads are put back in halves, and 1 is taken from
+the weights of Gemma's norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pmpd.exporter.source.gguf.rope import read_scaling
+from pmpd.runtime.errors import PmpdError, unknown_choice
+
+__all__ = ["ARCHITECTURES", "Architecture", "read_architecture"]
+
+Get = Callable[..., Any]
+
+# Of the last part of a block's tensor name in `config.json`'s world: its name in GGUF.
+_BLOCK = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_SANDWICH = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a GGUF architecture is called and made of.
+
+    Attributes:
+        model_type: its name in `config.json`.
+        block: names of a block's tensors that differ from Llama's.
+        last_norm: name of the last norm.
+        halves: whether rows of the query and key projections lie in pairs in GGUF, and in halves here.
+        norm_offset: what the conversion has added to weights of norms.
+        own: gives the fields of `config.json` that Llama has not.
+    """
+
+    model_type: str
+    block: Mapping[str, str] = field(default_factory=dict)
+    last_norm: str = "norm"
+    halves: bool = False
+    norm_offset: float = 0.0
+    own: Callable[[Get], dict[str, Any]] = lambda _: {}
+
+    def stored_name(self, name: str) -> str | None:
+        """Return the name in the file of a tensor by its name in transformers; None if there is no such tensor."""
+        stem, _, suffix = name.rpartition(".")
+        tops = {
+            "model.embed_tokens": "token_embd",
+            f"model.{self.last_norm}": "output_norm",
+            "lm_head": "output",
+        }
+        if stem in tops:
+            return f"{tops[stem]}.{suffix}"
+        number, _, part = stem.removeprefix("model.layers.").partition(".")
+        place = (_BLOCK | dict(self.block)).get(part)
+        return None if place is None or not number.isdigit() else f"blk.{number}.{place}.{suffix}"
+
+
+_GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _gemma2(get: Get) -> dict[str, Any]:
+    heads, layers = get("attention.head_count"), get("block_count")
+    # The 27 B models alone scale by the width of a head in the stream; no metadata says so.
+    large = layers in (46, 62)
+    scale = get("embedding_length") // heads if large else get("attention.key_length", 256)
+    return {
+        **_GELU,
+        "query_pre_attn_scalar": scale,
+        "sliding_window": get("attention.sliding_window", 4096),
+        "attn_logit_softcapping": get("attn_logit_softcapping", None),
+        "final_logit_softcapping": get("final_logit_softcapping", None),
+    }
+
+
+def _gemma3(get: Get) -> dict[str, Any]:
+    period = get("attention.sliding_window_pattern", 6)
+    layers = range(get("block_count"))
+    if isinstance(period, list):
+        kinds = ["sliding_attention" if slides else "full_attention" for slides in period]
+    else:
+        kinds = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in layers]
+    return _gemma2(get) | {
+        "sliding_window": get("attention.sliding_window", 1024),
+        "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
+        "layer_types": kinds,
+    }
+
+
+def _granite(get: Get) -> dict[str, Any]:
+    return {
+        "embedding_multiplier": get("embedding_scale", 1.0),
+        "attention_multiplier": get("attention.scale", 1.0),
+        "residual_multiplier": get("residual_scale", 1.0),
+        "logits_scaling": get("logit_scale", 1.0),
+    }
+
+
+def _partial_rotary(get: Get) -> dict[str, Any]:
+    size = get("embedding_length") // get("attention.head_count")
+    return {"partial_rotary_factor": get("rope.dimension_count", size) / size, "head_dim": None}
+
+
+def _phi3(get: Get) -> dict[str, Any]:
+    window = get("attention.sliding_window", 0)
+    return {
+        **_partial_rotary(get),
+        "sliding_window": window or None,
+        "original_max_position_embeddings": get("rope.scaling.original_context_length", get("context_length")),
+    }
+
+
+_PHI2 = {
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.dense": "attn_output",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+
+# By `general.architecture`.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", halves=True),
+    "qwen2": Architecture("qwen2", own=lambda _: {"use_sliding_window": False}),
+    "qwen3": Architecture("qwen3", block=_QK_NORM, own=lambda _: {"use_sliding_window": False}),
+    "smollm3": Architecture("smollm3", halves=True, own=lambda _: {"no_rope_layer_interval": 4}),
+    "granite": Architecture("granite", halves=True, own=_granite),
+    "hunyuan-dense": Architecture(
+        "hunyuan_v1_dense", block={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
+    ),
+    "gemma": Architecture("gemma", norm_offset=1.0, own=lambda _: dict(_GELU)),
+    "gemma2": Architecture("gemma2", block=_SANDWICH, norm_offset=1.0, own=_gemma2),
+    "gemma3": Architecture("gemma3_text", block=_SANDWICH | _QK_NORM, norm_offset=1.0, own=_gemma3),
+    "phi2": Architecture("phi", block=_PHI2, last_norm="final_layernorm", own=_partial_rotary),
+    "phi3": Architecture("phi3", block={"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}, own=_phi3),
+}
+
+
+def read_architecture(
+    metadata: Mapping[str, Any], vocab_size: int, *, tied: bool
+) -> tuple[Architecture, dict[str, Any]]:
+    """Return the architecture of a file and its `config.json`, without scalings that are kept in tensors.
+
+    Args:
+        metadata: the file's.
+        vocab_size: rows of the embedding.
+        tied: whether the output layer is the embedding.
+
+    Raises:
+        PmpdError: an unknown architecture, or one of its numbers is missing or makes no sense.
+    """
+    name = metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise PmpdError(f"general.architecture: {unknown_choice('architecture', name, ARCHITECTURES)}")
+    architecture = ARCHITECTURES[name]
+
+    def get(key: str, *default: Any) -> Any:
+        value = metadata.get(f"{name}.{key}")
+        if value is None:
+            if default:
+                return default[0]
+            raise PmpdError(f"the metadata lacks {name}.{key}: convert the model again")
+        return _uniform(value, f"{name}.{key}") if key in _MAY_DIFFER_BY_LAYER else value
+
+    try:
+        return architecture, _config(architecture, get, metadata, vocab_size, tied=tied)
+    except (TypeError, ZeroDivisionError, ArithmeticError, AttributeError) as error:
+        raise PmpdError(f"a number of the metadata makes no sense ({error}): convert the model again") from None
+
+
+_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+# Numbers that some architectures have as a list over layers.
+_MAY_DIFFER_BY_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
+
+
+def _uniform(value: Any, key: str) -> Any:
+    if isinstance(value, list):
+        if len(set(value)) != 1:
+            raise PmpdError(f"{key} differs from layer to layer, which cannot be exported: give another model")
+        return value[0]
+    return value
+
+
+def _config(
+    architecture: Architecture, get: Get, metadata: Mapping[str, Any], vocab_size: int, *, tied: bool
+) -> dict[str, Any]:
+    heads, hidden_size, context = get("attention.head_count"), get("embedding_length"), get("context_length")
+    if get("expert_count", 0):
+        raise PmpdError(f"it has {get('expert_count')} experts, and only dense models can be exported: give another")
+    if get("attention.key_length", 0) != get("attention.value_length", get("attention.key_length", 0)):
+        raise PmpdError("keys and values have heads of different sizes, which cannot be exported: give another model")
+    config: dict[str, Any] = {
+        "model_type": architecture.model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("attention.key_length", hidden_size // heads),
+        "max_position_embeddings": context,
+        "rope_theta": float(get("rope.freq_base", 10000.0)),
+        "rope_scaling": read_scaling(get, context),
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", None),
+        "layer_norm_eps": get("attention.layer_norm_epsilon", None),
+        **architecture.own(get),
+    }
+    config = {key: value for key, value in config.items() if value is not None}
+    # None is said, because transformers has defaults that other vocabularies have no such tokens for.
+    tokens = {f"{kind}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id") for kind, key in _TOKENS.items()}
+    return config | tokens
