@@ -48,7 +48,7 @@ class Architecture:
         last_norm: name of the last norm.
         halves: whether rows of the query and key projections lie in pairs in GGUF, and in halves here.
         norm_offset: what the conversion has added to weights of norms.
-        own: gives the fields of `config.json` that Llama has not.
+        fields: gives the fields of `config.json` that Llama has not.
     """
 
     model_type: str
@@ -56,7 +56,7 @@ class Architecture:
     last_norm: str = "norm"
     halves: bool = False
     norm_offset: float = 0.0
-    own: Callable[[Get], dict[str, Any]] = lambda _: {}
+    fields: Callable[[Get], dict[str, Any]] = lambda _: {}
 
     def stored_name(self, name: str) -> str | None:
         """Return the name in the file of a tensor by its name in transformers; None if there is no such tensor."""
@@ -137,18 +137,18 @@ _PHI2 = {
 # By `general.architecture`.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", halves=True),
-    "qwen2": Architecture("qwen2", own=lambda _: {"use_sliding_window": False}),
-    "qwen3": Architecture("qwen3", block=_QK_NORM, own=lambda _: {"use_sliding_window": False}),
-    "smollm3": Architecture("smollm3", halves=True, own=lambda _: {"no_rope_layer_interval": 4}),
-    "granite": Architecture("granite", halves=True, own=_granite),
+    "qwen2": Architecture("qwen2", fields=lambda _: {"use_sliding_window": False}),
+    "qwen3": Architecture("qwen3", block=_QK_NORM, fields=lambda _: {"use_sliding_window": False}),
+    "smollm3": Architecture("smollm3", halves=True, fields=lambda _: {"no_rope_layer_interval": 4}),
+    "granite": Architecture("granite", halves=True, fields=_granite),
     "hunyuan-dense": Architecture(
         "hunyuan_v1_dense", block={"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
     ),
-    "gemma": Architecture("gemma", norm_offset=1.0, own=lambda _: dict(_GELU)),
-    "gemma2": Architecture("gemma2", block=_SANDWICH, norm_offset=1.0, own=_gemma2),
-    "gemma3": Architecture("gemma3_text", block=_SANDWICH | _QK_NORM, norm_offset=1.0, own=_gemma3),
-    "phi2": Architecture("phi", block=_PHI2, last_norm="final_layernorm", own=_partial_rotary),
-    "phi3": Architecture("phi3", block={"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}, own=_phi3),
+    "gemma": Architecture("gemma", norm_offset=1.0, fields=lambda _: dict(_GELU)),
+    "gemma2": Architecture("gemma2", block=_SANDWICH, norm_offset=1.0, fields=_gemma2),
+    "gemma3": Architecture("gemma3_text", block=_SANDWICH | _QK_NORM, norm_offset=1.0, fields=_gemma3),
+    "phi2": Architecture("phi", block=_PHI2, last_norm="final_layernorm", fields=_partial_rotary),
+    "phi3": Architecture("phi3", block={"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}, fields=_phi3),
 }
 
 
@@ -220,7 +220,7 @@ def _config(
         "tie_word_embeddings": tied,
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon", None),
         "layer_norm_eps": get("attention.layer_norm_epsilon", None),
-        **architecture.own(get),
+        **architecture.fields(get),
     }
     config = {key: value for key, value in config.items() if value is not None}
     # None is said, because transformers has defaults that other vocabularies have no such tokens for.

@@ -105,9 +105,9 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> Any:
     except Exception as error:  # tokenizers raises Exception itself
         raise PmpdError(f"its tokenizer is damaged ({one_line(error)}): convert the model again") from None
     _frame(tokenizer, metadata, model, specials)
-    given = {name: token for name, token in specials.items() if token is not None}
+    marks = {name: token for name, token in specials.items() if token is not None}
     template = metadata.get("tokenizer.chat_template")
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **given)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **marks)
     wrapped.chat_template = template if isinstance(template, str) and template else None
     return wrapped
 
