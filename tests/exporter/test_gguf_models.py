@@ -326,7 +326,8 @@ def test_a_sentencepiece_vocabulary_tokenizes_as_transformers_does(tmp_path: Pat
     file = convert(TINY_MODELS["llama"].save(tmp_path / "folder"), tmp_path / "m.gguf", tokenizer=metadata)
     ours = open_checkpoint(str(file)).tokenizer()
     for text in TEXTS:
-        assert ours(text).input_ids == theirs(text).input_ids, text
+        # A start token is added by transformers 4 and, without add_bos_token in its files, not by 5.
+        assert ours(text).input_ids == [1, *theirs(text, add_special_tokens=False).input_ids], text
         assert ours.decode(ours(text, add_special_tokens=False).input_ids) == text
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pmpd.exporter.source.gguf.header import GgufHeader, GgufTensor
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 
-__all__ = ["FLOATS", "GgufParts", "dequantized", "type_name"]
+__all__ = ["FLOATS", "SUPPORTED", "GgufParts", "dequantized", "type_name"]
 
 FLOATS = ("F32", "F16", "BF16")
 # Dequantization of all of these is checked against the format's definition, value by value.
@@ -66,7 +66,7 @@ class GgufParts:
     def bits(self) -> float:
         """Average bits of a weight, of matrices alone."""
         matrices = [tensor for tensor in self.tensors.values() if len(tensor.shape) > 1]
-        return 8 * sum(map(stored_nbytes, matrices)) / max(1, sum(tensor.elements for tensor in matrices))
+        return 8 * sum(map(_stored_nbytes, matrices)) / max(1, sum(tensor.elements for tensor in matrices))
 
     @cached_property
     def types(self) -> list[str]:
@@ -95,7 +95,7 @@ def type_name(kind: int) -> str:
     return name
 
 
-def stored_nbytes(tensor: GgufTensor) -> int:
+def _stored_nbytes(tensor: GgufTensor) -> int:
     """Return the bytes of a tensor in its file."""
     package = _package()
     block, size = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(tensor.type)]
@@ -112,7 +112,7 @@ def dequantized(tensor: GgufTensor) -> npt.NDArray[Any]:
     kind = package.GGMLQuantizationType(tensor.type)
     try:
         # A private mapping of the file: torch takes it without a copy and without a warning that it is read-only.
-        data = np.memmap(tensor.file, np.uint8, "c", tensor.offset, (stored_nbytes(tensor),))
+        data = np.memmap(tensor.file, np.uint8, "c", tensor.offset, (_stored_nbytes(tensor),))
     except (OSError, ValueError) as error:
         raise PmpdError(f"tensor {tensor.name} cannot be read from {tensor.file} ({error}): fetch it again") from None
     if kind.name in FLOATS:
@@ -137,7 +137,7 @@ def _require_readable(tensor: GgufTensor) -> None:
     block = int(package.GGML_QUANT_SIZES[package.GGMLQuantizationType(tensor.type)][0])
     if not tensor.elements or tensor.shape[-1] % block:
         raise PmpdError(f"tensor {tensor.name} of {tensor.file} is {list(tensor.shape)} in blocks of {block}: damaged")
-    end, size = tensor.offset + stored_nbytes(tensor), tensor.file.stat().st_size
+    end, size = tensor.offset + _stored_nbytes(tensor), tensor.file.stat().st_size
     if end > size:
         raise PmpdError(
             f"{tensor.file} is cut short: tensor {tensor.name} ends at byte {end}, the file at {size}: fetch it again"
