@@ -14,7 +14,7 @@ from pmpd.runtime.errors import PmpdError
 __all__ = ["Sampler", "Sampling"]
 
 # Nats below the likeliest token from which on probabilities may be approximate.
-TAIL = 8.0
+TAIL = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
