@@ -49,19 +49,14 @@ class Distance:
         """Measure it; what is not finite is infinitely far."""
         if not (np.isfinite(logits).all() and np.isfinite(reference).all()):
             return cls(math.inf, math.inf, math.inf, 0, len(reference))
-        a, b = reference.astype(np.float64), logits.astype(np.float64)
-        log_p, log_q = _log_softmax(a), _log_softmax(b)
-        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).clip(min=0)
-        a -= a.mean(axis=1, keepdims=True)
-        b -= b.mean(axis=1, keepdims=True)
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        cosine = np.divide((a * b).sum(axis=1), norms, out=np.zeros(len(a)), where=norms > 0)
+        rows = [_row_distance(*row) for row in zip(logits, reference, strict=True)]  # a vocabulary at a time
+        kl, angle, same_token = (np.array(column) for column in zip(*rows, strict=True))
         return cls(
             kl=float(kl.max()),
             mean_kl=float(kl.mean()),
-            angle=float((1 - cosine).clip(min=0).max()),
-            same_token=int((a.argmax(axis=1) == b.argmax(axis=1)).sum()),
-            positions=len(a),
+            angle=float(angle.max()),
+            same_token=int(same_token.sum()),
+            positions=len(rows),
         )
 
 
@@ -150,6 +145,19 @@ def require_passed(check: Check) -> None:
         raise PmpdError(f"verification failed, {check.name}: {check}; {REMEDY}")
 
 
+def _row_distance(logits: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> tuple[float, float, bool]:
+    """Return the divergence, 1 - cosine, and whether the most likely token is the same, of logits ``[V]``."""
+    a, b = reference.astype(np.float64), logits.astype(np.float64)
+    log_p, log_q = _log_softmax(a), _log_softmax(b)
+    kl = float(np.exp(log_p) @ (log_p - log_q))
+    a -= a.mean()
+    b -= b.mean()
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    cosine = float(a @ b) / norms if norms > 0 else 0.0
+    return max(kl, 0.0), max(1 - cosine, 0.0), bool(a.argmax() == b.argmax())
+
+
 def _log_softmax(logits: Doubles) -> Doubles:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))  # type: ignore[no-any-return]
+    shifted: Doubles = logits - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted

@@ -2,12 +2,12 @@
 
 A node's error bound follows from its own numbers, so it is sharp at any depth. A whole network amplifies rounding by a
 factor that differs from model to model and from precision to precision; it is measured on the spot, by running the
-portable graph with noise of the size of that rounding on the weights of its norms.
+graph with noise of the size of that rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -23,9 +23,10 @@ from pmpd.exporter.verify.coarse import coarse_check, coarse_node
 from pmpd.exporter.verify.dequantized import DequantizedWeights, checkpoint_weights
 from pmpd.exporter.verify.float_graph import FloatGraph
 from pmpd.exporter.verify.nodes import NodeErrors, Subject, node_errors
-from pmpd.exporter.verify.probe import Probe
+from pmpd.exporter.verify.noise import portable_noise
+from pmpd.exporter.verify.probe import ExposedGraph
 from pmpd.exporter.verify.reference import reference_logits
-from pmpd.exporter.verify.rounding import HALF_U, moved
+from pmpd.exporter.verify.rounding import moved
 from pmpd.runtime import Bundle, Tokenizer
 from pmpd.runtime.engine.kernels import KernelLibrary
 from pmpd.runtime.format.targets import machine_targets
@@ -41,8 +42,6 @@ TEXT = (
     "Rivers shape the land they cross. Over thousands of years the water carries sand and stones from the hills to the "
     "sea, and where it slows down it leaves them behind. Towns grew on such plains, because the soil is rich there."
 )
-# The portable attention rounds to float16: by 2^-11 at most, by about half of that in the root mean square.
-PORTABLE_ROUNDING = HALF_U / 2
 # Mean KL from the unquantized model, in nats: its perplexity on its own text is e times as high.
 UNUSABLE_KL = 1.0
 NODE_ERROR = "largest error of a node, in units of its rounding bound"
@@ -106,54 +105,68 @@ class Verification:
     def _float_graph(self, unquantized: Floats) -> Check:
         graph = FloatGraph(self.checkpoint, self.family)
         logits = graph.logits(self.ids)
-        noisy = graph.logits(self.ids, norms=moved(graph.norms, PORTABLE_ROUNDING))
-        floor = Distance.of(noisy, logits)
+        floor = Distance.of(graph.logits(self.ids, noisy=True), logits)
         return compare("float32 graph against transformers", logits, unquantized, floor=floor)
 
     def _precision(self, precision: int, unquantized: Floats) -> Iterator[Check]:
-        """Check the decode graph of a precision, in its portable form and with every kernel library."""
+        """Check the decode graph of a precision, in its portable form and with every kernel library.
+
+        Noise is run with the exact kernels of the best target, if there are any, after their nodes have passed: it
+        shows how much the model amplifies rounding, whoever computes it, and the portable body is far slower.
+        """
         manifest = self.bundle.manifest
         graph = manifest.graph("decode", precision)
         norms = {t.name: self.bundle.tensor(t) for t in manifest.tensors if t.role == "norm" and t.dtype == "float32"}
-        probe = Probe(self.bundle, graph, library=None, replaceable=list(norms))
         split = max(len(self.ids) - STEPS, 1)
         together, steps = self.ids[:split], self.ids[split:]
-        portable = probe.run([part for part in (together, steps) if part])
-        floor = Distance.of(probe.run([self.ids], weights=moved(norms, PORTABLE_ROUNDING)).logits, portable.logits)
-
-        subjects, node, coarse = [Subject(portable, None)], coarse_node(probe.nodes), list[Check]()
-        for target, accuracy in self.libraries:
-            library = KernelLibrary(self.bundle.path / manifest.kernels[target], accuracy=accuracy)
-            fast = Probe(self.bundle, graph, library=library)
-            pieces = [together, *([i] for i in steps)]
-            subjects.append(Subject(fast.run(pieces), accuracy))
-            if node is not None:
-                pieces = [[i] for i in self.ids]
-                runs = fast.run(pieces), fast.run(pieces, margin=0.0)
-                name = f"coarse logits of {accuracy} {target} kernels at {precision} bits"
-                coarse.append(coarse_check(name, self.bundle, node, *runs, accuracy=accuracy))
-        errors = node_errors(self.bundle, probe.nodes, subjects)
+        with ExposedGraph(self.bundle, graph, replaceable=list(norms)) as exposed:
+            node, coarse = coarse_node(exposed.nodes), list[Check]()
+            probe = exposed.open()
+            runs = [probe.run([part for part in (together, steps) if part])]
+            for target, accuracy in self.libraries:
+                kernels = exposed.open(self._library(target, accuracy))
+                runs.append(kernels.run([together, *([i] for i in steps)]))
+                probe = kernels if len(runs) == 2 else probe
+                if node is not None:
+                    pieces = [[i] for i in self.ids]
+                    pair = kernels.run(pieces), kernels.run(pieces, margin=0.0)
+                    name = f"coarse logits of {accuracy} {target} kernels at {precision} bits"
+                    coarse.append(coarse_check(name, self.bundle, node, *pair, accuracy=accuracy))
+        accuracies = (None, *(accuracy for _, accuracy in self.libraries))
+        errors = node_errors(self.bundle, exposed.nodes, list(map(Subject, runs, accuracies)))
+        portable, calm = runs[0].logits, runs[:2][-1].logits
 
         yield _nodes(f"nodes of the portable graph at {precision} bits", errors[0])
+        for (target, accuracy), error in zip(self.libraries, errors[1:], strict=True):
+            yield _nodes(f"nodes of {accuracy} {target} kernels at {precision} bits", error)
+
+        def floor_of(noisy: Mapping[str, Floats]) -> Distance:
+            return Distance.of(probe.run([self.ids], noisy=noisy).logits, calm)
+
+        floor = floor_of(portable_noise(norms, exposed.widths, len(self.ids)))
         want = reference_logits(
             self.checkpoint, DequantizedWeights(self.bundle, self.checkpoint, self.plan, precision), self.ids
         )
-        yield compare(f"decode at {precision} bits against dequantized weights", portable.logits, want, floor=floor)
-        quantized = Distance.of(portable.logits, unquantized)
+        yield compare(f"decode at {precision} bits against dequantized weights", portable, want, floor=floor)
+        quantized = Distance.of(portable, unquantized)
         yield _quantization(precision, quantized)
-        for (target, accuracy), subject, error in zip(self.libraries, subjects[1:], errors[1:], strict=True):
-            yield _nodes(f"nodes of {accuracy} {target} kernels at {precision} bits", error)
+        for (target, accuracy), run, error in zip(self.libraries, runs[1:], errors[1:], strict=True):
             name = f"{accuracy} {target} kernels at {precision} bits against portable graphs"
             note, allowance = "", floor
             if accuracy == "int8":
-                noisy = probe.run([self.ids], weights=moved(norms, error.rounding))
-                allowance = Distance.of(noisy.logits, portable.logits)
+                allowance = floor_of(moved(norms, error.rounding))
                 note = f"mean KL of the quantization itself {quantized.mean_kl:.2g}"
-            yield compare(name, subject.run.logits, portable.logits, floor=allowance, note=note)
+            yield compare(name, run.logits, portable, floor=allowance, note=note)
         yield from coarse
         if precision == manifest.prefill_precision:
-            prefill = Probe(self.bundle, manifest.graph("prefill", precision), library=None).run([self.ids])
-            yield compare("prefill against decoding", prefill.logits[-1:], portable.logits[-1:], floor=floor)
+            exact = self._library(*self.libraries[0]) if self.libraries else None
+            with ExposedGraph(self.bundle, manifest.graph("prefill", precision)) as exposed:
+                prefill = exposed.open(exact).run([self.ids])
+            yield compare("prefill against decoding", prefill.logits[-1:], calm[-1:], floor=floor)
+
+    def _library(self, target: str, accuracy: str) -> KernelLibrary:
+        """Load a library."""
+        return KernelLibrary(self.bundle.path / self.bundle.manifest.kernels[target], accuracy=accuracy)
 
 
 def _nodes(name: str, errors: NodeErrors) -> Check:

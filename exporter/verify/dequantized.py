@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,13 @@ from pmpd.exporter.bundle.layers import LinearLayer
 from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.runtime import Bundle, PmpdError
+from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.format.bitplanes import dequantize
 
 __all__ = ["DequantizedWeights", "checkpoint_weights"]
 
-_ROWS_AT_A_TIME = 4096
+# What a thread decodes or compares at once: temporaries of 2 MB stay in its cache.
+_TILE_WEIGHTS = 1 << 18
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
@@ -62,9 +65,12 @@ class DequantizedWeights:
         codebook = self._bundle.tensor(self._plan.codebook(layer.name, bits))
         N, K = layer.module.out_features, layer.module.in_features
         weight = np.empty((N, K), dtype=np.float32)
-        for at in range(0, N, _ROWS_AT_A_TIME):
-            rows = slice(at, at + _ROWS_AT_A_TIME)
+
+        def decode(rows: slice) -> None:
             weight[rows] = dequantize(planes[:, rows], codebook[rows], K)
+
+        with ThreadPoolExecutor(available_threads()) as pool:
+            list(pool.map(decode, _tiles(N, K)))
         return {_HEAD if name == _EMBEDDING else name: part for name, part in layer.unstack(weight).items()}
 
 
@@ -77,12 +83,19 @@ def checkpoint_weights(checkpoint: Checkpoint, family: Family) -> Callable[[str]
 
 def _require_likeness(weight: torch.Tensor, original: torch.Tensor, name: str) -> None:
     error = norm = 0.0
-    for at in range(0, len(original), _ROWS_AT_A_TIME):
-        rows = original[at : at + _ROWS_AT_A_TIME].float()
-        error += float((weight[at : at + _ROWS_AT_A_TIME] - rows).square().sum())
-        norm += float(rows.square().sum())
+    for rows in _tiles(*original.shape):
+        want = original[rows].float().flatten()
+        off = weight[rows].flatten() - want
+        error += float(off @ off)
+        norm += float(want @ want)
     if error > norm:
         raise PmpdError(
             f"verification failed, {name}: squared error {error:.3g} of a squared norm of {norm:.3g}; "
             "nothing was published: delete the partial folder and export again"
         )
+
+
+def _tiles(N: int, K: int) -> Iterator[slice]:
+    """Yield runs of the rows of a matrix ``[N, K]``."""
+    rows = max(1, _TILE_WEIGHTS // K)
+    yield from (slice(at, at + rows) for at in range(0, N, rows))

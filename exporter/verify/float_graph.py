@@ -18,6 +18,7 @@ from pmpd.exporter.bundle.layers import parent_scope, plain_tensors
 from pmpd.exporter.nn import FloatLinear, Norm
 from pmpd.exporter.onnx_model import build_graph
 from pmpd.exporter.source.checkpoint import Checkpoint
+from pmpd.exporter.verify.noise import add_noise_inputs, portable_noise
 
 __all__ = ["FloatGraph"]
 
@@ -30,11 +31,7 @@ _IR_TYPES = {
 
 
 class FloatGraph:
-    """A session of the float graph. The large tensors are its inputs, fed from the mapped checkpoint without a copy.
-
-    Attributes:
-        norms: the weights of its norms, by name.
-    """
+    """A session of the float graph. The large tensors are its inputs, fed from the mapped checkpoint without a copy."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         self._shape = family.shape
@@ -53,12 +50,13 @@ class FloatGraph:
                 elif isinstance(module, Norm):
                     norms.add(name)
         arrays = dict(plain_tensors(decoder, checkpoint, skip=set(self._weights)))
-        self.norms: dict[str, npt.NDArray[np.float32]] = {name: arrays.pop(name) for name in sorted(norms)}
+        self._norms: dict[str, npt.NDArray[np.float32]] = {name: arrays.pop(name) for name in sorted(norms)}
         self._hidden = _expose_hidden(model.graph)
-        for name in (*self._weights, *self.norms):
+        for name in (*self._weights, *self._norms):
             model.graph.inputs.append(model.graph.initializers.pop(name))
         for name, array in arrays.items():
             model.graph.initializers[name].const_value = ir.tensor(array)
+        self._widths = add_noise_inputs(model)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # In the order of the graph: by default every weight would be cast to float32 before the first is used. ONNX
@@ -69,19 +67,18 @@ class FloatGraph:
         proto = onnx.inliner.inline_local_functions(ir.to_proto(model))
         self._session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
 
-    def logits(
-        self, ids: Sequence[int], *, norms: Mapping[str, npt.NDArray[np.float32]] | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Return the logits ``[len(ids), V]`` of a text, with other norm weights if some are given."""
-        return self._run("logits", ids, self.norms if norms is None else norms)
+    def logits(self, ids: Sequence[int], *, noisy: bool = False) -> npt.NDArray[np.float32]:
+        """Return the logits ``[len(ids), V]`` of a text; `noisy` with noise of the size of its rounding."""
+        return self._run("logits", ids, portable_noise(self._norms, self._widths, len(ids)) if noisy else {})
 
     def hidden(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return what the output layer is given for a text, ``[len(ids), K]``."""
-        return self._run(self._hidden, ids, self.norms)
+        return self._run(self._hidden, ids, {})
 
     def _run(
-        self, output: str, ids: Sequence[int], norms: Mapping[str, npt.NDArray[np.float32]]
+        self, output: str, ids: Sequence[int], noisy: Mapping[str, npt.NDArray[np.float32]]
     ) -> npt.NDArray[np.float32]:
+        calm = self._norms | {name: np.ones((1, 1, 1), np.float32) for name in self._widths}
         shape = self._shape
         past = _ort_value(torch.zeros(1, shape.kv_heads, len(ids), shape.head.slots, dtype=torch.float16))
         feeds = {
@@ -89,7 +86,7 @@ class FloatGraph:
             "attention_mask": _ort_value(torch.ones(1, len(ids), dtype=torch.int64)),
             **{f"past_key_values.{layer}.{part}": past for layer in range(shape.layers) for part in ("key", "value")},
             **self._weights,
-            **{name: _ort_value(torch.from_numpy(array)) for name, array in norms.items()},
+            **{name: _ort_value(torch.from_numpy(array)) for name, array in {**calm, **noisy}.items()},
         }
         values: npt.NDArray[np.float32] = self._session.run_with_ort_values([output], feeds)[0].numpy()[0]
         return values

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +16,7 @@ from pmpd.exporter.bundle.workspace import PROBE_PREFIX
 from pmpd.exporter.graph.logits import MARGIN
 from pmpd.exporter.graph.operators import PMPD_DOMAIN
 from pmpd.exporter.verify.agreement import REMEDY
+from pmpd.exporter.verify.noise import add_noise_inputs
 from pmpd.runtime import Bundle, PmpdError
 from pmpd.runtime.engine.device import Cpu
 from pmpd.runtime.engine.kernels import KernelLibrary
@@ -27,7 +26,7 @@ from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import one_line
 from pmpd.runtime.format.manifest import Graph
 
-__all__ = ["Node", "Probe", "Run"]
+__all__ = ["ExposedGraph", "Node", "Probe", "Run"]
 
 Floats = npt.NDArray[np.float32]
 _FED = ".fed"  # behind the name of a weight that is an input
@@ -69,48 +68,84 @@ class Run:
     cache: Mapping[str, npt.NDArray[np.float16]]
 
 
-class Probe:
-    """A session of one of a bundle's graphs, opened as every command opens it, that also gives what its nodes see.
+class ExposedGraph:
+    """A copy of one of a bundle's graphs that also gives what its nodes see. A context: the copy is deleted at its end.
 
     Args:
-        bundle: the bundle; its folder holds a second copy of the graph while the session is opened.
+        bundle: the bundle; its folder holds the copy, beside the weights, where ONNX Runtime looks for them.
         graph: which graph.
-        library: kernels to run, None for the portable graph.
         replaceable: weights that a run may replace.
+
+    Attributes:
+        nodes: the nodes that a kernel may run.
+        widths: of the noise on what attention reads, which a run may replace too, by name.
     """
 
+    def __init__(self, bundle: Bundle, graph: Graph, *, replaceable: Sequence[str] = ()) -> None:
+        self._bundle = bundle
+        tensors = {tensor.name: tensor for tensor in bundle.manifest.tensors}
+        self._file = bundle.path / f"{PROBE_PREFIX}{os.getpid()}.onnx"
+        self._graph = graph
+        model = ir.load(bundle.path / graph.file)
+        self.widths = add_noise_inputs(model)
+        self._fed = {name: np.ones((1, 1, 1), np.float32) for name in self.widths}
+        self._fed |= {f"{name}{_FED}": bundle.tensor(tensors[name]) for name in replaceable}
+        self.nodes = _expose(model, replaceable)
+        self._file.write_bytes(ir.to_proto(model).SerializeToString())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.unlink(missing_ok=True)
+
+    def open(self, library: KernelLibrary | None = None) -> Probe:
+        """Open a session as every command opens it; without a library the portable graph runs."""
+        session = open_session(
+            self._bundle,
+            replace(self._graph, file=self._file.name),
+            threads=available_threads(),
+            kernels=library,
+            tag=f"{self._graph.file}#verify{next(_numbers)}",
+        )
+        return Probe(self._bundle, self._graph, self.nodes, self._fed, session)
+
+
+class Probe:
+    """A session of an `ExposedGraph`."""
+
     def __init__(
-        self, bundle: Bundle, graph: Graph, *, library: KernelLibrary | None, replaceable: Sequence[str] = ()
+        self,
+        bundle: Bundle,
+        graph: Graph,
+        nodes: Sequence[Node],
+        fed: Mapping[str, npt.NDArray[Any]],
+        session: Any,
     ) -> None:
         self._graph = graph
         self._contract = bundle.manifest.kv_cache
-        tensors = {tensor.name: tensor for tensor in bundle.manifest.tensors}
-        self._weights = {name: bundle.tensor(tensors[name]) for name in replaceable}
-        with _probe_file(bundle) as file:
-            self.nodes = _expose(bundle.path / graph.file, file, replaceable)
-            tag = f"{graph.file}#verify{next(_numbers)}"
-            self._session = open_session(
-                bundle, replace(graph, file=file.name), threads=available_threads(), kernels=library, tag=tag
-            )
+        self._nodes = nodes
+        self._fed = fed
+        self._session = session
 
     def run(
         self,
         pieces: Sequence[Sequence[int]],
         *,
-        weights: Mapping[str, npt.NDArray[Any]] | None = None,
+        noisy: Mapping[str, npt.NDArray[Any]] | None = None,
         margin: float | None = None,
     ) -> Run:
-        """Run the pieces of a text one after the other, with other values of some replaceable weights.
+        """Run the pieces of a text one after the other, with other values of what is replaceable, by name.
 
         With a `margin`, logits further below the best may be approximate, where the graph can give such.
 
         Memory is that of the exposed activations: with 32 tokens 60 MB for 1.4 G parameters.
         """
         cache = KvCache(self._contract, sum(map(len, pieces)))
-        ends = (value for node in self.nodes for value in (node.inputs[0], node.outputs[0]) if value != _IDS)
+        ends = (value for node in self._nodes for value in (node.inputs[0], node.outputs[0]) if value != _IDS)
         names = list(dict.fromkeys(("logits", *ends)))
-        feeds = {f"{name}{_FED}": value for name, value in {**self._weights, **(weights or {})}.items()}
-        parts = [self._append(cache, piece, names, feeds, margin) for piece in pieces]
+        replaced = {name if name in self._fed else f"{name}{_FED}": value for name, value in (noisy or {}).items()}
+        parts = [self._append(cache, piece, names, {**self._fed, **replaced}, margin) for piece in pieces]
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in names}
         arrays[_IDS] = np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])
         return Run(
@@ -151,19 +186,8 @@ class Probe:
         return {name: value.numpy()[0] for name, value in zip(names, values, strict=True)}
 
 
-@contextmanager
-def _probe_file(bundle: Bundle) -> Iterator[Path]:
-    """Give the name of a file beside the weights, where ONNX Runtime looks for them; it is deleted in the end."""
-    file = bundle.path / f"{PROBE_PREFIX}{os.getpid()}.onnx"
-    try:
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
-
-
-def _expose(source: Path, target: Path, replaceable: Sequence[str]) -> tuple[Node, ...]:
-    """Write a graph with the first input and output of each `pmpd` operator as outputs, and some weights as inputs."""
-    model = ir.load(source)
+def _expose(model: ir.Model, replaceable: Sequence[str]) -> tuple[Node, ...]:
+    """Make the first input and output of each `pmpd` operator an output of the graph, and some weights inputs."""
     for name in replaceable:
         weight = model.graph.initializers[name]
         fed = ir.Value(name=f"{name}{_FED}", type=weight.type, shape=weight.shape)
@@ -187,7 +211,6 @@ def _expose(source: Path, target: Path, replaceable: Sequence[str]) -> tuple[Nod
                 attributes={name: attribute.value for name, attribute in node.attributes.items()},
             )
         )
-    target.write_bytes(ir.to_proto(model).SerializeToString())
     return tuple(nodes)
 
 

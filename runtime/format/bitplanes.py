@@ -77,8 +77,10 @@ def dequantize(
     """Return the float32 weights ``[N, K]`` of planes ``[p, N, S]`` under their codebook ``[N, G, 2**p]``."""
     N, G, levels = codebook.shape
     groups = np.arange(columns) // group_size(columns, G)
-    index = unpack(planes, columns) + (groups * levels).astype(np.intp)
-    return np.take_along_axis(codebook.reshape(N, G * levels).astype(np.float32), index, axis=1)
+    entries = unpack(planes, columns) + (groups * levels).astype(np.intp)  # (N, K): places in a row's table
+    entries += np.arange(N)[:, None] * (G * levels)  # places in all of them
+    weights: npt.NDArray[np.float32] = np.take(codebook.astype(np.float32).reshape(-1), entries)
+    return weights
 
 
 def bitplane_matmul(
