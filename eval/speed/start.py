@@ -25,7 +25,7 @@ import click
 from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import PmpdError, one_line
 
-__all__ = ["Start", "drop_from_cache", "measure_start", "table"]
+__all__ = ["Start", "drop_from_cache", "main", "measure_start", "table"]
 
 _CONTENDER = Path(__file__).with_name("contenders") / "start.py"
 _PROMPT = "Rivers shape the land they cross. Over thousands of years"

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+__all__ = ["LOADERS", "bundle_tokens", "gguf_tokens", "main", "resident", "say"]
+
 
 def bundle_tokens(options: Mapping[str, Any]) -> Iterator[Any]:
     """Load a bundle as `pmpd-run` does; yield None when it is loaded, then tokens."""
