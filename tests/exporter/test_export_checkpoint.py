@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -231,13 +232,14 @@ def test_a_broken_checkpoint_is_refused_before_work(damage: Damage, message: str
     ("damage", "message"),
     [
         (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), "model-00002-of-"),
+        (lambda folder: os.truncate(sorted(folder.glob("*.safetensors"))[1], 1000), "model-00002-of-"),
         (index_with(lambda index: index["weight_map"]), "weight_map"),
         (index_with(lambda index: {"weight_map": list(index["weight_map"])}), "weight_map"),
         (index_with(lambda index: {"weight_map": dict.fromkeys(index["weight_map"], 1)}), "weight_map"),
         (index_with(lambda index: [index]), f"{INDEX} is not a JSON object"),
         (bytes_with(INDEX, lambda data: data[:-3]), f"{INDEX} is not valid JSON"),
     ],
-    ids=["missing shard", "no weight_map", "list", "numbers", "no object", "cut"],
+    ids=["missing shard", "cut shard", "no weight_map", "list", "numbers", "no object", "cut"],
 )
 def test_a_broken_index_is_refused_before_work(
     damage: Damage, message: str, whole_sharded: Path, tmp_path: Path
