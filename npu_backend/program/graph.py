@@ -22,7 +22,7 @@ LOGITS = "logits"  # the output of the output layer
 
 @dataclass(frozen=True)
 class Initializer:
-    """A constant of the graph: `nbytes` are what it references in ``weights.bin``; a small one has its `values`."""
+    """A constant of the graph. `nbytes` is what it references in ``weights.bin``; whole numbers in it have `values`."""
 
     name: str
     shape: tuple[int, ...]
@@ -95,4 +95,4 @@ def _initializer(tensor: onnx.TensorProto) -> Initializer:
         return Initializer(tensor.name, shape, int(external["length"]))
     array = to_array(tensor)
     values = tuple(int(value) for value in np.ravel(array)) if array.dtype.kind in "iu" else None
-    return Initializer(tensor.name, shape, array.nbytes, values)
+    return Initializer(tensor.name, shape, 0, values)
