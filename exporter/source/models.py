@@ -32,7 +32,9 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
             return path
         raise PmpdError(f"{path} is a file: give a GGUF file, or the folder of a Hugging Face checkpoint")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise PmpdError(f"there is no {path}: give the folder of a Hugging Face checkpoint, a GGUF file, or a hub id")
+        raise PmpdError(
+            f"there is no file or folder {path}: give the folder of a Hugging Face checkpoint, a GGUF file, or a hub id"
+        )
     hub_id = MODELS[model].hub_id if model in MODELS else model
     if hub_id.count("/") != 1:
         raise PmpdError(

@@ -183,11 +183,11 @@ def test_a_usage_error_exits_2(arguments: str, message: str, place: Path) -> Non
     ("model", "message"),
     [
         ("phi15", "unknown model 'phi15': choose one of phi-1.5"),
-        ("./nowhere", "there is no folder nowhere: give the folder of a Hugging Face checkpoint, or a hub id"),
+        ("./nowhere", "there is no file or folder nowhere: give the folder of a Hugging Face checkpoint, a GGUF"),
         (".", "has no config.json: give a Hugging Face checkpoint's folder"),
-        ("model.gguf", "model.gguf is a GGUF file, whose weights are quantized already: give the folder of a Hugging"),
-        ("notes.txt", "notes.txt is a file: give the folder of a Hugging Face checkpoint"),
-        ("../models/no/such", "there is no folder ../models/no/such: give the folder"),
+        ("model.gguf", "model.gguf is not a GGUF file (it does not begin with GGUF): give another --model"),
+        ("notes.txt", "notes.txt is a file: give a GGUF file, or the folder of a Hugging Face checkpoint"),
+        ("../models/no/such", "there is no file or folder ../models/no/such: give the folder"),
     ],
 )
 def test_a_wrong_model_is_one_line(model: str, message: str, place: Path) -> None:
