@@ -1,5 +1,7 @@
 """PMPD's evaluation: quality and speed of a bundle under precision schedules, beside its floating-point model."""
 
+from pmpd.eval.comparison.compare import CompareSettings, compare
+from pmpd.eval.comparison.results import CompareResults
 from pmpd.eval.measure.scoring import Metric, Sample
 from pmpd.eval.measure.statistics import Estimate
 from pmpd.eval.report.results import QualityResults, QualityRow
@@ -11,6 +13,8 @@ from pmpd.eval.tasks.registry import TASKS
 
 __all__ = [
     "TASKS",
+    "CompareResults",
+    "CompareSettings",
     "Estimate",
     "Metric",
     "QualityResults",
@@ -21,6 +25,7 @@ __all__ = [
     "SpeedRow",
     "SpeedSettings",
     "Task",
+    "compare",
     "evaluate",
     "measure_speed",
 ]

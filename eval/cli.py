@@ -40,15 +40,21 @@ log = logging.getLogger("pmpd.eval")
 
 _INTERRUPTED = "interrupted: nothing was written"
 _BUNDLE = click.argument("bundle", type=FILE)
+_SCHEDULES = click.option(
+    "--schedule",
+    "schedules",
+    multiple=True,
+    metavar="SPEC",
+    help="A row of the table, such as uniform:4 or static:3@16,2@32. Repeatable.  [default: uniform at every "
+    "precision]",
+)
+_RESOURCES = combine(
+    click.option("--kernels", type=FILE, metavar="FILE", help="Use this kernel library instead of the bundle's."),
+    click.option("--require-fast-kernels", is_flag=True, help="Fail if any product would run without a fast kernel."),
+    click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]"),
+)
 _ROWS = combine(
-    click.option(
-        "--schedule",
-        "schedules",
-        multiple=True,
-        metavar="SPEC",
-        help="A row of the table, such as uniform:4 or static:3@16,2@32. Repeatable.  [default: uniform at every "
-        "precision]",
-    ),
+    _SCHEDULES,
     list_option(
         "--accuracy",
         "accuracies",
@@ -56,9 +62,47 @@ _ROWS = combine(
         help="Arithmetic of the kernels: int8 or exact; with both, every row is measured twice. Repeatable."
         "  [default: the bundle's]",
     ),
-    click.option("--kernels", type=FILE, metavar="FILE", help="Use this kernel library instead of the bundle's."),
-    click.option("--require-fast-kernels", is_flag=True, help="Fail if any product would run without a fast kernel."),
-    click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]"),
+    _RESOURCES,
+)
+_TURNS = combine(
+    click.option(
+        "--prompt-tokens", type=int, default=128, show_default=True, metavar="N", help="Tokens of the prompt."
+    ),
+    click.option(
+        "--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Decode steps after the prompt."
+    ),
+    click.option(
+        "--repetitions", type=int, default=5, show_default=True, metavar="N", help="How often each row is measured."
+    ),
+    click.option(
+        "--max-others",
+        type=float,
+        metavar="PERCENT",
+        help="Measure again, up to 5 times, if other processes used more than this share of all processors."
+        "  [default: never]",
+    ),
+)
+_PEERS = combine(
+    click.option(
+        "--peer",
+        "peers",
+        multiple=True,
+        metavar="SPEC",
+        help="Measure other programs in the same run, such as llama.cpp:Q4_0,Q2_K or onnxruntime-genai:int4g32. "
+        "Repeatable.",
+    ),
+    click.option(
+        "--peer-python",
+        metavar="FILE",
+        default=sys.executable,
+        help="The Python in which the peers' packages are installed.  [default: this one]",
+    ),
+    click.option(
+        "--peer-models",
+        type=FILE,
+        metavar="DIR",
+        help="Folder where the peers' models are made on first use, and kept.",
+    ),
 )
 _FILES = combine(
     json_option("all results, with each sample,"),
@@ -181,40 +225,15 @@ def quality(
 )
 @_BUNDLE
 @_ROWS
-@click.option("--prompt-tokens", type=int, default=128, show_default=True, metavar="N", help="Tokens of the prompt.")
-@click.option(
-    "--max-new-tokens", type=int, default=128, show_default=True, metavar="N", help="Decode steps after the prompt."
-)
-@click.option(
-    "--repetitions", type=int, default=5, show_default=True, metavar="N", help="How often each row is measured."
-)
+@_TURNS
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the random prompt.")
+@_PEERS
 @click.option(
-    "--max-others",
-    type=float,
-    metavar="PERCENT",
-    help="Measure again, up to 5 times, if other processes used more than this share of all processors."
-    "  [default: never]",
-)
-@click.option(
-    "--peer",
-    "peers",
-    multiple=True,
-    metavar="SPEC",
-    help="Measure other programs in the same run, such as llama.cpp:Q4_0,Q2_K or onnxruntime-genai:int4g32. "
-    "Repeatable.",
-)
-@click.option(
-    "--peer-python",
-    metavar="FILE",
-    default=sys.executable,
-    help="The Python in which the peers' packages are installed.  [default: this one]",
-)
-@click.option(
-    "--peer-models",
+    "--peer-weights",
     type=FILE,
-    metavar="DIR",
-    help="Folder for the peers' models, which have the bundle's shape and random weights, and are kept.",
+    metavar="MODEL",
+    help="Make the peers' models of this checkpoint folder or GGUF file.  [default: random weights of the bundle's "
+    "shape]",
 )
 @_FILES
 def speed(bundle: Path, json_file: Path | None, csv_file: Path | None, **options: Any) -> None:
@@ -233,6 +252,53 @@ def speed(bundle: Path, json_file: Path | None, csv_file: Path | None, **options
     print_result(results.to_markdown(), json_file, results.to_json)
     write_result(csv_file, results.to_csv)
     _fail_if_unfinished(results)
+
+
+@main.command(
+    cls=Command,
+    extra="cpu,eval",
+    interrupted=_INTERRUPTED,
+    examples=(
+        "pmpd-eval compare smollm2-pmpd --data wiki.test.raw --peer llama.cpp:Q4_K_M,Q2_K --peer-models peers",
+        "pmpd-eval compare smollm2-pmpd --reference smollm2 --data wiki.test.raw --limit 40 --json table.json",
+    ),
+)
+@_BUNDLE
+@click.option("--data", metavar="FILE", type=FILE, required=True, help="The text: plain, or JSON lines (.jsonl).")
+@_SCHEDULES
+@_RESOURCES
+@click.option("--limit", type=int, default=16, show_default=True, metavar="N", help="Windows of text for perplexity.")
+@click.option(
+    "--reference",
+    metavar="MODEL",
+    help="Folder, name or hub id of the unquantized model that all are made of.  [default: the bundle's source]",
+)
+@_TURNS
+@_PEERS
+@click.option(
+    "--peer-weights",
+    type=FILE,
+    metavar="MODEL",
+    help="Make the peers' models of this checkpoint folder or GGUF file.  [default: the --reference]",
+)
+@json_option("the table, each repetition and each window,")
+def compare(bundle: Path, json_file: Path | None, **options: Any) -> None:
+    """Compare a bundle with other programs on the same weights.
+
+    Prints size, bytes per token, speed and perplexity of the unquantized model, of the bundle at each precision, and of
+    each peer (--peer).
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from pmpd.eval.comparison.compare import CompareSettings
+    from pmpd.eval.comparison.compare import compare as measure
+    from pmpd.runtime import Bundle
+
+    check_outputs(json_file)
+    settings = CompareSettings(**options)
+    opened = Bundle.open(bundle, verify=True)
+    warn_unverified(bundle, verified=opened.manifest.verified)
+    results = measure(opened, settings, quiet=is_quiet())
+    print_result(results.to_markdown(), json_file, results.to_json)
 
 
 def _fail_if_unfinished(results: QualityResults | SpeedResults) -> None:

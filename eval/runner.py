@@ -30,7 +30,7 @@ from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import ACCURACIES
 
-__all__ = ["Settings", "evaluate", "prepare"]
+__all__ = ["Settings", "evaluate", "prepare", "read_items"]
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Quali
     task, schedules = prepare(bundle, settings)
     rouge_scorer()
     checkpoint = ReferenceCheckpoint.find(bundle, settings.reference)
-    items, skipped = _read_items(task, settings)
+    items, skipped = read_items(task, settings)
     run = _Run(
         bundle=bundle,
         settings=settings,
@@ -275,8 +275,12 @@ def _environment(
     }
 
 
-def _read_items(task: Task, settings: Settings) -> tuple[list[Item], int]:
-    """Return the items that fit the model's context, of the first `limit`, and how many do not fit."""
+def read_items(task: Task, settings: Settings) -> tuple[list[Item], int]:
+    """Return the items that fit the model's context, of the first `limit`, and how many do not fit.
+
+    Raises:
+        PmpdError: the data cannot be read, or have no such item.
+    """
     items = list(islice(task.items(read_records(settings.data)), settings.limit))
     fitting = [item for item in items if task.positions(item) <= task.context_length]
     skipped = len(items) - len(fitting)

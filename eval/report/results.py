@@ -10,7 +10,7 @@ from pmpd.eval.measure.scoring import Metric, Sample
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate, weighted_mean
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
 
-__all__ = ["FP", "VERSION", "QualityResults", "QualityRow", "format_number"]
+__all__ = ["FP", "VERSION", "QualityResults", "QualityRow", "count_text", "format_number"]
 
 FP = "fp"
 VERSION = 2
@@ -175,6 +175,11 @@ class QualityResults:
                 ]
             )
         return "\n\n".join(["\n".join(verdict(self)), markdown_table(table), "\n".join(self.notes())])
+
+
+def count_text(number: int, noun: str) -> str:
+    """Return a number of things: ``1 window``, ``2 windows``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def format_number(value: float | None, digits: int) -> str:

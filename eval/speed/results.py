@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
-from pmpd.eval.report.results import format_number
+from pmpd.eval.report.results import count_text, format_number
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
 
 __all__ = ["VERSION", "Ratio", "SpeedResults", "SpeedRow", "Timing"]
@@ -43,7 +43,7 @@ class SpeedRow:
         bits: mean bits over the decode steps; of a peer, those that its name claims.
         precisions: bits of each decode step; empty for a peer.
         model_bytes: size of the model's weights on disk.
-        step_bytes: bytes that a decode step reads, on average (see `traffic`); None for a peer.
+        step_bytes: bytes that a decode step reads, on average (see `traffic`; of a peer, its tensors and cache).
         prefill_tps: prompt tokens per second; of the bundle over all its rows of one accuracy, which run one graph.
         decode_tps: tokens per second.
         gb_per_second: `step_bytes` by the time of a step, in 10^9 bytes per second.
@@ -154,7 +154,8 @@ class SpeedResults:
         e, settings = self.environment, self.environment["settings"]
         parts = [
             f"{e['bundle']['name']}: {settings['prompt_tokens']} prompt tokens, {settings['max_new_tokens']} decoded, "
-            f"{_count(settings['repetitions'], 'repetition')}; {_count(e['threads'], 'thread')} of {e['cpu']['model']}",
+            f"{count_text(settings['repetitions'], 'repetition')}; {count_text(e['threads'], 'thread')} of "
+            f"{e['cpu']['model']}",
             markdown_table([_HEADER, *(_cells(row) for row in self.rows)]),
         ]
         notes = list(_NOTES)
@@ -193,10 +194,6 @@ _NOTES = [
     "of expected: a mixed schedule's speed as a share of what the uniform rows give for the same steps. other load: "
     "share of all processors that other processes used.",
 ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _by_rows(facts: Sequence[tuple[str, SpeedRow]]) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pmpd.eval.measure.statistics import Estimate
 from pmpd.eval.report.environment import describe_bundle, describe_machine, package_versions
-from pmpd.eval.speed.contenders import PEERS, ModelShape, Peer, Process, make_models, parse_peers
+from pmpd.eval.speed.contenders import PEERS, ModelShape, Peer, Process, make_models, parse_peers, weights_name
 from pmpd.eval.speed.results import SpeedResults, SpeedRow, Timing
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.runtime import Bundle, parse_schedule
@@ -30,7 +30,7 @@ from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.manifest import ACCURACIES, Manifest
 from pmpd.runtime.schedule.static import step_precisions
 
-__all__ = ["SPEED", "SpeedSettings", "measure_speed", "prepare_speed", "switch_cost"]
+__all__ = ["SPEED", "SpeedSettings", "make_peers", "measure_speed", "prepare_speed", "start_peer", "switch_cost"]
 
 SPEED = "speed"
 SWITCHING = "switching"
@@ -60,7 +60,9 @@ class SpeedSettings:
         require_fast_kernels: whether to refuse a bundle without compiled kernels for this machine.
         peers: ``llama.cpp:Q4_0,Q2_K``, ``onnxruntime-genai:int4g32``, …
         peer_python: the Python with the peers' packages; default this one.
-        peer_models: folder where the peers' models, as large as the bundle's, are made and kept.
+        peer_models: folder where the peers' models are made and kept.
+        peer_weights: what they are made of: a checkpoint folder or a GGUF file; default random weights of the bundle's
+            shape.
 
     Raises:
         PmpdError: a value out of range, or an unknown choice.
@@ -80,6 +82,7 @@ class SpeedSettings:
     peers: tuple[str, ...] = ()
     peer_python: str = sys.executable
     peer_models: Path | None = None
+    peer_weights: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "max_new_tokens", "repetitions", "threads"):
@@ -91,6 +94,8 @@ class SpeedSettings:
                 raise PmpdError(unknown_choice("accuracy", accuracy, ACCURACIES))
         if parse_peers(self.peers) and self.peer_models is None:
             raise PmpdError("peers need --peer-models: a folder for models as large as the bundle's")
+        if self.peer_weights is not None:
+            weights_name(self.peer_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +123,7 @@ def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[in
             f"{settings.prompt_tokens} prompt and {steps} new tokens do not fit the model's context of "
             f"{manifest.context_length}: ask for fewer"
         )
-    if settings.peers:
+    if settings.peers and settings.peer_weights is None:
         ModelShape.of(manifest)
     names = settings.schedules or (*(f"uniform:{p}" for p in manifest.precisions), manifest.schedule)
     mixed: dict[str, tuple[int, ...]] = {}
@@ -134,17 +139,27 @@ def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[in
     return plan
 
 
-def measure_speed(bundle: Bundle, settings: SpeedSettings, *, quiet: bool = True) -> SpeedResults:
+def measure_speed(
+    bundle: Bundle, settings: SpeedSettings, *, texts: Sequence[Sequence[int]] = (), quiet: bool = True
+) -> SpeedResults:
     """Measure a bundle and peers. Unless `quiet`, progress is shown on stderr.
+
+    The warm-up and each repetition take the next of `texts`, in a circle: token ids, as many as are prefilled and
+    decoded. Default random ones.
 
     Raises:
         PmpdError: an option that does not fit, or a contender that fails.
     """
     plan = prepare_speed(bundle, settings)
+    texts = texts or _random_texts(bundle.manifest.architecture.vocab_size, settings)
+    make_peers(bundle.manifest, settings, quiet=quiet)
     with ExitStack() as stack:
-        peers = _peer_lines(stack, bundle.manifest, settings, quiet=quiet)
+        peers = [
+            _Line(name=peer.label, process=stack.enter_context(start_peer(peer, bundle.manifest, settings)), peer=peer)
+            for peer in parse_peers(settings.peers)
+        ]
         lines = [*_our_lines(stack, plan, bundle, settings), *peers]
-        unfinished, interrupt = _take_turns(lines, bundle.manifest.architecture.vocab_size, settings, quiet=quiet)
+        unfinished, interrupt = _take_turns(lines, texts, settings, quiet=quiet)
     environment = {
         **describe_machine(),
         "threads": _resources(settings)["threads"],
@@ -155,6 +170,7 @@ def measure_speed(bundle: Bundle, settings: SpeedSettings, *, quiet: bool = True
             "kernels": settings.kernels and settings.kernels.name,
             "peer_python": Path(settings.peer_python).name,
             "peer_models": settings.peer_models and settings.peer_models.name,
+            "peer_weights": settings.peer_weights and settings.peer_weights.resolve().name,
         },
     }
     return SpeedResults(
@@ -193,50 +209,78 @@ def _our_lines(
             yield _Line(name=label, process=process, accuracy=accuracy, precisions=bits)
 
 
-def _peer_lines(stack: ExitStack, manifest: Manifest, settings: SpeedSettings, *, quiet: bool) -> list[_Line]:
-    """Have the peers' models made that are not there yet, and start a process for each variant."""
+def _peer_options(manifest: Manifest, settings: SpeedSettings) -> dict[str, Any]:
+    """Return what every peer gets: resources, the folder of its models, and what they are made of."""
+    assert settings.peer_models is not None
+    if settings.peer_weights is not None:
+        source: dict[str, Any] = {"weights": str(settings.peer_weights.absolute())}
+        name = weights_name(settings.peer_weights)
+    else:
+        shape = ModelShape.of(manifest)
+        source, name = {"shape": asdict(shape)}, shape.digest
+    return {**_resources(settings), **source, "folder": str(settings.peer_models.absolute() / name)}
+
+
+def make_peers(manifest: Manifest, settings: SpeedSettings, *, quiet: bool = True) -> None:
+    """Have the peers' models made that are not there yet.
+
+    Raises:
+        PmpdError: a model cannot be made, or the folder.
+    """
     peers = parse_peers(settings.peers)
-    if not peers or settings.peer_models is None:
-        return []
-    shape = ModelShape.of(manifest)
-    folder = settings.peer_models.absolute() / shape.digest
+    if not peers:
+        return
+    options = _peer_options(manifest, settings)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(options["folder"]).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PmpdError(f"cannot make {folder} ({error.strerror}): choose another --peer-models") from None
-    common = {**_resources(settings), "folder": str(folder)}
+        raise PmpdError(f"cannot make {options['folder']} ({error.strerror}): choose another --peer-models") from None
     names = dict.fromkeys(peer.name for peer in peers)
     for name in track(names, step="models of peers", total=len(names), quiet=quiet):
         variants = [peer.variant for peer in peers if peer.name == name]
-        options = {**common, "shape": asdict(shape), "variants": variants}
-        make_models(name, python=settings.peer_python, contender=PEERS[name], options=options)
+        make_models(name, python=settings.peer_python, contender=PEERS[name], options={**options, "variants": variants})
 
-    def start(peer: Peer) -> Process:
-        options = {**common, "variant": peer.variant}
-        return Process(peer.label, python=settings.peer_python, contender=PEERS[peer.name], options=options)
 
-    return [_Line(name=peer.label, process=stack.enter_context(start(peer)), peer=peer) for peer in peers]
+def start_peer(peer: Peer, manifest: Manifest, settings: SpeedSettings) -> Process:
+    """Start a process with a model that `make_peers` made.
+
+    Raises:
+        PmpdError: it cannot be started, or has another vocabulary than the bundle.
+    """
+    options = {**_peer_options(manifest, settings), "variant": peer.variant}
+    process = Process(peer.label, python=settings.peer_python, contender=PEERS[peer.name], options=options)
+    vocab_size = manifest.architecture.vocab_size
+    if (tokens := process.facts.get("vocab_size", vocab_size)) != vocab_size:
+        process.close()
+        raise PmpdError(
+            f"{peer.label} has {tokens} tokens, the bundle {vocab_size}: give the checkpoint that the bundle was made "
+            "from with --peer-weights"
+        )
+    return process
+
+
+def _random_texts(vocab_size: int, settings: SpeedSettings) -> list[list[int]]:
+    numbers, length = random.Random(settings.seed), settings.prompt_tokens + settings.max_new_tokens
+    return [numbers.choices(range(vocab_size), k=length) for _ in range(settings.repetitions + 1)]
 
 
 def _take_turns(
-    lines: Sequence[_Line], vocab_size: int, settings: SpeedSettings, *, quiet: bool
+    lines: Sequence[_Line], texts: Sequence[Sequence[int]], settings: SpeedSettings, *, quiet: bool
 ) -> tuple[tuple[str, ...], KeyboardInterrupt | None]:
     """Run every line once to warm up, then once per repetition; each repetition starts with another line.
 
     An interrupt after at least one whole repetition ends it: the names of the others are returned, and the interrupt.
     """
     prompt, steps = settings.prompt_tokens, settings.max_new_tokens
-    numbers = random.Random(settings.seed)
-    texts = [numbers.choices(range(vocab_size), k=prompt + steps) for _ in range(settings.repetitions + 1)]
-    turns = [(n, lines[(n + i) % len(lines)]) for n in range(len(texts)) for i in range(len(lines))]
+    turns = [(n, lines[(n + i) % len(lines)]) for n in range(settings.repetitions + 1) for i in range(len(lines))]
     try:
         for repetition, line in track(turns, step="speed", total=len(turns), quiet=quiet):
-            ids, count = texts[repetition], steps if repetition else min(steps, _WARM_UP_STEPS)
-            request = {"tokens": ids[prompt:][:count]} if line.peer else {"precisions": line.precisions[:count]}
+            ids, count = texts[repetition % len(texts)], steps if repetition else min(steps, _WARM_UP_STEPS)
+            request = {"tokens": list(ids[prompt:][:count])} if line.peer else {"precisions": line.precisions[:count]}
             attempts: list[dict[str, Any]] = []
             while not attempts or (repetition and len(attempts) < _ATTEMPTS and _disturbed(attempts[-1], settings)):
                 time.sleep(_SETTLE_SECONDS)
-                attempts.append(line.process.run(prompt=ids[:prompt], **request))
+                attempts.append(line.process.run(prompt=list(ids[:prompt]), **request))
             if repetition:
                 line.answers.append(min(attempts, key=lambda answer: answer["other_load"] or 0.0))
     except KeyboardInterrupt as error:
@@ -296,7 +340,12 @@ def _row(line: _Line, lines: Sequence[_Line], bundle: Bundle, settings: SpeedSet
     shares = [t.matmul_seconds / sum(t.seconds) for t in timings if t.matmul_seconds is not None]
     loads = [timing.other_load for timing in timings if timing.other_load is not None]
     positions = settings.prompt_tokens + (steps + 1) / 2
-    read = mean(step_bytes(manifest, precision=p, positions=positions) for p in bits) if bits else None
+    facts = line.process.facts
+    read: float | None = None
+    if bits:
+        read = mean(step_bytes(manifest, precision=p, positions=positions) for p in bits)
+    elif "step_bytes" in facts:
+        read = facts["step_bytes"] + facts["cache_bytes"] * positions
     uniform = {
         other.precisions[0]: other
         for other in lines
@@ -314,7 +363,7 @@ def _row(line: _Line, lines: Sequence[_Line], bundle: Bundle, settings: SpeedSet
         peer=line.peer is not None,
         bits=line.peer.nominal_bits if line.peer else mean(bits),
         precisions=bits,
-        model_bytes=line.process.facts.get("model_bytes") or sum(manifest.files[name].size for name in weights),
+        model_bytes=facts.get("model_bytes") or sum(manifest.files[name].size for name in weights),
         step_bytes=read,
         prefill_tps=Estimate.of([settings.prompt_tokens / seconds for seconds in prefills]),
         decode_tps=Estimate.of([1 / seconds for seconds in step_seconds]),
@@ -326,6 +375,6 @@ def _row(line: _Line, lines: Sequence[_Line], bundle: Bundle, settings: SpeedSet
         other_load=Estimate.of(loads) if loads else None,
         peak_bytes=last["peak_bytes"],
         kernels=last.get("kernels", {}),
-        facts=line.process.facts,
+        facts=facts,
         timings=timings,
     )

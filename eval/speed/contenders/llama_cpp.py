@@ -1,11 +1,13 @@
-"""A peer: llama.cpp through the low-level API of llama-cpp-python, on a random model of a given shape.
+"""A peer: llama.cpp through the low-level API of llama-cpp-python, on given weights or random ones of a given shape.
 
 Stand-alone (see `serve`): needs llama-cpp-python, gguf and numpy. Timed as llama-bench does: the prompt in one batch,
-then single tokens, random ones, without sampling; every other setting is the library's default.
+then single given tokens, without sampling; every other setting, also of the quantizer, is the library's default.
 """
 
 from __future__ import annotations
 
+import json
+import runpy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -14,8 +16,7 @@ from typing import Any
 
 __all__ = ["LlamaCpp", "load", "make"]
 
-F16, F32 = "float16", "float32"
-ARCHITECTURES = {"llama": "llama", "phi": "phi2"}
+_SOURCE = Path(__file__).with_name("gguf_source.py")
 
 
 class LlamaCpp:
@@ -38,12 +39,32 @@ class LlamaCpp:
             "version": f"llama-cpp-python {version('llama-cpp-python')}",
             "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
             "model_bytes": path.stat().st_size,
+            **json.loads(path.with_suffix(".json").read_text(encoding="utf-8")),
         }
 
     def run(self, *, prompt: Sequence[int], tokens: Sequence[int]) -> dict[str, Any]:
         """Time a prompt and single tokens after it, in seconds."""
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         return {"prefill_seconds": self._decode(prompt), "seconds": [self._decode([token]) for token in tokens]}
+
+    def logits(self, *, prompt: Sequence[int], answer: Sequence[int]) -> Iterator[Any]:
+        """Yield the logits ``[V]`` after each token of `answer` but the last, all computed in one batch."""
+        import numpy as np
+
+        api, ids = self._api, [*prompt, *answer[:-1]]
+        api.llama_memory_clear(api.llama_get_memory(self._context), True)
+        batch = api.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
+            batch.logits[i] = i >= len(prompt)
+        code = api.llama_decode(self._context, batch)
+        api.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"llama_decode failed with {code}")
+        for i in range(len(prompt), len(ids)):
+            row = api.llama_get_logits_ith(self._context, i)
+            yield np.ctypeslib.as_array(row, (self.facts["vocab_size"],))
 
     def _decode(self, ids: Sequence[int]) -> float:
         array = (self._api.llama_token * len(ids))(*ids)
@@ -62,30 +83,41 @@ def load(options: Mapping[str, Any]) -> LlamaCpp:
 
 
 def make(options: Mapping[str, Any]) -> None:
-    """Make the missing variants: a random F16 model, and from it each quantized one, named as llama.cpp names them."""
+    """Make the missing variants: an F16 model, and from it each quantized one, named as llama.cpp names them.
+
+    Beside each file lies another with what a step reads of it.
+    """
     import llama_cpp
 
     _silence(llama_cpp)
     kinds = {variant: getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant}", None) for variant in options["variants"]}
     if unknown := [variant for variant, kind in kinds.items() if kind is None]:
-        raise ValueError(f"llama.cpp has no quantization {unknown[0]}: take Q4_0, Q3_K_M, Q2_K, …")
-    missing = {variant: kind for variant, kind in kinds.items() if not _file(options, variant).exists()}
-    if not missing:
-        return
+        raise ValueError(f"llama.cpp has no quantization {unknown[0]}: take Q4_0, Q4_K_M, Q3_K_M, Q2_K, …")
+    source = runpy.run_path(str(_SOURCE))
+    if any(not _file(options, variant).exists() for variant in kinds):
+        _make_files(options, kinds, llama_cpp, source["write"])
+    for variant in kinds:
+        notes = _file(options, variant).with_suffix(".json")
+        if not notes.exists():
+            notes.write_text(json.dumps(source["describe"](_file(options, variant))), encoding="utf-8")
+
+
+def _make_files(options: Mapping[str, Any], kinds: Mapping[str, Any], api: Any, write: Any) -> None:
+    """Write the F16 model and quantize it; it is kept only if it is asked for."""
     source = _file(options, "F16")
     kept = source.exists() or "F16" in kinds
     if not source.exists():
         draft = source.with_suffix(".partial")
-        _write_random(draft, options["shape"])
+        write(draft, options)
         draft.rename(source)
-    for variant, kind in missing.items():
+    for variant, kind in kinds.items():
         target = _file(options, variant)
-        if target == source:
+        if target.exists():
             continue
-        params = llama_cpp.llama_model_quantize_default_params()
+        params = api.llama_model_quantize_default_params()
         params.ftype, params.nthread = kind, options["threads"]
         draft = target.with_suffix(".partial")
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(draft).encode(), params):
+        if api.llama_model_quantize(str(source).encode(), str(draft).encode(), params):
             raise RuntimeError(f"llama.cpp cannot quantize to {variant}")
         draft.rename(target)
     if not kept:
@@ -100,70 +132,3 @@ def _silence(api: Any) -> None:
 
 def _file(options: Mapping[str, Any], variant: str) -> Path:
     return Path(options["folder"]) / f"{variant}.gguf"
-
-
-def _tensors(shape: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yield name, shape and type of every tensor, rows first as in PyTorch."""
-    hidden, ffn, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
-    q, kv = shape["attention_heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
-    phi = shape["family"] == "phi"
-
-    def linear(name: str, rows: int, columns: int) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        yield f"{name}.weight", (rows, columns), F16
-        if phi:
-            yield f"{name}.bias", (rows,), F32
-
-    def norm(name: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        yield f"{name}.weight", (hidden,), F32
-        if phi:
-            yield f"{name}.bias", (hidden,), F32
-
-    yield "token_embd.weight", (vocab, hidden), F16
-    for i in range(shape["layers"]):
-        yield from norm(f"blk.{i}.attn_norm")
-        if phi:
-            yield from linear(f"blk.{i}.attn_qkv", q + 2 * kv, hidden)
-        else:
-            for name, rows in (("attn_q", q), ("attn_k", kv), ("attn_v", kv)):
-                yield from linear(f"blk.{i}.{name}", rows, hidden)
-            yield from norm(f"blk.{i}.ffn_norm")
-            yield from linear(f"blk.{i}.ffn_gate", ffn, hidden)
-        yield from linear(f"blk.{i}.attn_output", hidden, q)
-        yield from linear(f"blk.{i}.ffn_up", ffn, hidden)
-        yield from linear(f"blk.{i}.ffn_down", hidden, ffn)
-    yield from norm("output_norm")
-    yield from linear("output", vocab, hidden)
-
-
-def _write_random(path: Path, shape: Mapping[str, Any]) -> None:
-    """Write an F16 model with random weights and no vocabulary."""
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(str(path), ARCHITECTURES[shape["family"]])
-    writer.add_block_count(shape["layers"])
-    writer.add_context_length(shape["context_length"])
-    writer.add_embedding_length(shape["hidden_size"])
-    writer.add_feed_forward_length(shape["intermediate_size"])
-    writer.add_head_count(shape["attention_heads"])
-    writer.add_head_count_kv(shape["kv_heads"])
-    writer.add_key_length(shape["head_dim"])
-    writer.add_value_length(shape["head_dim"])
-    writer.add_rope_dimension_count(shape["rotary_dim"])
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(shape["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_F16))
-    for name, size, dtype in _tensors(shape):
-        count = int(np.prod(size)) * np.dtype(dtype).itemsize
-        writer.add_tensor_info(name, size, np.dtype(dtype), count)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    random = np.random.default_rng(0)
-    for name, size, dtype in _tensors(shape):
-        unit = name.endswith("norm.weight")
-        values = np.ones(size, F32) if unit else random.standard_normal(size, np.float32) * np.float32(0.02)
-        writer.write_tensor_data(values.astype(dtype))
-    writer.close()

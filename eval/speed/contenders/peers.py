@@ -1,4 +1,4 @@
-"""The peers by name, how a user asks for them, and the shape their random models take from a bundle."""
+"""The peers by name, how a user asks for them, and what their models are made of: weights, or a bundle's shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.manifest import Manifest
 
-__all__ = ["PEERS", "ModelShape", "Peer", "parse_peers"]
+__all__ = ["PEERS", "ModelShape", "Peer", "parse_peers", "weights_name"]
 
 _FOLDER = Path(__file__).parent
 PEERS = {"llama.cpp": _FOLDER / "llama_cpp.py", "onnxruntime-genai": _FOLDER / "onnxruntime_genai.py"}
@@ -54,6 +54,24 @@ def parse_peers(specs: tuple[str, ...]) -> tuple[Peer, ...]:
             raise PmpdError(f"peer {spec!r}: {bad[0]!r} is no variant: give {name}:VARIANT,… (Q4_0, int4g32, …)")
         peers.update(dict.fromkeys(Peer(name, variant) for variant in named))
     return tuple(peers)
+
+
+def weights_name(path: Path) -> str:
+    """Return a short name for a folder of models made of given weights: a checkpoint folder, or a GGUF file.
+
+    The name changes with the files' names, sizes and times.
+
+    Raises:
+        PmpdError: it is neither.
+    """
+    files = [path] if path.suffix == ".gguf" else [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    try:
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError:
+        stats = []
+    if not stats or (path.is_dir() and len(stats) < 2):
+        raise PmpdError(f"peers' weights {path}: give a checkpoint folder with safetensors, or a .gguf file")
+    return f"{path.resolve().name.removesuffix('.gguf')}-{hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
     PYTHON -P serve.py make|serve CONTENDER.py OPTIONS
 
 CONTENDER.py defines ``load(options)``, which returns something with ``facts`` (JSON data) and ``run(**request)``, and
-``make(options)`` where there are models to make first. Requests and answers are JSON, a line each, on stdin and stdout.
+``make(options)`` where there are models to make first. With ``logits(prompt=, answer=)`` it can also be asked how well
+it predicts a text. Requests and answers are JSON, a line each, on stdin and stdout.
 This file and the contenders of peers need nothing of this project, for peers live in environments of their own.
 """
 
@@ -18,8 +19,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["main", "peak_memory"]
+__all__ = ["main", "peak_memory", "score"]
 
 
 def peak_memory() -> int:
@@ -30,6 +32,18 @@ def peak_memory() -> int:
         if peak:
             return 1024 * int(peak[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def score(contender: Any, *, prompt: Sequence[int], answer: Sequence[int]) -> dict[str, Any]:
+    """Return the negative log-likelihood in nats of each token of `answer` but the first, as ``{"nll": [...]}``."""
+    import numpy as np
+
+    nll = []
+    for row, target in zip(contender.logits(prompt=prompt, answer=answer), answer[1:], strict=True):
+        x = np.asarray(row, np.float64)  # [V]
+        x = x - x.max()
+        nll.append(float(np.log(np.exp(x).sum()) - x[target]))
+    return {"nll": nll}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -52,7 +66,8 @@ def main(arguments: Sequence[str]) -> None:
         answer(loaded.facts)
         for request in sys.stdin:
             begin = time.process_time()
-            measured = loaded.run(**json.loads(request))
+            values = json.loads(request)
+            measured = score(loaded, **values) if "answer" in values else loaded.run(**values)
             answer({**measured, "cpu_seconds": time.process_time() - begin, "peak_bytes": peak_memory()})
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}".splitlines()[0]})
