@@ -119,11 +119,11 @@ def apart(values: list[float], others: list[float]) -> float:
 @pytest.mark.parametrize(
     ("peer", "kind", "variants"),
     [
-        # How far the likelihoods may be apart on average, of about 6 nats. Activations are rounded to 8 bits.
+        # How far the likelihoods may be apart on average, of about 6 nats; those of other weights are 1.5 apart.
         ("llama.cpp", "llama", {"F16": 0.02, "Q8_0": 0.1}),
         ("llama.cpp", "qwen2", {"F16": 0.02, "Q8_0": 0.1}),
-        ("onnxruntime-genai", "llama", {"int4g32": 0.1}),
-        ("onnxruntime-genai", "qwen2", {"int4g32": 0.1}),
+        ("onnxruntime-genai", "llama", {"int4g32": 0.6}),
+        ("onnxruntime-genai", "qwen2", {"int4g32": 0.6}),
     ],
 )
 def test_given_weights(peer: str, kind: str, variants: dict[str, float], tmp_path: Path) -> None:
