@@ -108,7 +108,7 @@ def compare(bundle: Bundle, settings: CompareSettings, *, quiet: bool = True) ->
 
 
 def _texts(items: Sequence[Item], length: int) -> list[list[int]]:
-    """Cut the text of all windows into pieces of so many tokens.
+    """Cut the text of all windows into pieces of `length` tokens.
 
     Raises:
         PmpdError: there is not one piece.
