@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxscript
 
@@ -12,11 +13,13 @@ from pmpd.exporter.arch import Decoder
 from pmpd.exporter.graph.logits import BITPLANE_LOGITS, MARGIN, bitplane_logits
 from pmpd.exporter.graph.operators import (
     BITPLANE_GATHER,
+    GROUP_QUERY_ATTENTION,
     PMPD_DOMAIN,
     PMPD_VERSION,
     bitplane_gather,
     bitplane_matmul,
     group_query_attention,
+    limited_group_query_attention,
 )
 
 __all__ = ["Phase", "build_graph"]
@@ -71,7 +74,7 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
     _output(builder, "logits", logits, ir.DataType.FLOAT, [1, rows, shape.vocab_size])
     for name, present in zip(names, presents, strict=True):
         _output(builder, f"present.{name}", present, ir.DataType.FLOAT16, kv_shape)
-    definitions = [bitplane_matmul(), group_query_attention()]
+    definitions = [bitplane_matmul(), _attention(graph)]
     if any(node.op_type == BITPLANE_LOGITS for node in graph):
         definitions.append(bitplane_logits())
         _add_margin(graph)
@@ -84,6 +87,20 @@ def build_graph(decoder: Decoder, *, phase: Phase, producer: str) -> ir.Model:
         function = ir.serde.deserialize_function(definition)
         model.functions[function.identifier()] = function
     return model
+
+
+def _attention(graph: ir.Graph) -> onnx.FunctionProto:
+    """Return the definition of attention: the one with limits if a layer has some, and then every node states them.
+
+    ONNX Runtime does not find the defaults of a function that onnx_ir has written.
+    """
+    nodes = [node for node in graph if node.op_type == GROUP_QUERY_ATTENTION]
+    if not any({"window", "softcap"} & node.attributes.keys() for node in nodes):
+        return group_query_attention()
+    for node in nodes:
+        node.attributes.setdefault("window", ir.AttrInt64("window", 0))
+        node.attributes.setdefault("softcap", ir.AttrFloat32("softcap", 0.0))
+    return limited_group_query_attention()
 
 
 def _add_margin(graph: ir.Graph) -> None:

@@ -148,6 +148,16 @@ TINY_MODELS = {
     ),
     "mistral": TinyModel("mistral", {"head_dim": 32, "num_key_value_heads": 1, "sliding_window": None}),
     "mistral-long-window": TinyModel("mistral", {"sliding_window": 64}, torch.bfloat16),
+    "mistral-window": TinyModel("mistral", {"sliding_window": 7, "num_key_value_heads": 1}),
+    "qwen3-window": TinyModel(
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "head_dim": 16,
+        },
+    ),
     "ministral": TinyModel("ministral", {"head_dim": 24, "layer_types": ["full_attention"] * 2}),
     "ministral3": TinyModel(
         "ministral3",

@@ -117,7 +117,7 @@ def read_windows(kinds: object, layers: int, window: object, context_length: int
         context_length: where texts end: no longer window changes anything.
 
     Raises:
-        PmpdError: an unknown kind of layer, or a window that cuts something off, which cannot be exported.
+        PmpdError: an unknown kind of layer, or a window that is not a number.
     """
     if not isinstance(kinds, Sequence) or len(kinds) != layers:
         raise PmpdError(f"config.json: layer_types must have a name for {layers} layers, got {kinds!r:.60}: correct it")
@@ -130,10 +130,7 @@ def read_windows(kinds: object, layers: int, window: object, context_length: int
         raise PmpdError(f"config.json: sliding_window must be a whole number of 1 or more, got {window!r}: correct it")
     if window >= context_length:
         return (None,) * layers
-    raise PmpdError(
-        f"config.json: layers see a sliding window of {window} tokens, and texts may have {context_length}: export "
-        f"with --context-length {window} or less"
-    )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def read_number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:

@@ -13,7 +13,8 @@ match is cheaper than reordering the many weights. (In ONNX Runtime 1.31 an addi
 
 That of `BitplaneGather` unpacks the rows that are asked for, all columns in their own order.
 
-That of `GroupQueryAttention` is ONNX Runtime's own operator of the name, between casts to the type of the cache.
+That of `GroupQueryAttention` is ONNX Runtime's own operator of the name, between casts to the type of the cache. Models
+with sliding windows or softcaps carry a second definition of it that has attributes for both.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "bitplane_gather",
     "bitplane_matmul",
     "group_query_attention",
+    "limited_group_query_attention",
 ]
 
 PMPD_DOMAIN = "pmpd"
@@ -313,3 +315,59 @@ def group_query_attention() -> onnx.FunctionProto:
     from queries and rotary tables that are rounded to the cache's type.
     """
     return onnx.parser.parse_function(_ATTENTION_BODY)
+
+
+# A window is a bias on the scores and not the operator's local_window_size, which has two meanings: up to ONNX Runtime
+# 1.23 it did not count the query's own position, since 1.24 it does. The bias is added behind the softcap.
+_LIMITED_ATTENTION_BODY = """
+<domain: "pmpd", opset_import: ["": 23, "com.microsoft": 1]>
+GroupQueryAttention <num_heads, kv_num_heads, scale, window: int = 0, softcap: float = 0.0>
+(qkv, past_key, past_value, last_position, total, cos, sin) => (Y, present_key, present_value)
+{
+  zero = Constant <value = int64[1] {0}> ()
+  one = Constant <value = int64[1] {1}> ()
+  zero_0 = Squeeze (zero)
+  one_0 = Squeeze (one)
+  tokens = Shape <start = 1, end = 2> (qkv)                     # [1]: M
+  last = Cast <to = 7> (last_position)
+  end = Add (last, one)
+  start = Sub (end, tokens)
+  start_0 = Squeeze (start)
+  end_0 = Squeeze (end)
+  total_64 = Cast <to = 7> (total)
+  query_row = Range (start_0, end_0, one_0)                     # [M] positions
+  query = Unsqueeze (query_row, one)                            # [M, 1]
+  key = Range (zero_0, total_64, one_0)                         # [C] positions
+  distance = Sub (query, key)                                   # [M, C]
+  window = Constant <value_int: int = @window> ()
+  is_far = GreaterOrEqual (distance, window)
+  has_window = Greater (window, zero_0)
+  is_hidden = And (is_far, has_window)                          # [M, C] bool
+  seen_32 = Constant <value_float: float = 0.0> ()
+  hidden_32 = Constant <value_float: float = -inf> ()
+  seen = Cast <to = 10> (seen_32)
+  hidden = Cast <to = 10> (hidden_32)
+  bias_rows = Where (is_hidden, hidden, seen)                   # [M, C] float16
+  bias_axes = Concat <axis = 0> (zero, one)
+  bias = Unsqueeze (bias_rows, bias_axes)                       # [1, 1, M, C]
+  qkv_16 = Cast <to = 10> (qkv)  # [1, M, (H + 2 G) D] float16
+  cos_16 = Cast <to = 10> (cos)  # [P, pairs]
+  sin_16 = Cast <to = 10> (sin)
+  y_16, present_key, present_value = com.microsoft.GroupQueryAttention <
+    do_rotary = 1, num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads, scale: float = @scale,
+    softcap: float = @softcap
+  > (qkv_16, "", "", past_key, past_value, last_position, total, cos_16, sin_16, "", bias)
+  Y = Cast <to = 1> (y_16)  # [1, M, H D] float32
+}
+"""
+
+
+def limited_group_query_attention() -> onnx.FunctionProto:
+    """Return `group_query_attention` with two more attributes, for models that use one of them.
+
+    * ``window``: a query sees itself and the ``window - 1`` positions before it, as in transformers; 0: all of them;
+    * ``softcap``: scores s become ``softcap * tanh(s / softcap)``; 0: they stay.
+
+    A node without them means the same as under the other definition.
+    """
+    return onnx.parser.parse_function(_LIMITED_ATTENTION_BODY)

@@ -74,11 +74,13 @@ class Attention(nn.Module):
         k_norm: tuple[str, HeadNorm | RMSHeadNorm] | None = None,
         scale: float | None = None,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.layout = heads, kv_heads, layout
         self.scale = 1 / math.sqrt(layout.size) if scale is None else scale
-        self.limits = {} if window is None else {"window": window}
+        limits = {"window": window, "softcap": softcap}
+        self.limits = {name: value for name, value in limits.items() if value is not None}
         rotated, plain = layout.rotated(), layout.plain()
         self.qkv_proj = linear(
             [

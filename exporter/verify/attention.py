@@ -18,6 +18,7 @@ __all__ = ["attention_error"]
 
 Doubles = npt.NDArray[np.float64]
 
+TANH = 4e-7  # relative error of the kernels' softcaps
 LEAST_HALF = 2.0**-24  # one step of subnormal float16 numbers
 
 
@@ -57,14 +58,19 @@ def attention_error(node: Node, run: Run, cos: Doubles, sin: Doubles, *, portabl
     else:
         norms = np.einsum("th,ph->htp", np.linalg.norm(q, axis=2), np.linalg.norm(keys, axis=2))
         off = LAMBDA * np.sqrt(D) * unit * scale * norms
-    causal = np.tril(np.ones((T, T), dtype=bool))
-    scores = np.where(causal, scores, -np.inf)
+    softcap = float(node.attributes.get("softcap", 0))
+    if softcap:  # no error of a score grows by it
+        scores = softcap * np.tanh(scores / softcap)
+        off = off + (4 * unit + TANH) * np.abs(scores)
+    distance = np.arange(T)[:, None] - np.arange(T)
+    seen = (distance >= 0) & (distance < (int(node.attributes.get("window", 0)) or T))
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     result = np.einsum("htp,phd->thd", weights, values)
     magnitude = np.einsum("htp,phd->thd", weights, np.abs(values))
     # A weight changes by at most twice the error of a score; exponentials, sums and the result are rounded.
-    change = 2 * np.where(causal, off, 0).max(axis=2).T[..., None] + (4 if portable else 32) * unit
+    change = 2 * np.where(seen, off, 0).max(axis=2).T[..., None] + (4 if portable else 32) * unit
     error = np.abs(y - result) / (change * magnitude + LEAST_HALF * unit)
     return _largest(key_error, value_error, error)
 

@@ -19,7 +19,8 @@ NAN = np.float16(np.nan)
 class Case:
     """One call for key/value heads [begin, end): H and G are `heads` and `kv_heads`, D is `dim`.
 
-    Shapes: qkv [M, (H + 2 G) D], keys and values [G, C, D], cos and sin [P, pairs].
+    Shapes: qkv [M, (H + 2 G) D], keys and values [G, C, D], cos and sin [P, pairs]. `window` and `softcap` are the
+    operator's attributes, 0 for none.
     """
 
     qkv: Floats
@@ -32,6 +33,8 @@ class Case:
     scale: float
     begin: int = 0
     end: int
+    window: int = 0
+    softcap: float = 0.0
 
     @property
     def kv_heads(self) -> int:
@@ -60,7 +63,8 @@ class Case:
         G, C, D = self.keys.shape
         numbers = D, len(self.qkv), self.past, C, self.heads, G, *self.cos.shape, self.begin, self.end
         arrays = self.qkv, self.keys, self.values, self.cos, self.sin
-        header = struct.pack("64sf10i", kernel.encode(), self.scale, *numbers)
+        window = self.window or 2**31 - 1
+        header = struct.pack("64sff11i", kernel.encode(), self.scale, self.softcap, window, *numbers)
         return b"".join([header, *(array.tobytes() for array in arrays)])
 
 
@@ -103,8 +107,8 @@ def random_case(
 def check(case: Case, result: Result, *, heads: slice = slice(None)) -> None:
     """Hold a call to the definition: keys off by a unit in the last place at most, values exact, y within a bound.
 
-    Of y: terms of a score see `D / 4 + 16` roundings at most, exp2 is off by 3e-6, and sums over T positions by T
-    roundings, all relative to the largest magnitudes that occur.
+    Of y: terms of a score see `D / 4 + 16` roundings at most, tanh is off by 4e-7, exp2 by 3e-6, and sums over T
+    positions by T roundings, all relative to the largest magnitudes that occur.
     """
     q, k, v = case.split()
     M, T = len(q), case.past + len(q)
@@ -122,15 +126,20 @@ def check(case: Case, result: Result, *, heads: slice = slice(None)) -> None:
             np.testing.assert_array_equal(made[heads, new], want)
     u = 2.0**-24
     q = case.rotated(q) * case.scale
-    visible = np.arange(T) <= case.past + np.arange(M)[:, None]
+    distance = case.past + np.arange(M)[:, None] - np.arange(T)
+    visible = (distance >= 0) & (distance < (case.window or T))
     group = case.heads // case.kv_heads
     for head in range(case.heads)[heads.start and heads.start * group : heads.stop and heads.stop * group]:
         keys, values = (x[head // group, :T].astype(np.float64) for x in (result.keys, result.values))
-        scores = np.where(visible, q[:, head] @ keys.T, -np.inf)
+        scores = q[:, head] @ keys.T
+        if case.softcap:
+            scores = case.softcap * np.tanh(scores / case.softcap)
+        off = 4e-7 * np.abs(scores).max() if case.softcap else 0.0
+        scores = np.where(visible, scores, -np.inf)
         magnitude = np.where(visible, np.abs(q[:, head]) @ np.abs(keys).T, 0).max(axis=1, keepdims=True)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         want = weights / weights.sum(axis=1, keepdims=True) @ values
-        bound = np.abs(values).max() * (2 * (case.dim / 4 + 16) * u * magnitude + 1e-5 + 2 * T * u)
+        bound = np.abs(values).max() * (2 * (case.dim / 4 + 16) * u * magnitude + 2 * off + 1e-5 + 2 * T * u)
         assert (np.abs(result.y[:, head] - want) <= bound).all(), (
             f"head {head}: {np.abs(result.y[:, head] - want).max()}"
         )

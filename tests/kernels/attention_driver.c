@@ -14,8 +14,8 @@
 /* As attention_cases.py writes it; qkv, keys, values, cos and sin follow. */
 struct header {
   char kernel[64];
-  float scale;
-  int32_t dim, m, past, capacity, heads, kv_heads, rows, pairs, begin, end;
+  float scale, softcap;
+  int32_t window, dim, m, past, capacity, heads, kv_heads, rows, pairs, begin, end;
 };
 
 enum { LACKS_FEATURES = 77, ARRAYS = 7 }; /* the first is an exit code */
@@ -58,12 +58,14 @@ static void run(const struct header *h) {
                  h->end);
   /* In two parts, as the operator may do it. */
   const int32_t queries = h->m * (h->heads / h->kv_heads), middle = queries / 2 / kernel->queries * kernel->queries;
+  const int limited = h->window < h->past + h->m || h->softcap > 0;
+  pmpd_attend_fn *const attend = limited ? kernel->attend_limited : kernel->attend;
   for (int32_t head = h->begin; head < h->end; head++) {
-    kernel->attend(qkv, keys, values, cos, sin, y, scratch, h->scale, h->past, h->capacity, h->heads, h->kv_heads,
-                   h->pairs, head, middle, queries);
+    attend(qkv, keys, values, cos, sin, y, scratch, h->scale, h->softcap, h->window, h->past, h->capacity,
+                   h->heads, h->kv_heads, h->pairs, head, middle, queries);
     if (middle)
-      kernel->attend(qkv, keys, values, cos, sin, y, scratch, h->scale, h->past, h->capacity, h->heads, h->kv_heads,
-                     h->pairs, head, 0, middle);
+      attend(qkv, keys, values, cos, sin, y, scratch, h->scale, h->softcap, h->window, h->past, h->capacity,
+                     h->heads, h->kv_heads, h->pairs, head, 0, middle);
   }
   fwrite(y, 4, m * heads * dim, stdout);
   fwrite(keys, 1, cache, stdout);

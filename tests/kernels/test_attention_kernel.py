@@ -17,6 +17,7 @@ from kernel_programs import LACKS_FEATURES, UNTOUCHED, emulator
 
 from pmpd.tvm_kernels.library.compile import compile_kernels
 from pmpd.tvm_kernels.library.link import INCLUDE, SOURCES
+from pmpd.tvm_kernels.ops.attention.attention import TANH_END, TANH_P, TANH_Q
 from pmpd.tvm_kernels.ops.attention.operator import GroupQueryAttention
 from pmpd.tvm_kernels.ops.base import Demand
 from pmpd.tvm_kernels.targets import TARGETS, Target
@@ -132,6 +133,65 @@ def test_kernels_agree_with_numpy(programs: Programs, target: str, kernel: Any) 
 def test_a_long_context(programs: Programs, target: str, kernel: Any) -> None:
     case = random_case(kernel.dim, 2, 1, 2, 4094, 8)
     check(case, programs.run(target, kernel, [case])[0])
+
+
+@kernels()
+def test_windows(programs: Programs, target: str, kernel: Any) -> None:
+    """Windows of one position, less than a line of scores, more, as many as there are and more than that."""
+    cases = [
+        replace(case, window=window, softcap=softcap)
+        for seed, case in enumerate(grid(kernel.dim))
+        for window, softcap in ((1, 0.0), (3, 2.0), (16, 0.0), (case.past + len(case.qkv) - seed % 2, 0.0), (500, 0.0))
+        if window
+    ]
+    for case, result in zip(cases, programs.run(target, kernel, cases), strict=True):
+        check(case, result)
+
+
+@kernels((64, 80))
+def test_what_lies_outside_of_a_window_is_not_read(programs: Programs, target: str, kernel: Any) -> None:
+    """NaN reaches no result, although queries of two tokens and more are computed together."""
+    case = replace(random_case(kernel.dim, 4, 1, 2, 200, 8), window=33)
+    before = case.past + 1 - case.window  # what the first token sees begins here
+    keys, values = case.keys.copy(), case.values.copy()
+    keys[:, :before], values[:, :before] = NAN, NAN
+    want, got = programs.run(target, kernel, [case, replace(case, keys=keys, values=values)])
+    np.testing.assert_array_equal(got.y, want.y)
+
+
+@kernels()
+def test_softcaps(programs: Programs, target: str, kernel: Any) -> None:
+    """Scores far below the cap, about it and far above it; and a cap so high that it changes nothing."""
+    shapes = [(4, 2, 1, 14, 8), (3, 3, 33, 0, 8), (2, 1, 5, 60, 0)]
+    cases = [
+        replace(random_case(kernel.dim, *shape, size=size, seed=seed), softcap=softcap)
+        for seed, shape in enumerate(shapes)
+        for size, softcap in ((0.01, 50.0), (1.0, 50.0), (30.0, 50.0), (1e4, 50.0), (3.0, 1.0), (1.0, 1e6))
+    ]
+    for case, result in zip(cases, programs.run(target, kernel, cases), strict=True):
+        check(case, result)
+    high = [replace(case, softcap=softcap) for case in cases[1::6] for softcap in (0.0, 1e7)]
+    results = programs.run(target, kernel, high)
+    for without, capped in zip(results[::2], results[1::2], strict=True):
+        np.testing.assert_allclose(capped.y, without.y, atol=2e-5)
+
+
+def test_tanh_is_within_four_in_ten_million_of_itself() -> None:
+    """The kernels' formula in float32 without fused operations; with them it is no worse."""
+    x = np.concatenate([np.linspace(0, TANH_END, 500_001), np.logspace(-8, 0, 50_001)]).astype(np.float32)
+    p, q = (np.polynomial.polynomial.polyval(x * x, np.array(c, np.float32)) for c in (TANH_P, TANH_Q))
+    y, want = (x * p / q).astype(np.float64), np.tanh(x.astype(np.float64))
+    assert p.dtype == np.float32
+    assert (np.abs(y - want) <= 4e-7 * want).all()
+    assert 1 - np.tanh(TANH_END) < 2**-24
+
+
+@kernels((64,))
+def test_nan_is_not_capped(programs: Programs, target: str, kernel: Any) -> None:
+    case = replace(random_case(kernel.dim, 4, 2, 6, 20, 0), softcap=50.0)
+    case.qkv[3, 5] = np.nan
+    [result] = programs.run(target, kernel, [case])
+    assert np.argwhere(~np.isfinite(result.y).all(axis=2)).tolist() == [[3, 0]]
 
 
 def half_edges() -> Floats:

@@ -17,7 +17,13 @@ import pytest
 from attention_cases import Case, Result, check, random_case
 from onnx import TensorProto, helper
 
-from pmpd.exporter.graph.operators import GROUP_QUERY_ATTENTION, PMPD_DOMAIN, PMPD_VERSION, group_query_attention
+from pmpd.exporter.graph.operators import (
+    GROUP_QUERY_ATTENTION,
+    PMPD_DOMAIN,
+    PMPD_VERSION,
+    group_query_attention,
+    limited_group_query_attention,
+)
 from pmpd.tvm_kernels.library.link import build_library, link_library
 from pmpd.tvm_kernels.targets import find_target, host_target
 
@@ -39,8 +45,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def model(*, heads: int = H, kv_heads: int = G, name: str = "node") -> bytes:
-    """Return a model of one GroupQueryAttention, function body included, that says nothing of its inputs' sizes."""
+def model(*, heads: int = H, kv_heads: int = G, name: str = "node", **limits: Any) -> bytes:
+    """Return a model of one GroupQueryAttention, function body included, that says nothing of its inputs' sizes.
+
+    `limits` are the attributes of the definition that has windows and softcaps.
+    """
     ranks = {
         "qkv": (TensorProto.FLOAT, 3),
         "past_key": (TensorProto.FLOAT16, 4),
@@ -64,10 +73,11 @@ def model(*, heads: int = H, kv_heads: int = G, name: str = "node") -> bytes:
         num_heads=heads,
         kv_num_heads=kv_heads,
         scale=D**-0.5,
+        **limits,
     )
     made = helper.make_model(
         helper.make_graph([node], "graph", *values),
-        functions=[group_query_attention()],
+        functions=[limited_group_query_attention() if limits else group_query_attention()],
         opset_imports=[
             helper.make_opsetid("", 23),
             helper.make_opsetid(PMPD_DOMAIN, PMPD_VERSION),
@@ -196,6 +206,62 @@ def test_function_body_agrees_with_the_kernel(library: Path, optimized: bool) ->
             new = slice(None), slice(0, past + M)
             np.testing.assert_allclose(result.keys[new], want.keys[new], atol=2**-7)
             np.testing.assert_array_equal(result.values[new], want.values[new])
+
+
+LIMITS = [{"window": 7}, {"window": 1}, {"window": 500}, {"softcap": 2.0}, {"window": 20, "softcap": 2.0}, {"window": 0}]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(H, G), (9, 1)])
+def test_windows_and_softcaps_in_the_kernel_and_in_the_body(
+    library: Path, limits: dict[str, Any], heads: int, kv_heads: int
+) -> None:
+    graph = model(heads=heads, kv_heads=kv_heads, **limits)
+    compiled, body = open_session(library, graph), open_session(None, graph)
+    for M, past in ((1, 0), (1, 77), (5, 3), (33, 0), (20, 40)):
+        case = replace(op_case(M, past, heads=heads, kv_heads=kv_heads), **limits)
+        want = call(compiled, case)
+        check(case, want)
+        result = call(body, case)
+        np.testing.assert_allclose(result.y, want.y, atol=2**-8)  # as without limits
+        np.testing.assert_array_equal(result.values[:, : past + M], want.values[:, : past + M])
+
+
+def test_a_model_may_have_nodes_with_and_without_limits(library: Path) -> None:
+    """Under the definition with limits, a node without attributes is one of the other definition."""
+    made = onnx.load_from_string(model())
+    made.functions[0].CopyFrom(limited_group_query_attention())
+    case = op_case(20, 40)
+    for kernels in (library, None):
+        want, got = (call(open_session(kernels, graph), case) for graph in (model(), made.SerializeToString()))
+        np.testing.assert_allclose(got.y, want.y, atol=0 if kernels else 2**-8)
+
+
+def test_a_body_with_a_window_lets_the_cache_grow(library: Path) -> None:
+    """Without kernels, past and present may have different lengths: the window follows the mask's."""
+    case = replace(op_case(1, 12), window=5)
+    feeds = feeds_of(case)
+    past = {name: feeds[name][:, :, :12] for name in ("past_key", "past_value")}
+    session = open_session(None, model(window=5))
+    y, keys, values = session.run(None, {**feeds, **past, "total": np.array(13, np.int32)})
+    assert keys.shape == (1, G, 13, D)
+    check(case, call(open_session(library, model(window=5)), case))
+    want = call(open_session(library, model(window=5)), case)
+    np.testing.assert_allclose(y.reshape(1, H, D), want.y, atol=2**-8)
+    np.testing.assert_array_equal(values[0], want.values[:, :13])
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"window": -1}, "attribute window is -1, wanted 0 or more"),
+        ({"softcap": -2.0}, "attribute softcap is -2, wanted 0 or more"),
+        ({"softcap": float("nan")}, "attribute softcap is -?nan, wanted 0 or more"),
+    ],
+)
+def test_limits_that_the_operator_refuses(library: Path, limits: dict[str, Any], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        open_session(library, model(**limits))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ static const struct pmpd_value OUTPUTS[] = {
 struct attention {
   struct pmpd_operator operator;
   int32_t heads, kv_heads; /* H, G */
-  float scale;
+  float scale, softcap;    /* softcap 0: none */
+  int32_t window;          /* positions that a query sees, its own included */
 };
 
 /* One call of the operator. */
@@ -49,8 +50,8 @@ struct call {
   const float *qkv, *cos, *sin;
   const void *past_key, *past_value;
   void *present_key, *present_value, *y;
-  float scale;
-  int32_t heads, kv_heads, dim, pairs, m, past, capacity;
+  float scale, softcap;
+  int32_t window, heads, kv_heads, dim, pairs, m, past, capacity;
   int32_t queries; /* of a key/value head: M H / G */
   int32_t parts, part_queries; /* how the queries of a head are shared */
   atomic_int no_memory;
@@ -139,6 +140,8 @@ static OrtStatus *open_call(const struct attention *attention, OrtKernelContext 
       .past_key = key.data,
       .past_value = value.data,
       .scale = attention->scale,
+      .softcap = attention->softcap,
+      .window = attention->window,
       .heads = (int32_t)H,
       .kv_heads = (int32_t)G,
       .dim = (int32_t)D,
@@ -177,10 +180,12 @@ static void attend(void *data, size_t part) {
   const int32_t left = call->queries - begin;
   const size_t floats = PMPD_ATTENTION_SCRATCH(call->kernel, call->past + call->m);
   float *scratch = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+  const int limited = call->window < call->past + call->m || call->softcap > 0;
+  pmpd_attend_fn *const kernel = limited ? call->kernel->attend_limited : call->kernel->attend;
   if (scratch)
-    call->kernel->attend(call->qkv, call->present_key, call->present_value, call->cos, call->sin, call->y, scratch,
-                         call->scale, call->past, call->capacity, call->heads, call->kv_heads, call->pairs, head, begin,
-                         begin + (left < call->part_queries ? left : call->part_queries));
+    kernel(call->qkv, call->present_key, call->present_value, call->cos, call->sin, call->y, scratch, call->scale,
+           call->softcap, call->window, call->past, call->capacity, call->heads, call->kv_heads, call->pairs, head,
+           begin, begin + (left < call->part_queries ? left : call->part_queries));
   else
     atomic_store_explicit(&call->no_memory, 1, memory_order_relaxed);
   free(scratch);
@@ -216,10 +221,16 @@ static OrtStatus *compute(struct pmpd_operator *operator, OrtKernelContext *cont
   return NULL;
 }
 
+/* Release the status of reading an optional attribute: was there one? */
+static int is_present(const OrtApi *api, OrtStatus *status) {
+  api->ReleaseStatus(status);
+  return !status;
+}
+
 static OrtStatus *create(struct pmpd_operator *operator, const OrtKernelInfo *info) {
   const OrtApi *api = operator->settings->api;
   struct attention *attention = (struct attention *)operator;
-  int64_t heads, kv_heads;
+  int64_t heads, kv_heads, window;
   TRY(api->KernelInfoGetAttribute_int64(info, "num_heads", &heads));
   TRY(api->KernelInfoGetAttribute_int64(info, "kv_num_heads", &kv_heads));
   TRY(api->KernelInfoGetAttribute_float(info, "scale", &attention->scale));
@@ -228,6 +239,12 @@ static OrtStatus *create(struct pmpd_operator *operator, const OrtKernelInfo *in
         operator,
         "attributes num_heads %lld and kv_num_heads %lld, wanted positive numbers, the first a multiple of the second",
         (long long)heads, (long long)kv_heads);
+  if (!is_present(api, api->KernelInfoGetAttribute_int64(info, "window", &window))) window = 0;
+  if (!is_present(api, api->KernelInfoGetAttribute_float(info, "softcap", &attention->softcap))) attention->softcap = 0;
+  if (window < 0) return pmpd_refuse(operator, "attribute window is %lld, wanted 0 or more", (long long)window);
+  if (!(attention->softcap >= 0)) /* nor NaN */
+    return pmpd_refuse(operator, "attribute softcap is %g, wanted 0 or more", (double)attention->softcap);
+  attention->window = window == 0 || window > INT32_MAX ? INT32_MAX : (int32_t)window;
   attention->heads = (int32_t)heads;
   attention->kv_heads = (int32_t)kv_heads;
   return NULL;

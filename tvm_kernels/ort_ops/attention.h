@@ -17,11 +17,12 @@ typedef void pmpd_append_fn(const float *qkv, uint16_t *keys, uint16_t *values, 
 
 /* Attention of the queries of one key/value head over the cache, new tokens included. Queries [begin, end) are numbered
  * by token, then by head: query `token * heads / kv_heads + i` is of head `kv_head * heads / kv_heads + i`.
- * y: float32 [m, heads * dim]. scratch: private to the call, PMPD_ATTENTION_SCRATCH floats. */
+ * A query sees `window` positions, its own the last of them. Scores s become softcap * tanh(s / softcap) unless softcap
+ * is 0. y: float32 [m, heads * dim]. scratch: private to the call, PMPD_ATTENTION_SCRATCH floats. */
 typedef void pmpd_attend_fn(const float *qkv, const uint16_t *keys, const uint16_t *values, const float *cos,
-                            const float *sin, float *y, float *scratch, float scale, int32_t past, int32_t capacity,
-                            int32_t heads, int32_t kv_heads, int32_t pairs, int32_t kv_head, int32_t begin,
-                            int32_t end);
+                            const float *sin, float *y, float *scratch, float scale, float softcap, int32_t window,
+                            int32_t past, int32_t capacity, int32_t heads, int32_t kv_heads, int32_t pairs,
+                            int32_t kv_head, int32_t begin, int32_t end);
 
 struct pmpd_attention {
   const char *name;
@@ -29,7 +30,8 @@ struct pmpd_attention {
   int32_t dim;       /* elements of a head */
   int32_t queries;   /* taken together: 1 serves a single token best where every head has its own keys */
   pmpd_append_fn *append;
-  pmpd_attend_fn *attend;
+  pmpd_attend_fn *attend; /* has no regard to window and softcap */
+  pmpd_attend_fn *attend_limited;
 };
 
 /* Floats of scratch memory for `positions` = past + m. */

@@ -21,11 +21,17 @@ __all__ = ["append", "attend", "queries_together"]
 
 ZERO = tirx.const(0, "int32")
 LINE = 16  # float32 lanes of a line of scores
+FLOATS, WORDS = f"float32x{LINE}", f"uint32x{LINE}"
 PART = 8  # elements of a head that are rotated together
 LOG2_E = 1.4426950408889634
 LEAST_SCORE = -1e30  # of positions that a query does not see
 # exp2 on [-1/2, 1/2], relative error 2.4e-6: the coefficients of the Taylor series of 2^x.
 EXP2 = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477, 0.0013333558146428443)
+# tanh(x) = x P(x^2) / Q(x^2) up to TANH_END, where it is 1 in float32: the coefficients of P and Q of the least relative
+# error, 2.1e-8 exactly and 3.5e-7 in float32 arithmetic.
+TANH_P = (0.9999999790283632, 0.1337971408184196, 0.003494029960726965, 2.058340609176879e-05, 1.3318970748424657e-08)
+TANH_Q = (1.0, 0.4671302932592191, 0.02587105573135201, 0.00032830853257988625, 7.761977300592912e-07)
+TANH_END = 9.02
 
 # The arguments of pmpd_append_fn and pmpd_attend_fn, in ort_ops/attention.h.
 _ARRAYS = (
@@ -44,7 +50,10 @@ _ATTEND = (
     ("y", "float32*"),  # (M, H D)
     ("scratch", "float32*"),
     ("scale", "float32"),
-    *((name, "int32") for name in ("past", "capacity", "heads", "kv_heads", "pairs", "kv_head", "begin", "end")),
+    ("softcap", "float32"),
+    *((name, "int32") for name in ("window", "past", "capacity", "heads", "kv_heads", "pairs", "kv_head")),
+    ("begin", "int32"),
+    ("end", "int32"),
 )
 
 
@@ -78,12 +87,13 @@ def append(isa: Isa, *, name: str, dim: int) -> Any:
     return e.function()
 
 
-def attend(isa: Isa, *, name: str, dim: int, queries: int) -> Any:
+def attend(isa: Isa, *, name: str, dim: int, queries: int, limited: bool) -> Any:
     """Return the kernel of attention for queries of one key/value head, `queries` of them at a time (1, 2 or 4).
 
-    C signature: ``pmpd_attend_fn`` of ``ort_ops/attention.h``; `dim` elements of a head, a multiple of 16.
+    C signature: ``pmpd_attend_fn`` of ``ort_ops/attention.h``; `dim` elements of a head, a multiple of 16. Only one that
+    is `limited` has regard to `window` and `softcap`: in one function, the code without them was a tenth slower.
     """
-    return _Attend(isa, name, dim, queries).function()
+    return _Attend(isa, name, dim, queries, limited).function()
 
 
 def _qkv_row(e: Emitter, token: Any, dim: int) -> Any:
@@ -127,13 +137,14 @@ class _Attend:
     `_query_place` and `_line_place` say where each begins, `_lane` which lane of a line belongs to which query.
 
     Attributes:
+        limited: the kernel has windows and softcaps.
         lanes: float32 lanes of a vector of a head's elements.
         parts: vectors of a head.
         positions: positions of a line of scores.
     """
 
-    def __init__(self, isa: Isa, name: str, dim: int, queries: int) -> None:
-        self.isa, self.dim, self.queries = isa, dim, queries
+    def __init__(self, isa: Isa, name: str, dim: int, queries: int, limited: bool) -> None:
+        self.isa, self.dim, self.queries, self.limited = isa, dim, queries, limited
         self.lanes = min(isa.words, LINE)
         self.parts = dim // self.lanes
         self.positions = LINE // queries
@@ -146,6 +157,10 @@ class _Attend:
     def _line_place(self, line: Any) -> Any:
         """Return where a line of scores begins in scratch memory: behind the queries."""
         return line * LINE + self.queries * self.dim
+
+    def _line(self, position: Any) -> Any:
+        """Return the line of a position: a shift, as compilers do not know that positions are not negative."""
+        return position >> tirx.const(self.positions.bit_length() - 1, "int32")
 
     def _lane(self, query: int, position: int = 0) -> int:
         """Return the lane of a query's score with the line's position of a number."""
@@ -163,12 +178,16 @@ class _Attend:
             heads = [e.bind(e["kv_head"] * group + tirx.truncmod(number, group)) for number in numbers]
             for query, (token, head) in enumerate(zip(tokens, heads, strict=True)):
                 self._load_query(query, token, head)
-            lengths = [e.bind(e["past"] + token + 1) for token in tokens]  # positions that each query sees
-            longest = e.bind(lengths[-1])
-            lines = e.bind(tirx.truncdiv(longest + (self.positions - 1), self.positions), "lines")
-            greatest = self._scores(cache, lines, longest, lengths)  # (16,)
-            inverse = self._softmax(lines, greatest)  # (queries,)
-            self._sum_values(cache, longest, tokens, heads, inverse)
+            # Each query sees the positions from a start to an end.
+            ends = [e.bind(e["past"] + token + 1) for token in tokens]
+            starts = [e.bind(tirx.max(end - e["window"], ZERO)) if self.limited else ZERO for end in ends]
+            span = starts[0], ends[-1]  # of the block: tokens are in order
+            lines = e.bind(self._line(span[0])), e.bind(self._line(span[1] + (self.positions - 1)))
+            greatest = self._scores(cache, lines, starts, ends)
+            if self.limited:
+                self._cap(lines, greatest)
+            inverse = self._softmax(lines, e.load(greatest, 0, LINE))  # (queries,)
+            self._sum_values(cache, span, tokens, heads, inverse)
         return e.function()
 
     def _load_query(self, query: int, token: Any, head: Any) -> None:
@@ -182,18 +201,20 @@ class _Attend:
 
         _rotate(e, source, e.bind(e["past"] + token), self.dim, store)
 
-    def _scores(self, cache: Any, lines: Any, longest: Any, lengths: list[Any]) -> Any:
-        """Write the scores of all positions; return the greatest of each lane, (16,)."""
+    def _scores(self, cache: Any, lines: tuple[Any, Any], starts: list[Any], ends: list[Any]) -> Any:
+        """Write the scores of the positions of some lines; return a buffer with the greatest of each lane, (16,)."""
         e, lanes, positions = self.e, self.lanes, self.positions
-        least = tirx.const(LEAST_SCORE, f"float32x{LINE}")
+        least = tirx.const(LEAST_SCORE, FLOATS)
         greatest = e.local("float32", LINE, "greatest")
         e.store(greatest, 0, least)
-        # A position is seen if it is below the query's length.
-        ends = e.bind(shuffle(lengths, [lane // positions for lane in range(LINE)]))  # (16,)
-        offsets = e.bind(_constants(lane % positions for lane in range(LINE)))  # (16,)
-        with e.loop("line", ZERO, lines) as line:
+        # A position is seen if it is less than `seen` behind the query's start; unsigned, those before it are not.
+        query_of = [lane // positions for lane in range(LINE)]
+        seen = [e.bind(end - start) for start, end in zip(starts, ends, strict=True)]
+        seen_line = e.bind(tirx.Cast(WORDS, shuffle(seen, query_of)))  # (16,)
+        offsets = e.bind(_constants(lane % positions for lane in range(LINE)) - shuffle(starts, query_of))  # (16,)
+        with e.loop("line", *lines) as line:
             first = e.bind(line * positions)
-            last = e.bind(longest - 1)
+            last = e.bind(ends[-1] - 1)
             rows = [e.bind(cache + tirx.min(first + i, last).astype("int64") * self.dim) for i in range(positions)]
             totals: list[Any] = [tirx.const(0.0, vector("float32", lanes))] * LINE  # 16 x (lanes,)
             for row in rows:
@@ -208,24 +229,53 @@ class _Attend:
                     for query, x in enumerate(queries):
                         lane = self._lane(query, i)
                         totals[lane] = e.bind(key * x + totals[lane])
-            seen = (tirx.Broadcast(first, LINE) + offsets) < ends
-            scores = e.bind(tirx.Select(seen, sum_lanes(e, totals), least))  # (16,)
+            is_seen = tirx.Cast(WORDS, tirx.Broadcast(first, LINE) + offsets) < seen_line
+            scores = e.bind(tirx.Select(is_seen, sum_lanes(e, totals), least))  # (16,)
             e.store(e["scratch"], self._line_place(line), scores)
             e.store(greatest, 0, tirx.max(e.load(greatest, 0, LINE), scores))
-        return e.load(greatest, 0, LINE)
+        return greatest
+
+    def _cap(self, lines: tuple[Any, Any], greatest: Any) -> None:
+        """Replace scores s, and the greatest of each lane, by ``c * tanh(s / c)`` if there is a softcap c."""
+        e, least = self.e, tirx.const(LEAST_SCORE, FLOATS)
+        one = tirx.const(1.0, "float32")
+        cap = e.bind(e["softcap"] * tirx.const(LOG2_E, "float32"))  # scores are times the logarithm's base
+        inverse = e.bind(one / cap)
+
+        def capped(x: Any) -> Any:
+            y = self._tanh(e.bind(x * tirx.Broadcast(inverse, LINE))) * tirx.Broadcast(cap, LINE)
+            return tirx.Select(tirx.EQ(x, least), least, y)  # what is not seen stays unseen
+
+        with e.when(e["softcap"] > tirx.const(0.0, "float32")):
+            e.store(greatest, 0, capped(e.load(greatest, 0, LINE)))
+            with e.loop("line", *lines) as line:
+                place = e.bind(self._line_place(line))
+                e.store(e["scratch"], place, capped(e.load(e["scratch"], place, LINE)))
+
+    def _tanh(self, x: Any) -> Any:
+        """Return the hyperbolic tangent of x (16 lanes) within 4e-7 of itself. NaN stays NaN."""
+        e, end = self.e, tirx.const(TANH_END, FLOATS)
+        x = e.bind(tirx.Select(x > end, end, x))  # not min and max, which drop NaN
+        x = e.bind(tirx.Select(x < -end, -end, x))
+        square = e.bind(x * x)
+        top, bottom = (tirx.const(coefficients[-1], FLOATS) for coefficients in (TANH_P, TANH_Q))
+        for p, q in zip(TANH_P[-2::-1], TANH_Q[-2::-1], strict=True):
+            top = e.bind(top * square + tirx.const(p, FLOATS))
+            bottom = e.bind(bottom * square + tirx.const(q, FLOATS))
+        return e.bind(x * top / bottom)
 
     def _prefetch(self, cache: Any, row: Any) -> None:
         """Prefetch a position's vector: memory would idle while scores or sums are computed."""
         for byte in range(0, self.dim * 2, 64):
             self.e.prefetch(cache, row + byte // 2)
 
-    def _softmax(self, lines: Any, greatest: Any) -> list[Any]:
+    def _softmax(self, lines: tuple[Any, Any], greatest: Any) -> list[Any]:
         """Replace scores by their powers of two, less the greatest; return one over the sum of each query."""
         e = self.e
         greatest = self._within(greatest, tirx.max)
         sums = e.local("float32", LINE, "sums")
-        e.store(sums, 0, tirx.const(0.0, f"float32x{LINE}"))
-        with e.loop("line", ZERO, lines) as line:
+        e.store(sums, 0, tirx.const(0.0, FLOATS))
+        with e.loop("line", *lines) as line:
             place = e.bind(self._line_place(line))
             power = self._exp2(e.bind(e.load(e["scratch"], place, LINE) - greatest))  # (16,)
             e.store(e["scratch"], place, power)
@@ -246,7 +296,7 @@ class _Attend:
 
     def _exp2(self, x: Any) -> Any:
         """Return 2 to the power of x (16 lanes, none above 0), within 3e-6. NaN stays NaN."""
-        e, floats = self.e, f"float32x{LINE}"
+        e, floats = self.e, FLOATS
         least = tirx.const(-126.0, floats)
         x = e.bind(tirx.Select(x < least, least, x))  # not max, which drops NaN
         whole = e.bind(tirx.Cast(f"int32x{LINE}", x - tirx.const(0.5, floats)))  # truncation: the nearest, as x <= 0
@@ -257,16 +307,18 @@ class _Attend:
         exponent = (whole + tirx.const(127, f"int32x{LINE}")) << tirx.const(23, f"int32x{LINE}")
         return e.bind(power * tirx.reinterpret(floats, exponent))
 
-    def _sum_values(self, cache: Any, longest: Any, tokens: list[Any], heads: list[Any], inverse: list[Any]) -> None:
-        """Sum the values of all positions by their weights, and store the heads' outputs."""
+    def _sum_values(
+        self, cache: Any, span: tuple[Any, Any], tokens: list[Any], heads: list[Any], inverse: list[Any]
+    ) -> None:
+        """Sum the values of the positions of a span by their weights, and store the heads' outputs."""
         e, lanes, parts = self.e, self.lanes, self.parts
         sums = e.local("float32", self.queries * self.dim, "outputs")  # (queries, parts, lanes)
         for index in range(self.queries * parts):
             e.store(sums, index * lanes, tirx.const(0.0, vector("float32", lanes)))
-        with e.loop("position", ZERO, longest) as position:
+        with e.loop("position", *span) as position:
             row = e.bind(cache + position.astype("int64") * self.dim)
             self._prefetch(e["keys"], row + e["capacity"].astype("int64") * self.dim)  # of the next head
-            line, i = tirx.truncdiv(position, self.positions), tirx.truncmod(position, self.positions)
+            line, i = self._line(position), position & tirx.const(self.positions - 1, "int32")
             place = e.bind(self._line_place(line) + i)
             weights = [e.load(e["scratch"], place + self._lane(query)) for query in range(self.queries)]
             for part in range(parts):

@@ -41,17 +41,26 @@ class AttentionKernel(Kernel):
         return f"pmpd_attention_f16d{self.dim}_q{self.queries}__{self.isa.name}"
 
     @property
+    def limited_name(self) -> str:
+        """The C symbol of attention with a window or a softcap."""
+        return f"pmpd_limited_attention_f16d{self.dim}_q{self.queries}__{self.isa.name}"
+
+    @property
     def append_name(self) -> str:
         """The C symbol of the function that extends the cache."""
         return f"pmpd_append_f16d{self.dim}__{self.isa.name}"
 
     @property
     def functions(self) -> Mapping[str, Function]:
-        """Attention, and the extension of the cache, which kernels of any number of queries share."""
+        """Attention, without and with limits, and the extension of the cache, which all numbers of queries share."""
         return {
-            self.name: Function(
-                "pmpd_attend_fn", partial(attend, self.isa, name=self.name, dim=self.dim, queries=self.queries)
-            ),
+            **{
+                name: Function(
+                    "pmpd_attend_fn",
+                    partial(attend, self.isa, name=name, dim=self.dim, queries=self.queries, limited=limited),
+                )
+                for name, limited in ((self.name, False), (self.limited_name, True))
+            },
             self.append_name: Function(
                 "pmpd_append_fn", partial(append, self.isa, name=self.append_name, dim=self.dim)
             ),
@@ -66,6 +75,7 @@ class AttentionKernel(Kernel):
             "queries": self.queries,
             "append": self.append_name,
             "attend": self.name,
+            "attend_limited": self.limited_name,
         }
 
 
