@@ -199,7 +199,9 @@ def test_the_bundle_holds_and_checks_the_kernels_of_this_machine(
 
 
 # The plain kernels are for heads of 16.
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "smollm3", "mistral-long-window", "mistral-window", "granite", "hunyuan"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "qwen3", "smollm3", "mistral-long-window", "mistral-window", "granite", "hunyuan"]
+)
 def test_every_family_passes_the_checks_with_kernels(name: str, builder: Builder, place: Path) -> None:
     model = TINY_MODELS[name]
     export_bundle(small(replace(model, options={**model.options, "head_dim": 16}).save(place / "model")))

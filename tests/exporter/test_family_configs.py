@@ -65,7 +65,6 @@ def test_a_window_that_cuts_nothing_off_changes_nothing() -> None:
     [
         ("mistral", {}, (16, 16)),
         ("ministral", {"layer_types": ["full_attention", "sliding_attention"]}, (None, 16)),
-        ("ministral3", {"rope_parameters": MINISTRAL3_ROPE}, (16, 16)),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, (None, 16)),
         ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}, (16, None)),
         ("smollm3", {"use_sliding_window": True, "no_rope_layers": [1, 0]}, (None, 16)),
@@ -73,6 +72,10 @@ def test_a_window_that_cuts_nothing_off_changes_nothing() -> None:
 )
 def test_layers_may_have_windows(model_type: str, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     assert family(model_type, **WINDOW, **changes).windows == windows
+
+
+def test_all_layers_of_ministral3_have_the_window() -> None:
+    assert family("ministral3", **WINDOW, rope_parameters=MINISTRAL3_ROPE).window == 16
 
 
 @pytest.mark.parametrize(

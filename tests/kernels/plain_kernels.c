@@ -128,14 +128,15 @@ static void rotate(const float *x, const float *cos, const float *sin, int32_t d
   }
 }
 
-/* A softmax whose sums are scaled again whenever a score is greater than all before it. */
-static void attend(const float *query, const uint16_t *keys, const uint16_t *values, float *y, float scale, int32_t dim,
-                   int32_t length) {
+/* A softmax whose sums are scaled again whenever a score is greater than all before it, over positions [begin, end). */
+static void attend(const float *query, const uint16_t *keys, const uint16_t *values, float *y, float scale,
+                   float softcap, int32_t dim, int32_t begin, int32_t end) {
   float greatest = -INFINITY, total = 0;
   memset(y, 0, (size_t)dim * sizeof *y);
-  for (int32_t position = 0; position < length; position++) {
+  for (int32_t position = begin; position < end; position++) {
     float score = 0;
     for (int32_t i = 0; i < dim; i++) score += query[i] * from_half(keys[position * dim + i]) * scale;
+    if (softcap > 0) score = softcap * tanhf(score / softcap);
     const float least = fmaxf(score, greatest), old = expf(greatest - least), weight = expf(score - least);
     for (int32_t i = 0; i < dim; i++) y[i] = y[i] * old + weight * from_half(values[position * dim + i]);
     total = total * old + weight;
@@ -164,8 +165,9 @@ static void append_dim(int32_t dim, const float *qkv, uint16_t *keys, uint16_t *
 }
 
 static void attend_dim(int32_t dim, const float *qkv, const uint16_t *keys, const uint16_t *values, const float *cos,
-                       const float *sin, float *y, float *rotated, float scale, int32_t past, int32_t capacity,
-                       int32_t heads, int32_t kv_heads, int32_t pairs, int32_t kv_head, int32_t begin, int32_t end) {
+                       const float *sin, float *y, float *rotated, float scale, float softcap, int32_t window,
+                       int32_t past, int32_t capacity, int32_t heads, int32_t kv_heads, int32_t pairs, int32_t kv_head,
+                       int32_t begin, int32_t end) {
   const int32_t group = heads / kv_heads;
   keys += (int64_t)kv_head * capacity * dim;
   values += (int64_t)kv_head * capacity * dim;
@@ -173,7 +175,8 @@ static void attend_dim(int32_t dim, const float *qkv, const uint16_t *keys, cons
     const int32_t token = query / group, head = kv_head * group + query % group, place = past + token;
     const float *row = qkv + ((int64_t)token * (heads + 2 * kv_heads) + head) * dim;
     rotate(row, cos + place * pairs, sin + place * pairs, dim, pairs, rotated);
-    attend(rotated, keys, values, y + ((int64_t)token * heads + head) * dim, scale, dim, place + 1);
+    attend(rotated, keys, values, y + ((int64_t)token * heads + head) * dim, scale, softcap, dim,
+           place >= window ? (int32_t)(place + 1 - window) : 0, place + 1);
   }
 }
 
@@ -184,15 +187,15 @@ static void attend_dim(int32_t dim, const float *qkv, const uint16_t *keys, cons
     append_dim(dim, qkv, keys, values, cos, sin, m, past, capacity, heads, kv_heads, pairs, begin, end);               \
   }                                                                                                                    \
   static void attend_##dim(const float *qkv, const uint16_t *keys, const uint16_t *values, const float *cos,           \
-                           const float *sin, float *y, float *scratch, float scale, int32_t past, int32_t capacity,    \
-                           int32_t heads, int32_t kv_heads, int32_t pairs, int32_t kv_head, int32_t begin,             \
-                           int32_t end) {                                                                              \
-    attend_dim(dim, qkv, keys, values, cos, sin, y, scratch, scale, past, capacity, heads, kv_heads, pairs, kv_head,   \
-               begin, end);                                                                                            \
+                           const float *sin, float *y, float *scratch, float scale, float softcap, int32_t window,     \
+                           int32_t past, int32_t capacity, int32_t heads, int32_t kv_heads, int32_t pairs,             \
+                           int32_t kv_head, int32_t begin, int32_t end) {                                              \
+    attend_dim(dim, qkv, keys, values, cos, sin, y, scratch, scale, softcap, window, past, capacity, heads, kv_heads,  \
+               pairs, kv_head, begin, end);                                                                            \
   }
 ATTENTION(16)
 ATTENTION(64)
 
-const struct pmpd_attention pmpd_attentions[] = {{"plain_attention_16", 0, 16, 1, append_16, attend_16},
-                                                 {"plain_attention_64", 0, 64, 1, append_64, attend_64}};
+const struct pmpd_attention pmpd_attentions[] = {{"plain_attention_16", 0, 16, 1, append_16, attend_16, attend_16},
+                                                 {"plain_attention_64", 0, 64, 1, append_64, attend_64, attend_64}};
 const size_t pmpd_attention_count = sizeof pmpd_attentions / sizeof *pmpd_attentions;

@@ -208,7 +208,14 @@ def test_function_body_agrees_with_the_kernel(library: Path, optimized: bool) ->
             np.testing.assert_array_equal(result.values[new], want.values[new])
 
 
-LIMITS = [{"window": 7}, {"window": 1}, {"window": 500}, {"softcap": 2.0}, {"window": 20, "softcap": 2.0}, {"window": 0}]
+LIMITS = [
+    {"window": 7},
+    {"window": 1},
+    {"window": 500},
+    {"softcap": 2.0},
+    {"window": 20, "softcap": 2.0},
+    {"window": 0},
+]
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)

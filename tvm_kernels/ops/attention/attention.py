@@ -27,8 +27,8 @@ LOG2_E = 1.4426950408889634
 LEAST_SCORE = -1e30  # of positions that a query does not see
 # exp2 on [-1/2, 1/2], relative error 2.4e-6: the coefficients of the Taylor series of 2^x.
 EXP2 = (1.0, 0.6931471805599453, 0.2402265069591007, 0.05550410866482158, 0.009618129107628477, 0.0013333558146428443)
-# tanh(x) = x P(x^2) / Q(x^2) up to TANH_END, where it is 1 in float32: the coefficients of P and Q of the least relative
-# error, 2.1e-8 exactly and 3.5e-7 in float32 arithmetic.
+# tanh(x) = x P(x^2) / Q(x^2) up to TANH_END, where it is 1 in float32: the coefficients of P and Q of the least
+# relative error, 2.1e-8 exactly and 3.5e-7 in float32 arithmetic.
 TANH_P = (0.9999999790283632, 0.1337971408184196, 0.003494029960726965, 2.058340609176879e-05, 1.3318970748424657e-08)
 TANH_Q = (1.0, 0.4671302932592191, 0.02587105573135201, 0.00032830853257988625, 7.761977300592912e-07)
 TANH_END = 9.02
@@ -90,8 +90,8 @@ def append(isa: Isa, *, name: str, dim: int) -> Any:
 def attend(isa: Isa, *, name: str, dim: int, queries: int, limited: bool) -> Any:
     """Return the kernel of attention for queries of one key/value head, `queries` of them at a time (1, 2 or 4).
 
-    C signature: ``pmpd_attend_fn`` of ``ort_ops/attention.h``; `dim` elements of a head, a multiple of 16. Only one that
-    is `limited` has regard to `window` and `softcap`: in one function, the code without them was a tenth slower.
+    C signature: ``pmpd_attend_fn`` of ``ort_ops/attention.h``; `dim` elements of a head, a multiple of 16. Only a
+    `limited` one has regard to `window` and `softcap`: in one function, the code without them was a tenth slower.
     """
     return _Attend(isa, name, dim, queries, limited).function()
 
@@ -159,8 +159,8 @@ class _Attend:
         return line * LINE + self.queries * self.dim
 
     def _line(self, position: Any) -> Any:
-        """Return the line of a position: a shift, as compilers do not know that positions are not negative."""
-        return position >> tirx.const(self.positions.bit_length() - 1, "int32")
+        """Return the line of a position."""
+        return tirx.truncdiv(position, self.positions)
 
     def _lane(self, query: int, position: int = 0) -> int:
         """Return the lane of a query's score with the line's position of a number."""
@@ -318,7 +318,7 @@ class _Attend:
         with e.loop("position", *span) as position:
             row = e.bind(cache + position.astype("int64") * self.dim)
             self._prefetch(e["keys"], row + e["capacity"].astype("int64") * self.dim)  # of the next head
-            line, i = self._line(position), position & tirx.const(self.positions - 1, "int32")
+            line, i = self._line(position), tirx.truncmod(position, self.positions)
             place = e.bind(self._line_place(line) + i)
             weights = [e.load(e["scratch"], place + self._lane(query)) for query in range(self.queries)]
             for part in range(parts):
