@@ -64,7 +64,7 @@ MUTATIONS = {
         "from_half(keys[position * dim + i]) * scale",
         "from_half(keys[position * dim + i]) * 1.01f * scale",
     ),
-    "attention one position short": ("exact", "scale, dim, place + 1);", "scale, dim, place ? place : 1);"),
+    "attention one position short": ("exact", ": 0, place + 1);", ": 0, place ? place : 1);"),
     "attention one value late": (
         "exact",
         "weight * from_half(values[position * dim + i])",
