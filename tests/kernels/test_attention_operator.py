@@ -348,4 +348,5 @@ def test_report_says_what_ran(library: Path, reports: Any) -> None:
             "k": D,
             "kernel": kernel,
             "calls": 2,
+            "finished": 0,
         }

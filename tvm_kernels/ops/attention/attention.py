@@ -238,9 +238,8 @@ class _Attend:
     def _cap(self, lines: tuple[Any, Any], greatest: Any) -> None:
         """Replace scores s, and the greatest of each lane, by ``c * tanh(s / c)`` if there is a softcap c."""
         e, least = self.e, tirx.const(LEAST_SCORE, FLOATS)
-        one = tirx.const(1.0, "float32")
         cap = e.bind(e["softcap"] * tirx.const(LOG2_E, "float32"))  # scores are times the logarithm's base
-        inverse = e.bind(one / cap)
+        inverse = e.bind(tirx.const(1.0, "float32") / cap)
 
         def capped(x: Any) -> Any:
             y = self._tanh(e.bind(x * tirx.Broadcast(inverse, LINE))) * tirx.Broadcast(cap, LINE)
