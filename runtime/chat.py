@@ -52,6 +52,7 @@ _FILTERS = """
     wordcount
 """.split()  # noqa: SIM905
 _GLOBALS = ("cycler", "dict", "joiner", "namespace", "range")
+_SCOPES = ("_loop_vars", "_block_vars")  # the variables around a call, which Jinja adds to its arguments
 _TEXT_METHODS = """
     capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric isspace
     istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit
@@ -139,7 +140,10 @@ class _Budget:
 
 
 def _weight(value: Any, *, limit: int) -> int:
-    """Return the characters and elements of a value as a tree, so that a list in a list twice counts twice."""
+    """Return the characters and elements of a value as a tree, so that a list in a list twice counts twice.
+
+    A namespace counts as one element: nothing looks into it as a part of a value (`_Namespace`).
+    """
     weight, waiting = 0, [value]
     while waiting:
         item = waiting.pop()
@@ -151,11 +155,19 @@ def _weight(value: Any, *, limit: int) -> int:
             waiting += item.values()
         elif isinstance(item, (list, tuple)):
             waiting += item
-        elif isinstance(item, Namespace):
-            raise _TooMuchError("the template treats a namespace as a value")
         if weight + len(waiting) > limit:
             raise _TooMuchError("the template makes too large a value")
     return weight
+
+
+class _Namespace(Namespace):
+    """Jinja's namespace, which may be part of a value but is never written as text.
+
+    Its contents can change after the value was weighed, and may hold the namespace itself.
+    """
+
+    def __repr__(self) -> str:
+        raise _TooMuchError("the template writes a namespace as text")
 
 
 class _Counted(NodeTransformer):
@@ -211,7 +223,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self._budget = budget
         self.globals = {name: value for name, value in self.globals.items() if name in _GLOBALS}
-        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        self.globals |= {"namespace": _Namespace, "raise_exception": _refuse, "strftime_now": _now}
         filters = {name: self.filters[name] for name in _FILTERS}
         filters |= {"indent": self._indent, "join": self._join, "replace": self._replace, "tojson": self._to_json}
         self.filters = {name: self._bounded(function) for name, function in filters.items()}
@@ -229,8 +241,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Count a call and what it returns."""
         budget = __self._budget
         budget.step()
-        if __obj in (dict, Namespace):
-            _weight([*args, kwargs], limit=budget.value)
+        if __obj in (dict, _Namespace):
+            named = {name: value for name, value in kwargs.items() if name not in _SCOPES}
+            _weight([*args, named], limit=budget.value)
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str) and name == "join":
             return __self._join(args[0], text)
@@ -306,8 +319,8 @@ def _check_widths(form: str) -> None:
             raise _TooMuchError(f"the template formats to more than {_WIDTH} columns")
 
 
-def _refuse(message: str) -> NoReturn:
-    raise TemplateError(message)
+def _refuse(message: Any) -> NoReturn:
+    raise TemplateError(str(message))
 
 
 def _now(form: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from pmpd.runtime.console.command import (
 )
 from pmpd.runtime.console.output import json_text
 from pmpd.runtime.console.palette import shade_of
-from pmpd.runtime.errors import ContextLengthError, PmpdError
+from pmpd.runtime.errors import ContextLengthError, PmpdError, one_line
 
 if TYPE_CHECKING:
     from pmpd.runtime import Generator, NodeKernel, Sampling, Token, Tokenizer
@@ -55,9 +57,24 @@ _EXAMPLES = (
 )
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, even if the model has a chat template.")
 @click.option(
-    "--chat", is_flag=True, help="Hold a conversation, one message per line: /reset starts over, /exit or Ctrl-D ends."
+    "--chat",
+    is_flag=True,
+    help="Hold a conversation, one message per line: /reset starts over, /system TEXT too, with other instructions; "
+    "/exit or Ctrl-D ends.",
 )
 @click.option("--system", metavar="TEXT", help="Instructions for the model, ahead of the conversation.")
+@click.option(
+    "--tools",
+    type=FILE,
+    metavar="FILE",
+    help="JSON list of functions that the model may call; a call comes out as text, in the model's own notation.",
+)
+@click.option(
+    "--thinking/--no-thinking",
+    default=None,
+    help="Let the model think before it answers, or not, where its chat template has the choice.  "
+    "[default: the template's]",
+)
 @click.option(
     "-n", "--max-new-tokens", type=int, metavar="N", help="Stop after N new tokens.  [default: as many as fit]"
 )
@@ -68,26 +85,28 @@ _EXAMPLES = (
     "  [default: the bundle's]",
 )
 @click.option(
+    "--sampling",
+    "preset",
+    type=click.Choice(["greedy", "model"]),
+    default="greedy",
+    show_default=True,
+    help="What the next four options are unless given: off, or as the model's authors recommend.",
+)
+@click.option(
     "--temperature",
     type=float,
-    default=0.0,
-    show_default=True,
+    metavar="T",
     help="Randomness of sampling; 0 always takes the most likely token.",
 )
-@click.option("--top-k", type=int, default=0, show_default=True, help="Sample from the K most likely tokens; 0 is off.")
+@click.option("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens; 0 is off.")
 @click.option(
     "--top-p",
     type=float,
-    default=1.0,
-    show_default=True,
+    metavar="P",
     help="Sample from the most likely tokens whose probabilities add up to P; 1 is off.",
 )
 @click.option(
-    "--repetition-penalty",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Make tokens of the text so far less likely; 1 is off.",
+    "--repetition-penalty", type=float, metavar="X", help="Make tokens of the text so far less likely; 1 is off."
 )
 @click.option("--seed", type=int, metavar="N", help="Seed of sampling: the same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable.")
@@ -129,6 +148,9 @@ def main(
     raw: bool,
     chat: bool,
     system: str | None,
+    tools: Path | None,
+    thinking: bool | None,
+    preset: str,
     color: str,
     threads: int | None,
     context_length: int | None,
@@ -150,19 +172,22 @@ def main(
         raise click.UsageError("--kernels and --no-kernels exclude each other")
     if chat and raw:
         raise click.UsageError("--chat and --raw exclude each other")
-    if raw and system is not None:
-        raise click.UsageError("--raw and --system exclude each other")
+    for option, value in (("--system", system), ("--tools", tools), ("--thinking", thinking)):
+        if raw and value is not None:
+            raise click.UsageError(f"--raw and {option} exclude each other")
     from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
 
     check_outputs(json_file)
     text = "" if chat else _read_prompt(prompt)
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    sampling = Sampling(**{name: options.pop(name) for name in names})
+    chosen = {name: value for name in names if (value := options.pop(name)) is not None}
+    sampling = Sampling(**chosen)
     opened = Bundle.open(bundle, verify=verify)
     warn_unverified(bundle, verified=opened.manifest.verified)
+    if preset == "model":
+        sampling = replace(Sampling.from_config(opened.generation_config), **chosen)
     tokenizer = Tokenizer.from_bundle(opened)
-    if (chat or system is not None) and not tokenizer.has_chat_template:
-        raise PmpdError("this model has no chat template, so it cannot chat: use -p to continue a text")
+    _check_template(tokenizer, chat=chat, system=system, tools=tools)
     generator = Generator(
         opened,
         threads=threads,
@@ -177,6 +202,8 @@ def main(
         tokenizer,
         sampling,
         system=system,
+        tools=None if tools is None else _read_tools(tools),
+        variables={} if thinking is None else {"enable_thinking": thinking, "thinking": thinking},
         colours=show_precision and _use_colours(color),
         silent=json_file is not None and str(json_file) == "-",
         **options,
@@ -210,6 +237,8 @@ class _Session:
         sampling: Sampling,
         *,
         system: str | None,
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
         colours: bool,
         silent: bool,
         max_new_tokens: int | None,
@@ -220,8 +249,12 @@ class _Session:
         self.colours, self.silent = colours, silent
         self.limit, self.schedule, self.stop_strings = max_new_tokens, schedule, stop
         self.text = ""  # of the last answer
-        self._start = [] if system is None else [{"role": "system", "content": system}]
-        self._messages = list(self._start)
+        self._template: dict[str, Any] = {"tools": tools, "variables": variables}
+        self._start_over(system)
+
+    def _start_over(self, system: str | None) -> None:
+        self._system = system
+        self._messages = [] if system is None else [{"role": "system", "content": system}]
 
     def complete(self, prompt: str) -> None:
         """Print the prompt and its continuation."""
@@ -233,7 +266,8 @@ class _Session:
         """Print the answer to the next message; the conversation stays in the KV cache."""
         self._messages.append({"role": "user", "content": message})
         try:
-            self._show(self._stream(self.tokenizer.apply_chat_template(self._messages), keep_cache=True))
+            ids = self.tokenizer.apply_chat_template(self._messages, **self._template)
+            self._show(self._stream(ids, keep_cache=True))
         except ContextLengthError:
             self._messages.pop()
             raise
@@ -245,7 +279,7 @@ class _Session:
         if interactive:
             with suppress(ImportError):
                 import readline  # noqa: F401 - lets `input` edit the line and recall earlier ones
-            log.info("one message per line; /reset starts over, /exit or Ctrl-D ends")
+            log.info("one message per line; /reset starts over, /system TEXT too; /exit or Ctrl-D ends")
         while (message := _read_message(interactive) if first is None else first) is not None:
             first = None
             match message.strip():
@@ -254,8 +288,14 @@ class _Session:
                 case "/exit":
                     return
                 case "/reset":
-                    self._messages = list(self._start)
+                    self._start_over(self._system)
                     log.info("the conversation starts over")
+                case command if command.split()[0] == "/system":
+                    text = command.removeprefix("/system").strip()
+                    if text:
+                        _check_template(self.tokenizer, chat=True, system=text, tools=None)
+                    self._start_over(text or None)
+                    log.info("the conversation starts over with %s", "these instructions" if text else "none")
                 case text:
                     try:
                         self.answer(text)
@@ -310,6 +350,30 @@ class _Session:
         if self.colours:
             parts.append(" ".join(self._coloured(f"{bits}-bit", bits, precisions) for bits in precisions))
         return ", ".join(parts)
+
+
+def _check_template(tokenizer: Tokenizer, *, chat: bool, system: str | None, tools: Path | None) -> None:
+    """Raise PmpdError where the chat template cannot do what was asked for."""
+    if (chat or system is not None or tools is not None) and not tokenizer.has_chat_template:
+        raise PmpdError("this model has no chat template, so it cannot chat: use -p to continue a text")
+    if system is not None and not tokenizer.has_system_role:
+        raise PmpdError(
+            "this model's chat template has no system messages: leave --system out, and begin the first message with "
+            "the instructions"
+        )
+    if tools is not None and not tokenizer.has_tools:
+        raise PmpdError("this model's chat template has no tools: leave --tools out, and describe them in the prompt")
+
+
+def _read_tools(file: Path) -> list[dict[str, Any]]:
+    """Return a list of functions as templates take them; a bare function gets the frame around it."""
+    try:
+        tools = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PmpdError(f"{file} cannot be read as JSON ({one_line(error)}): give a list of functions") from None
+    if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
+        raise PmpdError(f'{file} is not a JSON list of functions, [{{"name": …, "parameters": …}}, …]')
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
 def _kernel_lines(nodes: list[NodeKernel]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from pmpd.runtime.format.bundle import Bundle
 __all__ = ["TextStream", "Tokenizer"]
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder gives for bytes that are not a whole character yet
+_MARK = "text-of-a-message"  # put into a conversation to see where a template writes it
 
 
 class Tokenizer:
@@ -21,6 +23,7 @@ class Tokenizer:
     Args:
         tokenizer: `tokenizers.Tokenizer`.
         template: the chat template, in Jinja; None for a model without.
+        tool_template: another one for conversations with tools, where the model has one.
         specials: the texts of special tokens, as the template calls them (``bos_token``, …).
         context_length: the most tokens that the model reads; it bounds what a template may write.
     """
@@ -31,10 +34,11 @@ class Tokenizer:
         template: str | None,
         specials: Mapping[str, str | list[str]],
         *,
+        tool_template: str | None = None,
         context_length: int = 131_072,
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = template
+        self._template, self._tool_template = template, tool_template
         self._specials = specials
         # A token has 4 characters on average; runs of spaces and the like can have many more.
         self._limit = 100_000 + 64 * context_length
@@ -60,12 +64,20 @@ class Tokenizer:
         except BaseException as error:
             _raise_unless_library(error)
             raise BundleError(f"{path} cannot be read ({one_line(error)}): copy the bundle again") from None
-        template = specials = None
-        if "chat_template.jinja" in files:
-            template = _read(bundle.path / "chat_template.jinja")
+        template, tool_template = (
+            _read(bundle.path / name) if name in files else None
+            for name in ("chat_template.jinja", "chat_template_tool_use.jinja")
+        )
+        specials = None
         if "special_tokens_map.json" in files:
             specials = _specials(bundle.path / "special_tokens_map.json")
-        return cls(tokenizer, template, specials or {}, context_length=bundle.manifest.context_length)
+        return cls(
+            tokenizer,
+            template,
+            specials or {},
+            tool_template=tool_template,
+            context_length=bundle.manifest.context_length,
+        )
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Return token ids; `special_tokens` puts the model's start token in front, where it has one.
@@ -95,6 +107,34 @@ class Tokenizer:
         """Whether `apply_chat_template` works."""
         return self._template is not None
 
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Whether the chat template writes what a system message says; some refuse one, some leave it out."""
+        return self._writes([{"role": "system", "content": _MARK}, {"role": "user", "content": "Hi"}])
+
+    @cached_property
+    def has_tools(self) -> bool:
+        """Whether the chat template tells the model which tools it may call."""
+        function = {"name": _MARK, "description": "", "parameters": {"type": "object", "properties": {}}}
+        return self._writes([{"role": "user", "content": "Hi"}], tools=[{"type": "function", "function": function}])
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The token that the chat template writes after an answer; None if it writes no token of its own there."""
+        answer = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
+        try:
+            _, _, rest = self.chat_text(answer, add_generation_prompt=False).rpartition(_MARK)
+            ids = self.encode(rest.lstrip(), special_tokens=False)[:1]
+        except PmpdError:
+            return None
+        return next((i for i in ids if i in self._tokenizer.get_added_tokens_decoder()), None)
+
+    def _writes(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> bool:
+        try:
+            return _MARK in self.chat_text(messages, tools=tools)
+        except PmpdError:
+            return False
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -102,6 +142,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation, as transformers' `apply_chat_template` would.
@@ -112,6 +153,8 @@ class Tokenizer:
             tools: functions that the model may call, as JSON schemas.
             documents: texts that the model may use, ``{"title": …, "text": …}``.
             add_generation_prompt: end with the start of an answer, which the model is to continue.
+            continue_final_message: end inside the last message, so that the model goes on with it; then no further
+                answer is begun.
             variables: others that the template knows, such as ``enable_thinking``.
 
         Raises:
@@ -119,19 +162,43 @@ class Tokenizer:
                 template may (`pmpd.runtime.chat`).
             MissingExtraError: the package jinja2 is not installed.
         """
-        if self._template is None:
+        text = self.chat_text(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+        )
+        return self.encode(text, special_tokens=False)  # the template writes the start token itself
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation. Arguments and errors as in `apply_chat_template`."""
+        template = self._template
+        if template is None:
             raise PmpdError("this model has no chat template: give it plain text instead")
+        if tools is not None and self._tool_template is not None:
+            template = self._tool_template
         try:
             from pmpd.runtime.chat import render
         except ImportError:
             raise MissingExtraError("jinja2", "text") from None
         try:
             text = render(
-                self._template,
-                messages=messages,
+                template,
+                messages=_with_mark(messages) if continue_final_message else messages,
                 tools=tools,
                 documents=documents,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
                 variables={**self._specials, **(variables or {})},
                 limit=self._limit,
             )
@@ -139,7 +206,29 @@ class Tokenizer:
             raise PmpdError(
                 f"the model's chat template refuses the conversation: {one_line(error) or type(error).__name__}"
             ) from None
-        return self.encode(text, special_tokens=False)  # the template writes the start token itself
+        return _until_mark(text) if continue_final_message else text
+
+
+def _with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the messages with a mark and a space behind the text of the last one."""
+    if not messages:
+        raise PmpdError("there is no message to continue")
+    *earlier, last = messages
+    content = last["content"]
+    if isinstance(content, str):
+        return [*earlier, {**last, "content": f"{content}{_MARK} "}]
+    parts = list(content)
+    index = max(index for index, part in enumerate(parts) if "text" in part)
+    parts[index] = {**parts[index], "text": f"{parts[index]['text']}{_MARK} "}
+    return [*earlier, {**last, "content": parts}]
+
+
+def _until_mark(text: str) -> str:
+    """Return a conversation up to the mark; where the template trims messages, the last one is trimmed too."""
+    before, mark, after = text.rpartition(_MARK)
+    if not mark:
+        raise PmpdError("the model's chat template does not write the last message, so it cannot be continued")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _raise_unless_library(error: BaseException) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -204,6 +204,40 @@ class Generator:
         for _ in tokens:
             pass
         return trace
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = None,
+        schedule: Schedule | str | None = None,
+        sampling: Sampling | None = None,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+    ) -> Trace:
+        """Answer the last of `messages` through the model's chat template: `text` of the trace that is returned.
+
+        `messages`, `tools`, `documents` and `variables` are those of `Tokenizer.apply_chat_template`, the rest are
+        those of `stream`. What the KV cache already holds of the conversation is kept. To get the answer token by
+        token, stream what the template gives: ``stream(tokenizer.apply_chat_template(messages), keep_cache=True)``.
+
+        Raises:
+            PmpdError: there is no tokenizer or no chat template, it refuses the messages, or as `stream`.
+        """
+        if self.tokenizer is None:
+            raise PmpdError("a chat needs a tokenizer: Generator(…, tokenizer=Tokenizer.from_bundle(bundle))")
+        return self.generate(
+            self.tokenizer.apply_chat_template(messages, tools=tools, documents=documents, variables=variables),
+            max_new_tokens=max_new_tokens,
+            schedule=schedule,
+            sampling=sampling,
+            stop_ids=stop_ids,
+            stop_strings=stop_strings,
+            keep_cache=True,
+        )
 
     def stream(
         self,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,25 @@ class Sampling:
         penalty may make any token the best.
         """
         return math.inf if self.repetition_penalty != 1 else TAIL * self.temperature
+
+    @classmethod
+    def from_config(cls, generation_config: Mapping[str, Any], *, seed: int | None = None) -> Self:
+        """Return what a model's authors recommend in its `generation_config.json`, as transformers reads it.
+
+        That is greedy unless it says ``do_sample``; then a temperature of 1 and the 50 most likely tokens unless it
+        says otherwise. What else it may limit tokens by (``min_p``, …) is not here, and is left out.
+
+        Raises:
+            PmpdError: a value is not a number or out of its range.
+        """
+        stated = {name: value for name, value in generation_config.items() if value is not None}
+        defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} if stated.get("do_sample") else {}
+        values: dict[str, Any] = {name: stated.get(name, default) for name, default in defaults.items()}
+        values["repetition_penalty"] = stated.get("repetition_penalty", 1.0)
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise PmpdError(f"generation_config.json: {name} must be a number, got {value!r:.60}: export again")
+        return cls(**values, seed=seed)
 
 
 class Sampler:

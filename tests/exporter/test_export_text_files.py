@@ -144,16 +144,19 @@ def test_a_sentencepiece_model_becomes_a_tokenizer(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("generation", "config", "tokenizer", "wanted"),
     [
-        ({"eos_token_id": [7, 9]}, {"eos_token_id": 5}, "</s>", (7, 9)),
-        ({"eos_token_id": 7}, {"eos_token_id": 5}, "</s>", (7,)),
-        ({"temperature": 0.5}, {"eos_token_id": 5}, "</s>", (5,)),
-        ({"eos_token_id": None}, {"eos_token_id": [5, 6]}, "</s>", (5, 6)),
-        (None, {"eos_token_id": 0}, "</s>", (0,)),
+        ({"eos_token_id": [7, 9]}, {"eos_token_id": 5}, "</s>", (7, 9, 2)),
+        ({"eos_token_id": [2, 7]}, {"eos_token_id": 5}, "</s>", (2, 7)),
+        ({"eos_token_id": 7}, {"eos_token_id": 5}, "</s>", (7, 2)),
+        ({"eos_token_id": 7}, {"eos_token_id": 5}, None, (7,)),
+        ({"temperature": 0.5}, {"eos_token_id": 5}, "</s>", (5, 2)),
+        ({"eos_token_id": None}, {"eos_token_id": [5, 6]}, "</s>", (5, 6, 2)),
+        (None, {"eos_token_id": 0}, "</s>", (0, 2)),
+        (None, {"eos_token_id": 2}, "</s>", (2,)),
         (None, {"eos_token_id": None}, "</s>", (2,)),  # as in Phi's config.json
         (None, {"eos_token_id": None}, None, ()),
     ],
 )
-def test_the_end_of_a_text_is_known_from_the_first_file_that_says_it(
+def test_the_end_of_a_text_is_what_the_configuration_says_and_the_tokenizer(
     generation: dict[str, Any] | None,
     config: dict[str, Any],
     tokenizer: str | None,
@@ -169,6 +172,33 @@ def test_the_end_of_a_text_is_known_from_the_first_file_that_says_it(
     assert bundle.stop_ids == wanted
     assert "transformers_version" not in bundle.generation_config
     assert bundle.generation_config.get("temperature") == (generation or {}).get("temperature")
+
+
+@pytest.mark.parametrize(
+    ("end", "wanted"), [("<|im_end|>", (2, 4096)), ("</s>", (2,)), ("\n### ", (2,))], ids=["new", "known", "none"]
+)
+def test_the_token_after_an_answer_ends_a_text(end: str, wanted: tuple[int, ...], checkpoint: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    (checkpoint / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "\n{% endfor %}"
+    )
+    assert text_bundle(checkpoint).stop_ids == wanted
+
+
+def test_templates_get_all_special_tokens_and_tools_their_own_template(checkpoint: Path) -> None:
+    template = "{{ additional_special_tokens[0] }}{{ eos_token }}"
+    edit(
+        checkpoint / "tokenizer_config.json",
+        additional_special_tokens=["<|tool|>"],
+        chat_template=[{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": template}],
+    )
+    ours = Tokenizer.from_bundle(text_bundle(checkpoint))
+    theirs = AutoTokenizer.from_pretrained(checkpoint)
+    for tools in (None, [{"name": "f"}]):
+        want = theirs.apply_chat_template(MESSAGES, tools=tools, tokenize=False)
+        assert ours.chat_text(MESSAGES, tools=tools, add_generation_prompt=False) == want
 
 
 @pytest.mark.parametrize(

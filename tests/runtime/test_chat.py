@@ -70,6 +70,11 @@ TEMPLATES = [
     "{{ messages | tojson }}{{ messages[2].tool_calls[0] | tojson(sort_keys=true) }}{{ {'a': '<&\\'>'} | tojson }}"
     "{{ [1, 2] | tojson(separators=(',', ':')) }}",
     "{% if add_generation_prompt %}{{ strftime_now('%Y')[:2] }}{% endif %}{{ documents }}{{ eos_token }}",
+    # Namespaces as messages, as arguments, and beside calls in a loop.
+    "{% set first = namespace(role='system', content='Hi') %}{% for m in [first] + messages %}{{ m.role }}"
+    "{{ m.content }}{% set ns = namespace(n=loop.index) %}{% set more = namespace(ns=ns, d=dict(a=1)) %}{{ more.ns.n }}"
+    "{{ more.d }}{% endfor %}{% macro add(ns, n) %}{% set ns.n = ns.n + n %}{% endmacro %}{% set ns = namespace(n=1) %}"
+    "{{ add(ns, 2) }}{{ ns.n }}{{ ns in [ns] }}{{ [ns, 2] | last }}",
     "{% set x %}{% for m in messages %}{{ m.role }}{% endfor %}{% endset %}{{ x | length }}{{ x[2:5] }}"
     "{% filter upper %}{{ x }}{% endfilter %}{% for i in range(5) if i % 2 %}{{ i }}{{ loop.length }}{% endfor %}",
 ]
@@ -101,6 +106,12 @@ def test_long_conversations_are_fine() -> None:
 
 
 GROW = "{% set ns = namespace(v=START) %}{% for i in range(60) %}{% set ns.v = STEP %}{% endfor %}{{ ns.v | length }}"
+# 60 namespaces of lists, each twice in the one before: small as long as none is written as text.
+NESTED = (
+    "".join(f"{{% set a{i} = namespace() %}}" for i in range(61))
+    + "".join(f"{{% set a{i}.v = [a{i + 1}, a{i + 1}] %}}" for i in range(60))
+    + "USE"
+)
 ATTACKS = [
     "{{ 'x' | string | center(1000000000) }}",
     "{{ '%1000000000d' % 1 }}",
@@ -140,6 +151,15 @@ ATTACKS = [
     GROW.replace("START", "{}").replace("STEP", "dict(a=ns.v, b=ns.v)").replace("| length", ""),
     GROW.replace("START", "1").replace("STEP", "namespace(a=ns.v, b=ns.v)").replace("| length", ""),
     "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}",
+    NESTED.replace("USE", "{{ a0 }}"),
+    NESTED.replace("USE", "{{ a0 | string }}"),
+    NESTED.replace("USE", "{{ [a0] | upper }}"),
+    NESTED.replace("USE", "{{ 'x' | attr(a0) }}"),
+    NESTED.replace("USE", "{{ messages[a0].x }}"),
+    NESTED.replace("USE", "{{ '%s' % a0 }}"),
+    NESTED.replace("USE", "{{ 'x' ~ a0 }}"),
+    NESTED.replace("USE", "{{ [a0] | tojson }}"),
+    NESTED.replace("USE", "{{ raise_exception(a0) }}"),
     "{% set a = namespace(v=[1]) %}{% set b = namespace(v=[1]) %}{% for i in range(60) %}{% set a.v = [a.v, a.v] %}"
     "{% set b.v = [b.v, b.v] %}{% endfor %}{{ a.v == b.v }}",
     "{% macro m(n) %}{{ m(n - 1) }}{{ m(n - 1) }}{% endmacro %}{{ m(100) }}",

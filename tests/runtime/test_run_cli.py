@@ -184,6 +184,63 @@ def test_a_chat_starts_with_the_prompt_and_can_be_reset(chat_bundle: Path) -> No
     assert run(chat_bundle, "--chat", "-p", "Hello.", "-n", "2", "-q", given="").stdout == first
 
 
+def variant(bundle: Path, folder: Path, **files: str) -> Path:
+    """Return a copy of a bundle with other text files (dots in names written as __)."""
+    copy = Path(shutil.copytree(bundle, folder / "variant"))
+    document = json.loads((copy / "bundle.json").read_text(encoding="utf-8"))
+    for name, text in files.items():
+        file = copy / name.replace("__", ".")
+        file.write_text(text, encoding="utf-8")
+        document["files"][file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    (copy / "bundle.json").write_text(json.dumps(document), encoding="utf-8")
+    return copy
+
+
+def test_a_chat_takes_other_instructions(chat_bundle: Path) -> None:
+    given = "/system Be brief.\nHello.\n/reset\nHello.\n/system\nHello.\n"
+    result = run(chat_bundle, "--chat", "--system", "Rhyme.", "-n", "2", "-q", given=given)
+    brief = continuation(chat_bundle, "[system] Be brief. [user] Hello. ", 2)
+    assert result.stdout == brief * 2 + continuation(chat_bundle, "[user] Hello. ", 2)
+
+
+def test_tools_and_thinking_reach_the_template(chat_bundle: Path, tmp_path: Path) -> None:
+    template = "{{ tools | tojson if tools else 'none' }} {{ enable_thinking }} {{ messages[-1].content }}"
+    bundle = variant(chat_bundle, tmp_path, chat_template__jinja=template)
+    tools = tmp_path / "tools.json"
+    function = '{"name": "f", "parameters": {}}'
+    tools.write_text(f"[{function}]", encoding="utf-8")
+    result = run(bundle, "-p", "Hi", "--tools", tools, "--no-thinking", "-n", "2", "-q")
+    framed = f'[{{"type": "function", "function": {function}}}]'
+    assert result.stdout == continuation(bundle, f"{framed} False Hi", 2)
+    result = run(bundle, "-p", "Hi", "--thinking", "-n", "2", "-q")
+    assert result.stdout == continuation(bundle, "none True Hi", 2)
+    assert "has no tools" in error_of(run(chat_bundle, "-p", "Hi", "--tools", tools))
+    for text in ("{", "[]", "[1]", "7"):
+        tools.write_text(text, encoding="utf-8")
+        assert str(tools) in error_of(run(bundle, "-q", "-p", "Hi", "--tools", tools))
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[-1].content }}", "{{ raise_exception('No!') if messages[0].role == 'system' }}Hi"]
+)
+def test_a_template_without_system_messages_says_so(chat_bundle: Path, tmp_path: Path, template: str) -> None:
+    bundle = variant(chat_bundle, tmp_path, chat_template__jinja=template)
+    message = error_of(run(bundle, "-q", "-p", "Hi", "--system", "Be brief."))
+    assert "has no system messages: leave --system out" in message
+
+
+def test_sampling_as_the_authors_recommend(chat_bundle: Path, tmp_path: Path) -> None:
+    config = {"eos_token_id": 2, "do_sample": True, "temperature": 1.7, "top_k": 20}
+    bundle = variant(chat_bundle, tmp_path, generation_config__json=json.dumps(config))
+    common = ("-p", "Hello.", "-n", "12", "-q", "--seed", "3")
+    wanted = run(bundle, *common, "--temperature", "1.7", "--top-k", "20").stdout
+    greedy = run(bundle, *common).stdout
+    assert wanted != greedy
+    assert run(bundle, *common, "--sampling", "model").stdout == wanted
+    assert run(bundle, *common, "--sampling", "model", "--temperature", "0").stdout == greedy
+    assert run(chat_bundle, *common, "--sampling", "model").stdout == greedy
+
+
 def test_an_answer_without_text_has_a_reason(chat_bundle: Path) -> None:
     text = continuation(chat_bundle, "[user] Hello. ", 8).strip()[0]
     result = run(chat_bundle, "-p", "Hello.", "--stop", text)
@@ -245,6 +302,7 @@ def test_prompt_longer_than_the_context(demo_bundle: Path) -> None:
         (["{bundle}", "two"], "got unexpected extra argument (two)"),
         (["{bundle}", "-p", "x", "--chat", "--raw"], "--chat and --raw exclude each other"),
         (["{bundle}", "-p", "x", "--system", "x", "--raw"], "--raw and --system exclude each other"),
+        (["{bundle}", "-p", "x", "--no-thinking", "--raw"], "--raw and --thinking exclude each other"),
         (["{bundle}", "-p", "x", "--no-kernels", "--kernels", "x"], "--kernels and --no-kernels exclude each other"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -138,3 +139,27 @@ def test_values_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(PmpdError) as caught:
         Sampling(**options)  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({}, Sampling()),
+        ({"temperature": 0.7, "top_p": 0.8}, Sampling()),  # greedy without do_sample
+        ({"do_sample": False, "repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
+        ({"do_sample": True}, Sampling(temperature=1, top_k=50)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": None, "top_p": 0.95, "min_p": 0.1},
+            Sampling(temperature=0.6, top_k=50, top_p=0.95),
+        ),
+        ({"do_sample": True, "temperature": 0.3, "top_k": 0}, Sampling(temperature=0.3)),
+    ],
+)
+def test_what_the_authors_recommend(config: dict[str, Any], wanted: Sampling) -> None:
+    assert Sampling.from_config(config) == wanted
+
+
+@pytest.mark.parametrize("value", ["hot", True, [1], -1, float("nan")])
+def test_recommendations_that_are_no_numbers(value: Any) -> None:
+    with pytest.raises(PmpdError, match="temperature must be"):
+        Sampling.from_config({"do_sample": True, "temperature": value})

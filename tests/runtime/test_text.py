@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -289,6 +290,62 @@ def test_tools_and_variables_reach_the_template(byte_level: Tokenizer) -> None:
     assert byte_level.decode(ids) == '[{"name": "<f>"}]NonenoFalse'
 
 
+@pytest.mark.parametrize(
+    ("messages", "want"),
+    [
+        ([*MESSAGES[:2], {"role": "user", "content": "Go "}], "a<|user|>Go "),
+        (
+            [*MESSAGES[:1], {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "It "}]}],
+            "It ",
+        ),
+    ],
+    ids=["text", "parts"],
+)
+@pytest.mark.parametrize("trim", ["", " | trim"], ids=["as it is", "trimmed"])
+def test_a_final_message_is_continued_as_in_transformers(
+    byte_level: Tokenizer, messages: list[dict[str, Any]], want: str, trim: str
+) -> None:
+    template = (
+        "{% for m in messages %}a<|{{ m.role }}|>{% if m.content is string %}{{ m.content" + trim + " }}{% else %}"
+        "{% for p in m.content %}{{ (p.text or '')" + trim + " }}{% endfor %}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    theirs = PreTrainedTokenizerFast(tokenizer_object=byte_level._tokenizer, chat_template=template)
+    ours = with_template(byte_level, template).chat_text(messages, continue_final_message=True)
+    assert ours == theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert ours.endswith(want.rstrip() if trim else want)
+    assert messages[-1]["content"] in ("Go ", [{"type": "image"}, {"type": "text", "text": "It "}])
+
+
+def test_a_message_that_the_template_leaves_out_cannot_be_continued(byte_level: Tokenizer) -> None:
+    for template, messages in (("Hi", MESSAGES), (CHATML, []), (CHATML, [{"role": "user"}])):
+        with pytest.raises(PmpdError, match="continue"):
+            with_template(byte_level, template).chat_text(messages, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "tools", "end"),
+    [
+        (CHATML, True, False, 2),
+        (ALTERNATING, False, False, 2),  # refuses a system message; a space before the end
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", False, False, None),
+        ("{{ tools | tojson }}{% for m in messages %}{{ m.content }}\n### {% endfor %}", True, True, None),
+        ("{% if messages %}{{ raise_exception('no') }}{% endif %}", False, False, None),
+    ],
+)
+def test_what_a_template_can_do(
+    byte_level: Tokenizer, template: str, system: bool, tools: bool, end: int | None
+) -> None:
+    tokenizer = with_template(byte_level, template)
+    assert (tokenizer.has_system_role, tokenizer.has_tools, tokenizer.end_of_turn) == (system, tools, end)
+
+
+def test_conversations_with_tools_may_have_a_template_of_their_own(byte_level: Tokenizer) -> None:
+    tokenizer = Tokenizer(byte_level._tokenizer, "plain", {}, tool_template="{{ tools[0].name }}")
+    assert tokenizer.chat_text(MESSAGES) == "plain"
+    assert tokenizer.chat_text(MESSAGES, tools=[{"name": "f"}]) == "f"
+
+
 def bundle_with(demo_bundle: Path, folder: Path, **files: str) -> Bundle:
     """Return a bundle of nothing but these files (dots in names written as __); only its tokenizer can be read."""
     manifest = Bundle.open(demo_bundle).manifest
@@ -306,8 +363,10 @@ def test_tokenizer_files_of_a_bundle(demo_bundle: Path, tmp_path: Path) -> None:
         tmp_path,
         tokenizer__json=text,
         chat_template__jinja="{{ eos_token }}{{ messages[0].content }}",
+        chat_template_tool_use__jinja="tools",
         special_tokens_map__json='{"eos_token": "</s>"}',
     )
+    assert Tokenizer.from_bundle(bundle).chat_text([], tools=[]) == "tools"
     ids = Tokenizer.from_bundle(bundle).apply_chat_template([{"role": "user", "content": "é"}])
     assert ids[0] == 2
     with pytest.raises(BundleError, match=r"has no tokenizer\.json: use token ids"):
