@@ -211,14 +211,14 @@ class Tokenizer:
 
 def _with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the messages with a mark and a space behind the text of the last one."""
-    if not messages:
-        raise PmpdError("there is no message to continue")
-    *earlier, last = messages
-    content = last["content"]
+    *earlier, last = messages or [{}]
+    content = last.get("content")
     if isinstance(content, str):
         return [*earlier, {**last, "content": f"{content}{_MARK} "}]
-    parts = list(content)
-    index = max(index for index, part in enumerate(parts) if "text" in part)
+    parts = list(content or ())
+    index = next((index for index in reversed(range(len(parts))) if "text" in parts[index]), None)
+    if index is None:
+        raise PmpdError("there is no last message with a text to continue")
     parts[index] = {**parts[index], "text": f"{parts[index]['text']}{_MARK} "}
     return [*earlier, {**last, "content": parts}]
 

@@ -204,7 +204,9 @@ def test_a_chat_takes_other_instructions(chat_bundle: Path) -> None:
 
 
 def test_tools_and_thinking_reach_the_template(chat_bundle: Path, tmp_path: Path) -> None:
-    template = "{{ tools | tojson if tools else 'none' }} {{ enable_thinking }} {{ messages[-1].content }}"
+    template = (
+        "{{ bos_token }}{{ tools | tojson if tools else 'none' }} {{ enable_thinking }} {{ messages[-1].content }}"
+    )
     bundle = variant(chat_bundle, tmp_path, chat_template__jinja=template)
     tools = tmp_path / "tools.json"
     function = '{"name": "f", "parameters": {}}'
