@@ -123,8 +123,8 @@ class Tokenizer:
         """The token that the chat template writes after an answer; None if it writes no token of its own there."""
         answer = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _MARK}]
         try:
-            _, _, rest = self.chat_text(answer, add_generation_prompt=False).rpartition(_MARK)
-            ids = self.encode(rest.lstrip(), special_tokens=False)[:1]
+            _, _, after = self.chat_text(answer, add_generation_prompt=False).rpartition(_MARK)
+            ids = self.encode(after.lstrip(), special_tokens=False)[:1]
         except PmpdError:
             return None
         return next((i for i in ids if i in self._tokenizer.get_added_tokens_decoder()), None)
@@ -225,8 +225,8 @@ def _with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 def _until_mark(text: str) -> str:
     """Return a conversation up to the mark; where the template trims messages, the last one is trimmed too."""
-    before, mark, after = text.rpartition(_MARK)
-    if not mark:
+    before, found, after = text.rpartition(_MARK)
+    if not found:
         raise PmpdError("the model's chat template does not write the last message, so it cannot be continued")
     return before if after.startswith(" ") else before.rstrip()
 
