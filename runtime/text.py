@@ -225,8 +225,8 @@ def _with_mark(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 def _until_mark(text: str) -> str:
     """Return a conversation up to the mark; where the template trims messages, the last one is trimmed too."""
-    before, found, after = text.rpartition(_MARK)
-    if not found:
+    before, separator, after = text.rpartition(_MARK)
+    if not separator:
         raise PmpdError("the model's chat template does not write the last message, so it cannot be continued")
     return before if after.startswith(" ") else before.rstrip()
 
