@@ -51,6 +51,17 @@ MODELS = {
         KnownModel("llama-2-7b", "meta-llama/Llama-2-7b-hf"),
         KnownModel("llama3-8b", "meta-llama/Meta-Llama-3-8B-Instruct"),
         KnownModel("longchat-13b", "lmsys/longchat-13b-16k"),  # the layers of vicuna-13b
+        KnownModel("llama-3.2-1b", "meta-llama/Llama-3.2-1B-Instruct"),
+        KnownModel("llama-3.2-3b", "meta-llama/Llama-3.2-3B-Instruct"),
+        KnownModel("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B-Instruct"),
+        KnownModel("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B-Instruct"),
+        KnownModel("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+        KnownModel("qwen3-1.7b", "Qwen/Qwen3-1.7B"),
+        KnownModel("qwen3-4b", "Qwen/Qwen3-4B"),
+        KnownModel("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        KnownModel("smollm2-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"),
+        KnownModel("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+        KnownModel("smollm3-3b", "HuggingFaceTB/SmolLM3-3B"),
     )
 }
 
