@@ -389,7 +389,9 @@ def test_info_of_many_kernels_is_whole(tmp_path: Path) -> None:
     if target is None:
         pytest.skip("no target is for this machine")
     source = KERNELS.read_text(encoding="utf-8")
-    rows = ", ".join(f'{{"attention_of_a_rather_long_name_{dim}", 0, {dim}, 1, 0, 0}}' for dim in range(16, 6416, 16))
+    rows = ", ".join(
+        f'{{"attention_of_a_rather_long_name_{dim}", 0, {dim}, 1, 0, 0, 0}}' for dim in range(16, 6416, 16)
+    )
     before = "const struct pmpd_attention pmpd_attentions[] = {{0}};\nconst size_t pmpd_attention_count = 0;"
     assert before in source
     array = f"const struct pmpd_attention pmpd_attentions[] = {{{rows}}};\nconst size_t pmpd_attention_count = 400;"

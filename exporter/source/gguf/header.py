@@ -24,6 +24,7 @@ _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_DIMENSIONS = 4
+_LONGEST_NAME = 200  # characters; tensors have up to 64
 # Bytes of the smallest entry: a name and a type and a byte; a name, dimensions, type and offset.
 _LEAST_VALUE, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
 # Far above real ones (a million tokens, a tokenizer of 20 MB), and far below what would fill the memory.
@@ -97,7 +98,7 @@ class _Reader:
         self._require_room(value_count, _LEAST_VALUE, "metadata")
         metadata: dict[str, Any] = {}
         for _ in range(value_count):
-            key = self._string()
+            key = self._name()
             if key in metadata:
                 raise self._damaged(f"two values of {key}")
             metadata[key] = self._value(self._scalar("I"))
@@ -115,7 +116,7 @@ class _Reader:
         return metadata, tensors
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name, dimensions = self._string(), self._scalar("I")
+        name, dimensions = self._name(), self._scalar("I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise self._damaged(f"tensor {name} has {dimensions} dimensions")
         shape = tuple(self._scalar("Q") for _ in range(dimensions))[::-1]
@@ -138,6 +139,13 @@ class _Reader:
             raise self._damaged(f"an array of the type {kind}")
         self._require_room(count, struct.calcsize(f"<{_SCALARS[kind]}"), "numbers")
         return list(self._unpack(f"<{count}{_SCALARS[kind]}"))
+
+    def _name(self) -> str:
+        """Return the name of a value or a tensor, which messages quote."""
+        name = self._string()
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise self._damaged(f"the name {name!r:.60}")
+        return name
 
     def _string(self) -> str:
         length = self._scalar("Q")
