@@ -7,7 +7,7 @@ graph with noise of the size of that rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -23,10 +23,9 @@ from pmpd.exporter.verify.coarse import coarse_check, coarse_node
 from pmpd.exporter.verify.dequantized import DequantizedWeights, checkpoint_weights
 from pmpd.exporter.verify.float_graph import FloatGraph
 from pmpd.exporter.verify.nodes import NodeErrors, Subject, node_errors
-from pmpd.exporter.verify.noise import portable_noise
+from pmpd.exporter.verify.noise import portable_noise, product_errors
 from pmpd.exporter.verify.probe import ExposedGraph
 from pmpd.exporter.verify.reference import reference_logits
-from pmpd.exporter.verify.rounding import moved
 from pmpd.runtime import Bundle, Tokenizer
 from pmpd.runtime.engine.kernels import KernelLibrary
 from pmpd.runtime.format.targets import machine_targets
@@ -140,10 +139,8 @@ class Verification:
         for (target, accuracy), error in zip(self.libraries, errors[1:], strict=True):
             yield _nodes(f"nodes of {accuracy} {target} kernels at {precision} bits", error)
 
-        def floor_of(noisy: Mapping[str, Floats]) -> Distance:
-            return Distance.of(probe.run([self.ids], noisy=noisy).logits, calm)
-
-        floor = floor_of(portable_noise(norms, exposed.widths, len(self.ids)))
+        noisy = probe.run([self.ids], noisy=portable_noise(norms, exposed.widths, len(self.ids))).logits
+        floor = Distance.of(noisy, calm)
         want = reference_logits(
             self.checkpoint, DequantizedWeights(self.bundle, self.checkpoint, self.plan, precision), self.ids
         )
@@ -154,7 +151,10 @@ class Verification:
             name = f"{accuracy} {target} kernels at {precision} bits against portable graphs"
             note, allowance = "", floor
             if accuracy == "int8":
-                allowance = floor_of(moved(norms, error.rounding))
+                off = product_errors(error.rounding, {name: runs[0].values[name].shape[1] for name in error.rounding})
+                fed = {exposed.errors[name]: value[None] for name, value in off.items() if name in exposed.errors}
+                noisy = probe.run([self.ids], noisy=fed).logits + off.get("logits", 0)
+                allowance = Distance.of(noisy, calm)
                 note = f"mean KL of the quantization itself {quantized.mean_kl:.2g}"
             yield compare(name, run.logits, portable, floor=allowance, note=note)
         yield from coarse

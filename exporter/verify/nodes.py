@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -54,12 +54,12 @@ class NodeErrors:
 
     Attributes:
         ratios: by node; more than 1 is not rounding.
-        rounding: root mean square over the products of what rounding to 8 bits changes, relative to the result; 0 for
-            kernels that compute in floats.
+        rounding: by what a product makes, what rounding to 8 bits changes there: the root mean square at each position,
+            ``[T]``; empty for kernels that compute in floats.
     """
 
     ratios: dict[str, float]
-    rounding: float = 0.0
+    rounding: dict[str, Doubles] = field(default_factory=dict)
 
     def worst(self) -> tuple[str, float]:
         """Return the node with the largest error, and its ratio; NaN counts as the largest."""
@@ -71,7 +71,6 @@ def node_errors(bundle: Bundle, nodes: Sequence[Node], subjects: Sequence[Subjec
     """Return the errors of several runs of one graph; weights are decoded once for all of them."""
     tensors = {tensor.name: tensor for tensor in bundle.manifest.tensors}
     errors = [NodeErrors({}) for _ in subjects]
-    changes: list[list[float]] = [[] for _ in subjects]
     for node in nodes:
         if node.op == BITPLANE_GATHER:
             stored = [bundle.tensor(tensors[name]) for name in node.inputs[1:3]]
@@ -98,11 +97,8 @@ def node_errors(bundle: Bundle, nodes: Sequence[Node], subjects: Sequence[Subjec
         for i, (subject, result) in enumerate(zip(subjects, errors, strict=True)):
             ratio = _ratio(y[i], exact[i], bound[i])
             if subject.accuracy == "int8" and not layer.grouped:
-                change, ratio = layer.int8(x[i], y[i], exact[i], ratio)
-                changes[i].append(change)
+                result.rounding[node.outputs[0]], ratio = layer.int8(x[i], y[i], exact[i], ratio)
             result.ratios[node.name] = ratio
-    for result, squares in zip(errors, changes, strict=True):
-        result.rounding = math.sqrt(float(np.mean(squares))) if squares else 0.0
     return errors
 
 
@@ -150,16 +146,16 @@ class _Layer:
         y = x @ weights.T + self.bias
         return y, product_bound(x.shape[1], np.linalg.norm(x, axis=1), np.linalg.norm(weights, axis=1), y)
 
-    def int8(self, x: Doubles, y: Doubles, exact: Doubles, ratio: float) -> tuple[float, float]:
-        """Return the square of what 8 bits change, relative to the result, and the error of y in units of its bound.
+    def int8(self, x: Doubles, y: Doubles, exact: Doubles, ratio: float) -> tuple[Doubles, float]:
+        """Return what 8 bits change at each position ``[T]``, and the error of y in units of its bound.
 
         `ratio` is the error of y as a product in floats: a precision without 8-bit kernel is computed in them.
         """
-        rounded, change = round_activations(x), 0.0
+        rounded, change = round_activations(x), np.zeros(len(x))
         for levels in LEVELS:
             codebook = round_codebook(self.codebook, levels)
             product = rounded.values @ self.weights(codebook.values).T + self.bias
-            change = float(np.square(product - exact).sum() / max(np.square(exact).sum(), 1e-300))
+            change = np.sqrt(np.square(product - exact).mean(axis=1))
             ratio = min(ratio, _ratio(y, product, int8_product_bound(x.shape[1], rounded, codebook, product)))
             if ratio <= 1:
                 break

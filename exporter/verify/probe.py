@@ -16,7 +16,7 @@ from pmpd.exporter.bundle.workspace import PROBE_PREFIX
 from pmpd.exporter.graph.logits import MARGIN
 from pmpd.exporter.graph.operators import PMPD_DOMAIN
 from pmpd.exporter.verify.agreement import REMEDY
-from pmpd.exporter.verify.noise import add_noise_inputs
+from pmpd.exporter.verify.noise import add_error_inputs, add_noise_inputs
 from pmpd.runtime import Bundle, PmpdError
 from pmpd.runtime.engine.device import Cpu
 from pmpd.runtime.engine.kernels import KernelLibrary
@@ -79,6 +79,7 @@ class ExposedGraph:
     Attributes:
         nodes: the nodes that a kernel may run.
         widths: of the noise on what attention reads, which a run may replace too, by name.
+        errors: names of what is added to products, which a run may replace too, by what the product makes.
     """
 
     def __init__(self, bundle: Bundle, graph: Graph, *, replaceable: Sequence[str] = ()) -> None:
@@ -87,8 +88,10 @@ class ExposedGraph:
         self._file = bundle.path / f"{PROBE_PREFIX}{os.getpid()}.onnx"
         self._graph = graph
         model = ir.load(bundle.path / graph.file)
+        self.errors = add_error_inputs(model)
         self.widths = add_noise_inputs(model)
         self._fed = {name: np.ones((1, 1, 1), np.float32) for name in self.widths}
+        self._fed |= {name: np.zeros((1, 1, 1), np.float32) for name in self.errors.values()}
         self._fed |= {f"{name}{_FED}": bundle.tensor(tensors[name]) for name in replaceable}
         self.nodes = _expose(model, replaceable)
         self._file.write_bytes(ir.to_proto(model).SerializeToString())

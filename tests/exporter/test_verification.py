@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from pmpd.exporter.verify.agreement import Check, Distance, Figure, compare, require_passed
+from pmpd.exporter.verify.noise import product_errors
+from pmpd.exporter.verify.probe import ExposedGraph
 from pmpd.exporter.verify.rounding import (
     int8_product_bound,
     moved,
@@ -17,6 +21,9 @@ from pmpd.exporter.verify.rounding import (
     round_activations,
     round_codebook,
 )
+from pmpd.runtime import Bundle
+from pmpd.runtime.engine.kv_cache import KvCache
+from pmpd.runtime.engine.sessions import GraphRunner, LoadedGraph, StepBuffers, open_session
 from pmpd.runtime.errors import PmpdError
 
 Floats = npt.NDArray[np.float32]
@@ -157,3 +164,38 @@ def test_noise_has_the_size_asked_for_and_is_always_the_same() -> None:
     assert once["b"].dtype == np.float32
     for name in weights:
         np.testing.assert_array_equal(once[name], again[name])
+
+
+def test_errors_of_products_have_the_size_of_each_position_and_are_always_the_same() -> None:
+    sizes = {"y": np.array([0.0, 0.5, 2.0])}
+    once, again = (product_errors(sizes, {"y": 20_000})["y"] for _ in range(2))
+    assert (once.shape, once.dtype) == ((3, 20_000), np.float32)
+    np.testing.assert_allclose(np.sqrt(np.square(once).mean(axis=1)), sizes["y"], rtol=0.02)
+    np.testing.assert_array_equal(once, again)
+
+
+@pytest.mark.full
+def test_noise_inputs_leave_the_graph_as_it_was_until_they_are_fed(demo_bundle: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))  # a file is written beside the weights
+    graph = bundle.manifest.graph("decode", 4)
+    ids = [5, 6, 7, 8]
+    with ExposedGraph(bundle, graph) as exposed:
+        probe = exposed.open()
+        calm = probe.run([ids])
+        attention = {name: np.full((1, 4, width), 1.5, np.float32) for name, width in exposed.widths.items()}
+        products = {name: np.ones((1, 1, 1), np.float32) for name in exposed.errors.values()}
+        moved_runs = [probe.run([ids], noisy=noisy) for noisy in (attention, products)]
+    assert not list(bundle.path.glob(".probe-*"))
+    session = open_session(bundle, graph, threads=1)
+    cache = KvCache(bundle.manifest.kv_cache, len(ids))
+    cache.extend(len(ids))
+    plain = GraphRunner(
+        LoadedGraph(graph, bundle.path / graph.file, session, ""),
+        cache,
+        StepBuffers(bundle.manifest.architecture.vocab_size),
+    ).run(ids)
+    np.testing.assert_allclose(calm.logits, plain, rtol=1e-5, atol=1e-5)
+    layers = bundle.manifest.kv_cache.layers
+    assert (len(exposed.widths), len(exposed.errors)) == (layers, 4 * layers)  # the output layer's are the logits
+    for run in moved_runs:
+        assert np.abs(run.logits - plain).max() > 1e-3
