@@ -56,10 +56,11 @@ def copy_text_files(checkpoint: Checkpoint, target: Path) -> None:
 
 def _specials(tokenizer: Any) -> dict[str, str | list[str]]:
     """Return the texts of special tokens by the names that templates use; additional ones are a list."""
-    return {
-        name: list(map(str, value)) if isinstance(value, list) else str(value)
-        for name, value in tokenizer.special_tokens_map.items()
-    }
+    tokens = dict(tokenizer.special_tokens_map)
+    extra = getattr(tokenizer, "extra_special_tokens", None)
+    if isinstance(extra, list) and extra:  # transformers 5; in 4 they are in the map, under the name that templates use
+        tokens["additional_special_tokens"] = extra
+    return {name: list(map(str, value)) if isinstance(value, list) else str(value) for name, value in tokens.items()}
 
 
 def _ends(tokenizer: Any, target: Path) -> list[int | None]:

@@ -196,8 +196,9 @@ def test_templates_get_all_special_tokens_and_tools_their_own_template(checkpoin
     )
     ours = Tokenizer.from_bundle(text_bundle(checkpoint))
     theirs = AutoTokenizer.from_pretrained(checkpoint)
+    listed = {"additional_special_tokens": ["<|tool|>"]}  # transformers 5 does not give them to templates any more
     for tools in (None, [{"name": "f"}]):
-        want = theirs.apply_chat_template(MESSAGES, tools=tools, tokenize=False)
+        want = theirs.apply_chat_template(MESSAGES, tools=tools, tokenize=False, **listed)
         assert ours.chat_text(MESSAGES, tools=tools, add_generation_prompt=False) == want
 
 

@@ -13,31 +13,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from scalar_library import link
 
 from pmpd.exporter.graph.operators import BITPLANE_GATHER, PMPD_DOMAIN, PMPD_VERSION, bitplane_gather
 from pmpd.runtime.engine.kernels import KernelLibrary
-from pmpd.runtime.errors import MissingExtraError
 from pmpd.runtime.format.bitplanes import dequantize, pack
 from pmpd.runtime.format.manifest import Graph
 from pmpd.tvm_kernels.library import link as link_module
-from pmpd.tvm_kernels.library.link import link_library
-from pmpd.tvm_kernels.targets import TARGETS, host_target
 
 Feeds = dict[str, npt.NDArray[Any]]
 
-KERNELS = Path(__file__).with_name("scalar_kernels.c")
 GRAPH = Graph(file="graph.onnx", phase="decode", precision=4)
-
-
-def link(output: Path) -> Path:
-    target = host_target()
-    if target is None:
-        pytest.skip("no target is for this machine")
-    try:
-        link_library(TARGETS[target], [KERNELS], output=output)
-    except MissingExtraError as error:
-        pytest.skip(f"needs a C compiler: {error}")
-    return output
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from scalar_library import link
 
 from pmpd.exporter.bundle.coarse import basis_of, bounds, limits
 from pmpd.exporter.graph.logits import BITPLANE_LOGITS, bitplane_logits
@@ -27,25 +28,13 @@ from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.runtime.format.bitplanes import bitplane_matmul, pack
 from pmpd.runtime.format.manifest import Graph
 from pmpd.tvm_kernels.library import link as link_module
-from pmpd.tvm_kernels.library.link import build_library, link_library
-from pmpd.tvm_kernels.targets import TARGETS, host_target
+from pmpd.tvm_kernels.library.link import build_library
+from pmpd.tvm_kernels.targets import host_target
 
 Floats = npt.NDArray[np.float32]
 Feeds = dict[str, npt.NDArray[Any]]
 
-KERNELS = Path(__file__).with_name("scalar_kernels.c")
 GRAPH = Graph(file="graph.onnx", phase="decode", precision=4)
-
-
-def link(output: Path) -> Path:
-    target = host_target()
-    if target is None:
-        pytest.skip("no target is for this machine")
-    try:
-        link_library(TARGETS[target], [KERNELS], output=output)
-    except MissingExtraError as error:
-        pytest.skip(f"needs a C compiler: {error}")
-    return output
 
 
 @pytest.fixture(scope="module")

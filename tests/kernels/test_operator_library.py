@@ -16,6 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from scalar_library import KERNELS, link
 
 from pmpd.exporter.graph.operators import bitplane_matmul as function_body
 from pmpd.runtime.errors import MissingExtraError
@@ -24,8 +25,6 @@ from pmpd.tvm_kernels.library.link import link_library
 from pmpd.tvm_kernels.targets import TARGETS, host_target
 
 Feeds = dict[str, npt.NDArray[Any]]
-
-KERNELS = Path(__file__).with_name("scalar_kernels.c")
 
 
 def expected_kernel(p: int, G: int, M: int, accuracy: str, *, common: bool = True) -> str:
@@ -41,15 +40,7 @@ def expected_kernel(p: int, G: int, M: int, accuracy: str, *, common: bool = Tru
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The operator library of this machine, with the kernels of scalar_kernels.c."""
-    target = host_target()
-    if target is None:
-        pytest.skip("no target is for this machine")
-    output = tmp_path_factory.mktemp("library") / "libpmpd_ops.so"
-    try:
-        link_library(TARGETS[target], [KERNELS], output=output)
-    except MissingExtraError as error:
-        pytest.skip(f"needs a C compiler: {error}")
-    return output
+    return link(tmp_path_factory.mktemp("library") / "libpmpd_ops.so")
 
 
 class Reports:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scalar_library import KERNELS, link
 
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.library import link as library_module
@@ -21,7 +22,6 @@ from pmpd.tvm_kernels.targets import TARGETS, Target, host_target
 
 pytestmark = pytest.mark.full
 
-KERNELS = Path(__file__).with_name("scalar_kernels.c")
 DRIVER = Path(__file__).with_name("scalar_driver.c")
 MACHINES = {"x86_64": "X86-64", "aarch64": "AArch64"}  # as readelf calls them
 
@@ -39,14 +39,6 @@ def no_zig(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_module.importlib.util, "find_spec", lambda _name: None)
 
 
-def link(target: Target, output: Path) -> Path:
-    try:
-        link_library(target, [KERNELS], output=output)
-    except MissingExtraError as error:
-        pytest.skip(f"needs a C compiler: {error}")
-    return output
-
-
 def run(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -60,7 +52,7 @@ def target_of(library: Path) -> str:
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_library_shows_and_needs_little(tmp_path: Path, target: Target) -> None:
-    library = link(target, tmp_path / "libpmpd_ops.so")
+    library = link(tmp_path / "libpmpd_ops.so", target)
     if not shutil.which("nm") or not shutil.which("readelf"):
         pytest.skip("needs nm and readelf, of binutils")
     symbols = run("nm", "-D", "--defined-only", library).split()[2::3]
@@ -74,7 +66,7 @@ def test_library_runs_on_old_systems(tmp_path: Path, host: Target) -> None:
     pytest.importorskip("ziglang", reason="only zig links against an old glibc")
     if not shutil.which("readelf"):
         pytest.skip("needs readelf, of binutils")
-    words = run("readelf", "--version-info", "--wide", link(host, tmp_path / "libpmpd_ops.so")).split()
+    words = run("readelf", "--version-info", "--wide", link(tmp_path / "libpmpd_ops.so", host)).split()
     versions = {tuple(map(int, word.split("_")[1].split("."))) for word in words if word.startswith("GLIBC_")}
     assert versions
     assert max(versions) <= (2, 17)
@@ -83,7 +75,7 @@ def test_library_runs_on_old_systems(tmp_path: Path, host: Target) -> None:
 def test_library_is_compiled_for_the_least_processor(tmp_path: Path) -> None:
     if not shutil.which("objdump"):
         pytest.skip("needs objdump, of binutils")
-    code = run("objdump", "-d", "--no-show-raw-insn", link(TARGETS["x86-64-v4"], tmp_path / "libpmpd_ops.so"))
+    code = run("objdump", "-d", "--no-show-raw-insn", link(tmp_path / "libpmpd_ops.so", TARGETS["x86-64-v4"]))
     assert "%xmm0" in code
     # Neither wide registers nor AVX, all of whose instructions begin with a v.
     assert not [line for line in code.splitlines() if "%ymm" in line or "%zmm" in line or "\tv" in line]
@@ -129,7 +121,7 @@ def test_build_compiles_and_links(tmp_path: Path, host: Target, monkeypatch: pyt
         asked.append((target, bits, dims))
         return [Path(shutil.copy(KERNELS, directory))]
 
-    link(host, tmp_path / "libpmpd_ops.so")  # skips if there is no compiler
+    link(tmp_path / "libpmpd_ops.so", host)  # skips if there is no compiler
     monkeypatch.setattr(library_module, "compile_kernels", compile_kernels)
     output = tmp_path / "new" / "folder" / "libpmpd_ops.so"
     build_library(host.name, precisions=(4, 2), head_dims=(64,), output=output)
@@ -154,7 +146,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_zig")
 def test_compiler_of_the_system(tmp_path: Path, host: Target) -> None:
     """Without zig the host's own compiler links for the host, and only for it."""
-    assert target_of(link(host, tmp_path / "libpmpd_ops.so")) == host.name
+    assert target_of(link(tmp_path / "libpmpd_ops.so", host)) == host.name
     other = next(target for target in TARGETS.values() if target.arch != host.arch)
     with pytest.raises(MissingExtraError, match="ziglang is not installed"):
         link_library(other, [KERNELS], output=tmp_path / "other.so")
@@ -164,7 +156,7 @@ def test_compiler_of_the_system(tmp_path: Path, host: Target) -> None:
     ("source", "reason"), [("int pmpd_any(;", "error: "), ("int unfinished;", "undefined (symbol|reference)")]
 )
 def test_failed_link_says_why_and_leaves_the_old_file(tmp_path: Path, host: Target, source: str, reason: str) -> None:
-    broken, output = tmp_path / "kernels.c", link(host, tmp_path / "libpmpd_ops.so")
+    broken, output = tmp_path / "kernels.c", link(tmp_path / "libpmpd_ops.so", host)
     broken.write_text(source, encoding="utf-8")
     before = output.read_bytes()
     with pytest.raises(PmpdError, match=rf"^\w+ cannot link {output}: .*{reason}") as caught:
@@ -175,6 +167,6 @@ def test_failed_link_says_why_and_leaves_the_old_file(tmp_path: Path, host: Targ
 
 
 def test_unwritable_output(tmp_path: Path, host: Target) -> None:
-    link(host, tmp_path / "file")
+    link(tmp_path / "file", host)
     with pytest.raises(PmpdError, match=r"cannot write .* choose another place"):
         link_library(host, [KERNELS], output=tmp_path / "file" / "libpmpd_ops.so")

@@ -20,6 +20,13 @@ def shared(*parts: str) -> Path:
     return path
 
 
+def fetched(name: str) -> Path:
+    path = CACHE / name
+    if not (path / "model.safetensors").exists():
+        pytest.skip(f"needs {path}: run `../shared/models/real/fetch.py {name}`")
+    return path
+
+
 @pytest.fixture(scope="session")
 def dialog_model() -> Path:
     """A summarizer of dialogues of 7.2 M parameters."""
@@ -41,10 +48,13 @@ def wikitext() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The checkpoint of SmolLM2-135M-Instruct."""
-    path = CACHE / "smollm2-135m"
-    if not (path / "model.safetensors").exists():
-        pytest.skip(f"needs {path}: run `../shared/models/real/fetch.py smollm2-135m`")
-    return path
+    return fetched("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def qwen2() -> Path:
+    """The checkpoint of Qwen2.5-Coder-0.5B-Instruct."""
+    return fetched("qwen2.5-0.5b")
 
 
 @pytest.fixture(scope="session")

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from pmpd.exporter import ExportConfig, export_bundle
 from pmpd.runtime import Bundle, Generator, Tokenizer
 
-NAME = "qwen2.5-0.5b"
-PLACES = (Path(__file__).parents[3] / "shared" / "models" / "real", Path.home() / ".cache" / "pmpd-models")
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 
 
-@pytest.fixture(scope="module")
-def checkpoint() -> Path:
-    """The checkpoint's folder; it is not downloaded here."""
-    for place in PLACES:
-        if (place / NAME / "model.safetensors").is_file():
-            return place / NAME
-    pytest.skip(f"needs {NAME} in {' or '.join(map(str, PLACES))}: run ../shared/models/real/fetch.py {NAME}")
-
-
-def test_it_exports_with_every_check_and_answers(checkpoint: Path, tmp_path: Path) -> None:
-    export_bundle(ExportConfig(model=str(checkpoint), output=tmp_path / "bundle", context_length=2048))
+def test_it_exports_with_every_check_and_answers(qwen2: Path, tmp_path: Path) -> None:
+    export_bundle(ExportConfig(model=str(qwen2), output=tmp_path / "bundle", context_length=2048))
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.manifest.verified
     assert bundle.manifest.architecture.family == "qwen2"
