@@ -77,6 +77,7 @@ class Outline:
         return [
             f"model     {config.model}: {self.family.model_type}, {self.parameters / 1e6:,.1f} M parameters, "
             f"{shape.layers} layers, context {shape.context_length}",
+            *self.family.describe(),
             f"bundle    {config.output}: {'/'.join(map(str, config.precisions))} bits from {config.parent} planes, "
             f"prefill at {config.prefill}, head at {config.head_precision}, schedule {config.schedule}",
             f"weights   {plan.size / 1e6:,.1f} MB: planes {plan.plane_bytes / 1e6:,.1f}, "

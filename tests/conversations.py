@@ -143,6 +143,7 @@ CASES = {
     "thinking off": case(SYSTEM, HELLO, enable_thinking=False),
     "thinking on": case(HELLO, THOUGHT, THANKS, enable_thinking=True),
     "thinking in other words": case(HELLO, thinking=True, reasoning_effort="low", controls={"thinking": True}),
+    "tools of the system": case({**SYSTEM, "tools": '[{"name": "weather"}]'}, HELLO, ANSWER),
     "documents": case(HELLO, documents=DOCUMENTS),
     "documents, tools and system": case(SYSTEM, HELLO, tools=TOOLS, documents=DOCUMENTS),
     "a date": case(HELLO, date_string="26 Nov 2026", current_date="2026-11-26"),

@@ -57,6 +57,19 @@ GRANITE_MULTIPLIERS = {
     "residual_multiplier": 0.22,
     "logits_scaling": 8.0,
 }
+PHI3_IDS = {"pad_token_id": 4, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def longrope(pairs: int, *, original: int, longest: int) -> dict[str, Any]:
+    """Return the options of a Phi-3 with LongRoPE, whose two lists of factors differ by much."""
+    factors = {"short_factor": [1 + 0.1 * i for i in range(pairs)], "long_factor": [2 + 1.5 * i for i in range(pairs)]}
+    return {
+        "original_max_position_embeddings": original,
+        "max_position_embeddings": longest,
+        "rope_scaling": {"type": "longrope", **factors},
+    }
+
+
 SMOLLM3_IDS = {"pad_token_id": 4, "bos_token_id": 0, "eos_token_id": 1}
 
 
@@ -178,6 +191,16 @@ TINY_MODELS = {
             "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
         },
         torch.bfloat16,
+    ),
+    "phi3": TinyModel("phi3", {"num_key_value_heads": 1, "hidden_size": 60, **PHI3_IDS}, torch.bfloat16),
+    "phi3-window": TinyModel("phi3", {"sliding_window": 7, **PHI3_IDS}),
+    "phi3-longrope": TinyModel(
+        "phi3",
+        {
+            **{"hidden_size": 96, "num_key_value_heads": 1, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+            **longrope(12, original=48, longest=256),
+            **PHI3_IDS,
+        },
     ),
     "hunyuan-odd": TinyModel("hunyuan_v1_dense", {"head_dim": 20, "attention_bias": True}),
 }

@@ -12,6 +12,7 @@ from pmpd.exporter.arch.llama import Llama
 from pmpd.exporter.arch.ministral3 import Ministral3
 from pmpd.exporter.arch.mistral import Ministral, Mistral
 from pmpd.exporter.arch.phi import Phi
+from pmpd.exporter.arch.phi3 import Phi3
 from pmpd.exporter.arch.qwen2 import Qwen2
 from pmpd.exporter.arch.qwen3 import Qwen3
 from pmpd.exporter.arch.refused import refusal
@@ -25,7 +26,7 @@ FAMILIES: dict[str, type[Family]] = {
     family.model_type: family
     for family in (
         *(Llama, Qwen2, Qwen3, SmolLM3, Mistral, Ministral, Ministral3, Granite, Hunyuan),
-        *(Phi, StableLM),
+        *(Phi, Phi3, StableLM),
     )
 }
 

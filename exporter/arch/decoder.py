@@ -201,6 +201,17 @@ class Family(ABC):
     def from_config(cls, config: Mapping[str, Any], *, context_length: int | None) -> Family:
         """Read a checkpoint's `config.json`; raise PmpdError for what cannot be exported."""
 
+    def describe(self) -> list[str]:
+        """Return what a user should know of the export beside sizes, as lines of its plan."""
+        return []
+
+    def reference_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the `config.json` of the model that transformers has to compute as the graphs do.
+
+        It is the checkpoint's but where transformers computes by the length of a text and the graphs do not.
+        """
+        return config
+
     def make_layer(self, linear: LinearFactory, index: int) -> DecoderLayer:
         """Make block number `index`."""
         return self.layer(self, linear, index)

@@ -11,6 +11,7 @@ from pmpd.exporter.nn.linear import (
     LinearFactory,
     Part,
     Stored,
+    fused,
 )
 from pmpd.exporter.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
 from pmpd.exporter.nn.norm import LayerNorm, Norm, RMSNorm
@@ -18,6 +19,7 @@ from pmpd.exporter.nn.rotary import (
     HeadLayout,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     NtkScaling,
     PositionScale,
     RopeScaling,
@@ -43,6 +45,7 @@ __all__ = [
     "LinearFactory",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "Mlp",
     "Norm",
     "NtkScaling",
@@ -55,4 +58,5 @@ __all__ = [
     "RotaryTables",
     "Stored",
     "YarnScaling",
+    "fused",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +14,17 @@ from pmpd.exporter.graph.logits import MARGIN
 from pmpd.exporter.graph.operators import PMPD_DOMAIN
 from pmpd.runtime.format.bitplanes import row_stride
 
-__all__ = ["BitplaneLinear", "BitplaneLogits", "FloatLinear", "Index", "Linear", "LinearFactory", "Part", "Stored"]
+__all__ = [
+    "BitplaneLinear",
+    "BitplaneLogits",
+    "FloatLinear",
+    "Index",
+    "Linear",
+    "LinearFactory",
+    "Part",
+    "Stored",
+    "fused",
+]
 
 # For each place, which row or column of the checkpoint's tensor stands there; -1 for zeros. None: all, in order.
 Index = tuple[int, ...] | None
@@ -88,6 +98,31 @@ class LinearFactory(Protocol):
     def __call__(self, parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> Linear:
         """Return a layer."""
         ...
+
+
+def fused(linear: LinearFactory, names: Mapping[tuple[str, ...], str]) -> LinearFactory:
+    """Return a factory of layers for checkpoints that hold some of them stacked already.
+
+    Args:
+        linear: makes the layers.
+        names: what the checkpoint calls a stack, by the names of the layers that it is made of.
+    """
+
+    def make(parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> Linear:
+        name = names.get(tuple(part.name for part in parts))
+        return linear(parts if name is None else [_stack(name, parts)], in_features, bias=bias, columns=columns)
+
+    return make
+
+
+def _stack(name: str, parts: Sequence[Part]) -> Part:
+    """Return the part of a merged layer that one layer of the checkpoint gives, which holds all of `parts` in turn."""
+    (scale,) = {part.scale for part in parts}
+    rows, index = 0, list[int]()
+    for part in parts:
+        index += [-1 if row < 0 else rows + row for row in part.index or range(part.rows)]
+        rows += part.rows
+    return Part(name, rows, None if all(part.index is None for part in parts) else tuple(index), scale)
 
 
 class BitplaneLinear(Linear):

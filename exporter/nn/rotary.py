@@ -17,6 +17,7 @@ __all__ = [
     "HeadLayout",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "NtkScaling",
     "PositionScale",
     "RopeScaling",
@@ -119,6 +120,19 @@ class NtkScaling:
     def frequencies(self, dim: int, theta: float) -> Doubles:
         """Return the frequencies of another base."""
         return plain_frequencies(dim, theta * self.alpha ** (dim / (dim - 2)))
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """Each pair's frequency is divided by a factor of its own, found by search (LongRoPE, Ding et al., 2024)."""
+
+    factors: tuple[float, ...]
+    attention_factor: float
+
+    def frequencies(self, dim: int, theta: float) -> Doubles:
+        """Divide frequencies by their pair's factor."""
+        frequencies: Doubles = plain_frequencies(dim, theta) / np.array(self.factors)
+        return frequencies
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from typing import Any
@@ -11,13 +12,13 @@ from pmpd.exporter.source.checkpoint import Checkpoint
 __all__ = ["load_model", "no_initialization", "transformers_config"]
 
 
-def transformers_config(checkpoint: Checkpoint) -> Any:
-    """Return transformers' configuration object of a checkpoint; no code of the checkpoint is run for it."""
+def transformers_config(config: Mapping[str, Any]) -> Any:
+    """Return transformers' configuration object of a `config.json`; no code of the checkpoint is run for it."""
     from transformers import AutoConfig
 
     # A copy, because transformers 5 writes into what it is given.
-    options = deepcopy({key: value for key, value in checkpoint.config.items() if key != "model_type"})
-    return AutoConfig.for_model(checkpoint.config["model_type"], **options)
+    options = deepcopy({key: value for key, value in config.items() if key != "model_type"})
+    return AutoConfig.for_model(config["model_type"], **options)
 
 
 def load_model(checkpoint: Checkpoint) -> Any:
@@ -30,7 +31,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
 
     with no_initialization():
-        model = AutoModelForCausalLM.from_config(transformers_config(checkpoint), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(transformers_config(checkpoint.config), dtype=torch.float32)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # a tied one once, under its first name

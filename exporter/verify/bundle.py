@@ -7,13 +7,14 @@ graph with noise of the size of that rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pmpd.exporter.arch import Family
 from pmpd.exporter.bundle.plan import WeightPlan
@@ -96,10 +97,14 @@ class Verification:
             KernelError: a library does not load.
             PmpdError: weights are not those of the checkpoint.
         """
-        unquantized = reference_logits(self.checkpoint, checkpoint_weights(self.checkpoint, self.family), self.ids)
+        unquantized = self._reference(checkpoint_weights(self.checkpoint, self.family))
         yield self._float_graph(unquantized)
         for precision in self.bundle.manifest.precisions:
             yield from self._precision(precision, unquantized)
+
+    def _reference(self, weights: Callable[[str], torch.Tensor]) -> Floats:
+        """Return transformers' logits of the text with some weights."""
+        return reference_logits(self.family.reference_config(self.checkpoint.config), weights, self.ids)
 
     def _float_graph(self, unquantized: Floats) -> Check:
         graph = FloatGraph(self.checkpoint, self.family)
@@ -141,9 +146,7 @@ class Verification:
 
         noisy = probe.run([self.ids], noisy=portable_noise(norms, exposed.widths, len(self.ids))).logits
         floor = Distance.of(noisy, calm)
-        want = reference_logits(
-            self.checkpoint, DequantizedWeights(self.bundle, self.checkpoint, self.plan, precision), self.ids
-        )
+        want = self._reference(DequantizedWeights(self.bundle, self.checkpoint, self.plan, precision))
         yield compare(f"decode at {precision} bits against dequantized weights", portable, want, floor=floor)
         quantized = Distance.of(portable, unquantized)
         yield _quantization(precision, quantized)

@@ -7,37 +7,35 @@ the checkpoint, or dequantized from a bundle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.reference import no_initialization, transformers_config
 
 __all__ = ["reference_logits"]
 
 
 def reference_logits(
-    checkpoint: Checkpoint, tensor: Callable[[str], torch.Tensor], ids: Sequence[int]
+    config: Mapping[str, Any], tensor: Callable[[str], torch.Tensor], ids: Sequence[int]
 ) -> npt.NDArray[np.float32]:
     """Return transformers' float32 logits ``[len(ids), V]`` for a text.
 
     Args:
-        checkpoint: what the configuration is taken from.
+        config: the model's `config.json`.
         tensor: gives a parameter by its name in transformers (``model.layers.0.self_attn.q_proj.weight``).
         ids: token ids.
     """
     from transformers import AutoModelForCausalLM
 
-    config = transformers_config(checkpoint)
     with torch.device("meta"), no_initialization():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(transformers_config(config))
     model.eval()
     # Its buffers are computed, not loaded, so they need memory.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     for name, module in model.named_modules():
         if module._parameters:
             module.register_forward_pre_hook(_loader(name, tensor))

@@ -16,14 +16,16 @@ from tiny_models import BASE, FAMILIES, LLAMA3_SCALING, TINY_MODELS, TinyModel, 
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pmpd.exporter import Export, ExportConfig
+from pmpd.exporter import Export, ExportConfig, export_bundle
 from pmpd.exporter.arch import Decoder, read_family
 from pmpd.exporter.arch.reading import read_rotary
 from pmpd.exporter.bundle.plan import external_tensor, plan_weights
 from pmpd.exporter.nn import BitplaneLinear, HeadLayout, Rotary, RotaryTables
 from pmpd.exporter.onnx_model import Phase, build_graph
 from pmpd.exporter.source.opening import open_checkpoint
+from pmpd.exporter.verify.dequantized import checkpoint_weights
 from pmpd.exporter.verify.float_graph import FloatGraph
+from pmpd.exporter.verify.reference import reference_logits
 from pmpd.runtime import Bundle, Generator
 from pmpd.runtime.format.bitplanes import dequantize
 
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.full
 POSITIONS = 48
 NODES_PER_LAYER = {
     **{"llama": 12, "llama-biases": 12, "qwen2": 12, "qwen3": 20, "smollm3": 12, "mistral": 12, "granite": 12},
-    **{"hunyuan": 22, "phi": 9, "stablelm": 12},
+    **{"hunyuan": 22, "phi": 9, "phi3": 12, "stablelm": 12},
 }
 # Shapes of a billion parameters and more: what `config.json` of TinyLlama, Qwen3-0.6B, Phi-1.5 … say.
 LARGE = {
@@ -79,6 +81,27 @@ def test_the_float_graph_computes_what_transformers_computes(name: str, tmp_path
     assert_same(FloatGraph(checkpoint, family).logits(ids), plain_logits(plain_model(tmp_path), ids))
 
 
+def test_a_longer_context_of_longrope_takes_the_long_factors(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(TINY_MODELS["phi3-longrope"].save(tmp_path)))
+    family = read_family(checkpoint.config, context_length=100)
+    model, graph = plain_model(tmp_path), FloatGraph(checkpoint, family)
+    ids = random_ids(family.shape.vocab_size, 100)
+    assert_same(graph.logits(ids), plain_logits(model, ids))
+    # What the verification compares short texts with: transformers with the long factors alone.
+    short = ids[:32]
+    reference = reference_logits(
+        family.reference_config(checkpoint.config), checkpoint_weights(checkpoint, family), short
+    )
+    assert_same(graph.logits(short), reference)
+    with pytest.raises(AssertionError):
+        assert_same(graph.logits(short), plain_logits(model, short))
+    output = tmp_path / "bundle"
+    manifest = export_bundle(
+        ExportConfig(model=str(tmp_path), output=output, context_length=100, precisions=(8,), targets=())
+    )
+    assert (manifest.verified, manifest.context_length) == (True, 100)
+
+
 def test_the_catalogue_has_a_sharded_checkpoint(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(TINY_MODELS["llama-linear-sharded"].save(tmp_path)))
     assert len(set(checkpoint.shards.values())) > 2
@@ -93,6 +116,7 @@ GROUPED = {"precisions": (8, 5, 1), "parent": 8, "groups": 3, "head_precision": 
     [
         *((name, NESTED) for name in ("llama-tied-bfloat16", "qwen2", "qwen3-odd", "smollm3", "mistral")),
         *((name, NESTED) for name in ("granite-biases", "hunyuan-odd", "ministral3", "phi-qk-norm", "stablelm")),
+        *((name, NESTED) for name in ("phi3", "phi3-longrope")),
         *((name, GROUPED) for name in ("llama-tied-bfloat16", "granite", "phi-qk-norm", "stablelm")),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value["precisions"])),

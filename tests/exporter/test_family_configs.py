@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
-from tiny_models import BASE, GRANITE_MULTIPLIERS, MINISTRAL3_ROPE
+from tiny_models import BASE, GRANITE_MULTIPLIERS, MINISTRAL3_ROPE, longrope
 
 from pmpd.exporter.arch import Family, read_family
-from pmpd.exporter.nn import NtkScaling, PositionScale
+from pmpd.exporter.nn import LongRopeScaling, NtkScaling, PositionScale
 from pmpd.runtime import PmpdError
 
 WINDOW = {"sliding_window": 16}
@@ -36,6 +37,7 @@ def refusal(model_type: str, **changes: Any) -> str:
         ("smollm3", True, 2e6, 16, 1e-6),
         ("granite", False, 1e4, 16, 1e-6),
         ("hunyuan_v1_dense", False, 1e4, 16, 1e-5),
+        ("phi3", False, 1e4, 16, 1e-5),
     ],
 )
 def test_what_a_configuration_leaves_out_has_the_defaults_of_transformers(
@@ -51,6 +53,7 @@ def test_what_a_configuration_leaves_out_has_the_defaults_of_transformers(
 def test_a_window_that_cuts_nothing_off_changes_nothing() -> None:
     assert family("mistral", **WINDOW, context_length=16).windows == (None, None)
     assert family("mistral", sliding_window=None).windows == (None, None)
+    assert family("phi3").windows == (None, None)
     assert family("mistral", sliding_window=CONTEXT).windows == (None, None)
     assert family("ministral", **WINDOW, layer_types=["full_attention"] * 2).windows == (None, None)
     # What published Qwen2 models say: a window that is not used.
@@ -65,6 +68,7 @@ def test_a_window_that_cuts_nothing_off_changes_nothing() -> None:
     [
         ("mistral", {}, (16, 16)),
         ("ministral", {"layer_types": ["full_attention", "sliding_attention"]}, (None, 16)),
+        ("phi3", {}, (16, 16)),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, (None, 16)),
         ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}, (16, None)),
         ("smollm3", {"use_sliding_window": True, "no_rope_layers": [1, 0]}, (None, 16)),
@@ -121,3 +125,36 @@ def test_the_base_of_hunyuan_is_stretched_by_a_constant() -> None:
     for key in ("rope_scaling", "rope_parameters"):
         assert family("hunyuan_v1_dense", **{key: scaling}).shape.head.rotary.scaling == NtkScaling(1000.0)
     assert family("hunyuan_v1_dense").shape.head.rotary.scaling is None
+
+
+LONGROPE = longrope(8, original=16, longest=64)
+
+
+def test_a_model_with_longrope_has_its_original_context_by_default() -> None:
+    default, whole = family("phi3", **LONGROPE), family("phi3", 64, **LONGROPE)
+    assert (default.shape.context_length, whole.shape.context_length) == (16, 64)
+    magnitude = pytest.approx((1 + math.log(4) / math.log(16)) ** 0.5)
+    for read, kind in ((default, "short"), (family("phi3", 8, **LONGROPE), "short"), (whole, "long")):
+        scaling = read.shape.head.rotary.scaling
+        factors = tuple(LONGROPE["rope_scaling"][f"{kind}_factor"])
+        assert scaling == LongRopeScaling(factors, scaling.attention_factor)
+        assert scaling.attention_factor == magnitude
+        (line,) = read.describe()
+        assert f"LongRoPE's {kind} factors" in line
+    assert "--context-length up to 64 takes the long ones" in default.describe()[0]
+    assert "as transformers for texts of more than 16 tokens" in whole.describe()[0]
+    assert family("phi3").describe() == []
+
+
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+def test_all_names_and_places_of_longrope_are_read(kind: str) -> None:
+    scaling = LONGROPE["rope_scaling"]
+    old = family("phi3", **LONGROPE | {"rope_theta": 500.0, "rope_scaling": {**scaling, "type": kind}})
+    parameters = {**scaling, "rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 16}
+    assert old == family("phi3", rope_parameters=parameters, max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("factors", [None, [1.0] * 7, [1.0] * 7 + [0.0], "12345678"])
+def test_factors_that_do_not_fit_are_refused(factors: object) -> None:
+    scaling = {**LONGROPE["rope_scaling"], "short_factor": factors}
+    assert "config.json: short_factor must be" in refusal("phi3", **LONGROPE | {"rope_scaling": scaling})

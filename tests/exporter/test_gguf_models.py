@@ -43,20 +43,7 @@ MODELS = {
     "gemma3": TinyModel(
         "gemma3_text", {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 16, "num_hidden_layers": 6}
     ),
-    "phi3": TinyModel("phi3", {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}),
-    "phi3-longrope": TinyModel(
-        "phi3",
-        {
-            "pad_token_id": None,
-            "max_position_embeddings": 64,
-            "original_max_position_embeddings": 16,
-            "rope_scaling": {
-                "type": "longrope",
-                "long_factor": [1.5 + i for i in range(8)],
-                "short_factor": [1.25] * 8,
-            },
-        },
-    ),
+    **{name: TINY_MODELS[name] for name in ("phi3", "phi3-window", "phi3-longrope")},
 }
 
 

@@ -191,12 +191,32 @@ DOCUMENTS = """
 {%- else %}{{ 'nothing' }}
 {%- endfor %}
 """
+PHI_3 = """
+{% for message in messages %}{% if loop.first and message.role not in ['system', 'user'] %}{{ bos_token }}{% endif %}
+{% if (message['role'] in ('system', 'user', 'assistant')) and message['content'] %}
+{{ '<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>' + '\n' }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}
+"""
+PHI_4_MINI = """
+{%- set ns = namespace(tools=tools | tojson if tools else none) %}
+{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>' + message['content'] }}
+    {%- if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}
+        {{- '<|tool|>' + message['tools'] + '<|/tool|>' }}
+    {%- elif message['role'] == 'system' and ns.tools is not none %}{{ '<|tool|>' + ns.tools + '<|/tool|>' }}
+    {%- endif %}
+    {{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}
+"""
 TEMPLATES = {
     "ChatML": CHATML,
     "Hermes with tools": HERMES_TOOLS,
     "Llama 3": LLAMA_3,
     "Gemma": GEMMA,
     "Mistral": MISTRAL,
+    "Phi-3": PHI_3,
+    "Phi-4-mini": PHI_4_MINI,
     "thinking": THINKING,
     "training": TRAINING,
     "documents": DOCUMENTS,

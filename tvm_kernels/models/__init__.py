@@ -44,6 +44,8 @@ MODELS = {
         KnownModel("phi-1", "microsoft/phi-1"),
         KnownModel("phi-1.5", "microsoft/phi-1_5", tuned=True),
         KnownModel("phi-2", "microsoft/phi-2"),
+        KnownModel("phi-3.5-mini", "microsoft/Phi-3.5-mini-instruct"),
+        KnownModel("phi-4-mini", "microsoft/Phi-4-mini-instruct"),
         KnownModel("vicuna-7b", "lmsys/vicuna-7b-v1.5", tuned=True),
         KnownModel("vicuna-13b", "lmsys/vicuna-13b-v1.5"),
         KnownModel("mobilellama-1.4b", "mtgv/MobileLLaMA-1.4B-Chat", tuned=True),
