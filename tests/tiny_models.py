@@ -71,6 +71,7 @@ def longrope(pairs: int, *, original: int, longest: int) -> dict[str, Any]:
 
 
 SMOLLM3_IDS = {"pad_token_id": 4, "bos_token_id": 0, "eos_token_id": 1}
+GEMMA_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class TinyModel:
             # Transformers' own small weights would give logits too alike to tell a wrong network by.
             noise = torch.randn(parameter.shape, generator=random)
             if "norm" in name:
-                parameter.data = name.endswith("weight") + 0.2 * noise
+                one = name.endswith("weight") and not self.family.startswith("gemma")  # Gemma adds the one itself
+                parameter.data = one + 0.2 * noise
             else:
                 parameter.data = noise * (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
         model.to(self.dtype).save_pretrained(folder, max_shard_size=self.shard_size)
@@ -203,6 +205,62 @@ TINY_MODELS = {
         },
     ),
     "hunyuan-odd": TinyModel("hunyuan_v1_dense", {"head_dim": 20, "attention_bias": True}),
+    "gemma": TinyModel("gemma", {"head_dim": 32, "num_key_value_heads": 1, **GEMMA_IDS}, torch.bfloat16),
+    "gemma-biases-untied": TinyModel(
+        "gemma", {"head_dim": 20, "attention_bias": True, "tie_word_embeddings": False, **GEMMA_IDS}
+    ),
+    "gemma2": TinyModel(
+        "gemma2",
+        {
+            "head_dim": 32,
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            **GEMMA_IDS,
+        },
+        torch.bfloat16,
+    ),
+    "gemma2-uncapped": TinyModel(
+        "gemma2",
+        {
+            "head_dim": 20,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 16,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            **GEMMA_IDS,
+        },
+    ),
+    "gemma3": TinyModel(
+        "gemma3_text",
+        {
+            "head_dim": 32,
+            "num_key_value_heads": 1,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 7,
+            "sliding_window_pattern": 2,
+            "rope_theta": 500.0,
+            "rope_local_base_freq": 20.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            **GEMMA_IDS,
+        },
+        torch.bfloat16,
+    ),
+    "gemma3-odd": TinyModel(
+        "gemma3_text",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 20,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 3.0,
+            **GEMMA_IDS,
+        },
+    ),
 }
 FAMILIES = ("llama", "qwen3", "hunyuan_v1_dense", "phi", "stablelm")
 
@@ -217,7 +275,10 @@ def save_with_tokenizer(folder: Path) -> Path:
 
 def plain_model(folder: Path) -> Any:
     """Load a checkpoint into memory as any user of transformers would, in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"  # the others leave the softcap out
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 def plain_logits(model: Any, ids: list[int]) -> Any:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pmpd.exporter.arch.decoder import Decoder, DecoderShape, Family
+from pmpd.exporter.arch.gemma import Gemma
+from pmpd.exporter.arch.gemma2 import Gemma2
+from pmpd.exporter.arch.gemma3 import Gemma3
 from pmpd.exporter.arch.granite import Granite
 from pmpd.exporter.arch.hunyuan import Hunyuan
 from pmpd.exporter.arch.llama import Llama
@@ -26,7 +29,7 @@ FAMILIES: dict[str, type[Family]] = {
     family.model_type: family
     for family in (
         *(Llama, Qwen2, Qwen3, SmolLM3, Mistral, Ministral, Ministral3, Granite, Hunyuan),
-        *(Phi, Phi3, StableLM),
+        *(Gemma, Gemma2, Gemma3, Phi, Phi3, StableLM),
     )
 }
 

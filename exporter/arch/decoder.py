@@ -147,11 +147,15 @@ class TiedEmbedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A whole network: what `graphs.build_graph` turns into a model."""
+    """A whole network: what `onnx_model.build_graph` turns into a model.
 
-    def __init__(self, shape: DecoderShape, body: Body, head: Linear) -> None:
+    With a `softcap` c, logits are ``c tanh(x / c)``: never beyond c, and in the same order.
+    """
+
+    def __init__(self, shape: DecoderShape, body: Body, head: Linear, *, softcap: float | None = None) -> None:
         super().__init__()
         self.shape = shape
+        self.softcap = softcap
         # The first table is `rotary`, others are `rotary_2` and so on.
         layouts = dict.fromkeys(layout for layer in body.layers for layout in layer.tables)
         self.layouts = {layout: f"rotary_{i}" if i > 1 else "rotary" for i, layout in enumerate(layouts, 1)}
@@ -176,7 +180,10 @@ class Decoder(nn.Module):
         hidden, presents = self.model(op, input_ids, caches)
         if last_only:
             hidden = op.Gather(hidden, [-1], axis=1)  # (B, 1, H)
-        return self.head_proj(op, hidden), presents
+        logits = self.head_proj(op, hidden)
+        if self.softcap is not None:
+            logits = op.Mul(op.Tanh(op.Div(logits, self.softcap)), self.softcap)
+        return logits, presents
 
 
 class Family(ABC):
@@ -192,6 +199,7 @@ class Family(ABC):
     last_norm: ClassVar[str] = "norm"
     head_bias: ClassVar[bool] = False
     embedding_scale: float = 1.0
+    logits_softcap: float | None = None
     shape: DecoderShape
     norm_epsilon: float
     activation: str
@@ -234,4 +242,4 @@ class Family(ABC):
         tied = shape.tied_embeddings and isinstance(head_proj, BitplaneLinear)
         embedding = TiedEmbedding(head_proj) if tied else Embedding(shape, embedding_type)
         body = Body(embedding, layers, self.last_norm, self.make_last_norm(), embedding_scale=self.embedding_scale)
-        return Decoder(shape, body, head_proj)
+        return Decoder(shape, body, head_proj, softcap=self.logits_softcap)

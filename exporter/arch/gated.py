@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from pmpd.exporter.arch.decoder import DecoderLayer, DecoderShape, Family
 from pmpd.exporter.arch.reading import read_activation, read_number, read_shape
-from pmpd.exporter.nn import Attention, GatedMlp, LayerNorm, LinearFactory, RMSNorm
+from pmpd.exporter.nn import Attention, GatedMlp, LayerNorm, LinearFactory, Norm, RMSNorm
 
 __all__ = ["GatedFamily", "GatedLayer"]
 
@@ -18,12 +18,13 @@ class GatedLayer(DecoderLayer):
     """Attention, then a gated MLP, each behind an RMS norm. A family's subclass says how the two are, if not plain."""
 
     attention: ClassVar[type[Attention]] = Attention
+    post_attention_layernorm: Norm
 
     def __init__(self, family: Any, linear: LinearFactory, index: int) -> None:
         super().__init__(family, linear, index)
         shape, epsilon = family.shape, family.norm_epsilon
         attention = {"layout": shape.head, "qkv_bias": False, "output": "o_proj", "output_bias": False}
-        self.input_layernorm = RMSNorm(shape.hidden_size, epsilon=epsilon)
+        self.input_layernorm = family.norm(shape.hidden_size, epsilon=epsilon)
         self.self_attn = self.attention(
             shape.hidden_size,
             shape.heads,
@@ -31,7 +32,7 @@ class GatedLayer(DecoderLayer):
             linear=linear,
             **(attention | self.attention_options(family, index)),
         )
-        self.post_attention_layernorm = RMSNorm(shape.hidden_size, epsilon=epsilon)
+        self.post_attention_layernorm = family.norm(shape.hidden_size, epsilon=epsilon)
         mlp = {"activation": family.activation, "bias": False}
         self.mlp = GatedMlp(shape.hidden_size, shape.intermediate_size, linear, **(mlp | self.mlp_options(family)))
 

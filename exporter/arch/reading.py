@@ -10,7 +10,16 @@ from pmpd.exporter.arch.decoder import DecoderShape
 from pmpd.exporter.nn import ACTIVATIONS, HeadLayout, LinearScaling, Llama3Scaling, Rotary, YarnScaling
 from pmpd.runtime.errors import PmpdError, unknown_choice
 
-__all__ = ["read_activation", "read_flag", "read_number", "read_rotary", "read_shape", "read_table", "read_windows"]
+__all__ = [
+    "read_activation",
+    "read_flag",
+    "read_number",
+    "read_rotary",
+    "read_shape",
+    "read_softcap",
+    "read_table",
+    "read_windows",
+]
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -105,6 +114,12 @@ def _read_yarn(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> YarnSca
         beta_slow=read_number(scaling, "beta_slow", 1.0),
         truncate=read_flag(scaling, "truncate", default=True),
     )
+
+
+def read_softcap(config: Mapping[str, Any], name: str, default: float | None = None) -> float | None:
+    """Read what values are softly limited to; what is absent has the default, null means no limit."""
+    softcap = config.get(name, default)
+    return None if softcap is None else read_number({name: softcap}, name)
 
 
 def read_windows(kinds: object, layers: int, window: object, context_length: int) -> tuple[int | None, ...]:

@@ -133,6 +133,8 @@ def plain_tensors(
                 arrays = [_to_numpy(checkpoint.tensor(f"{scope}.{source}"), parameter.dtype) for source in sources]
                 array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
                 array = _select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
+                if parameter.offset != 0.0:
+                    array = array + np.float32(parameter.offset)
                 if parameter.scale != 1.0:
                     array = array * np.float32(parameter.scale)
                 if not np.isfinite(array).all():

@@ -1,7 +1,7 @@
 """Components that the architecture families are made of. They never name a family."""
 
 from pmpd.exporter.nn.attention import Attention, Cache, EarlyRotation
-from pmpd.exporter.nn.head_norm import HeadNorm, RMSHeadNorm
+from pmpd.exporter.nn.head_norm import HeadNorm, OffsetRMSHeadNorm, RMSHeadNorm
 from pmpd.exporter.nn.linear import (
     BitplaneLinear,
     BitplaneLogits,
@@ -14,7 +14,7 @@ from pmpd.exporter.nn.linear import (
     fused,
 )
 from pmpd.exporter.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
-from pmpd.exporter.nn.norm import LayerNorm, Norm, RMSNorm
+from pmpd.exporter.nn.norm import LayerNorm, Norm, OffsetRMSNorm, RMSNorm
 from pmpd.exporter.nn.rotary import (
     HeadLayout,
     LinearScaling,
@@ -49,6 +49,8 @@ __all__ = [
     "Mlp",
     "Norm",
     "NtkScaling",
+    "OffsetRMSHeadNorm",
+    "OffsetRMSNorm",
     "Part",
     "PositionScale",
     "RMSHeadNorm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 from onnxscript import nn
@@ -11,7 +11,7 @@ from onnxscript import nn
 from pmpd.exporter.nn.linear import Stored
 from pmpd.exporter.nn.rotary import HeadLayout
 
-__all__ = ["HeadNorm", "RMSHeadNorm"]
+__all__ = ["HeadNorm", "OffsetRMSHeadNorm", "RMSHeadNorm"]
 
 
 class HeadNorm(nn.Module):
@@ -48,12 +48,15 @@ class RMSHeadNorm(nn.Module):
     undo.
     """
 
+    offset: ClassVar[float] = 0.0  # what the checkpoint's weight lacks
+
     def __init__(self, heads: int, layout: HeadLayout, *, epsilon: float) -> None:
         super().__init__()
         self.shape = (heads, layout.slots)
         share = layout.size / layout.slots
         self.epsilon = epsilon * share
-        self.weight = Stored([layout.slots], columns=layout.heads(layout.rotated(), 1), scale=math.sqrt(share))
+        columns = layout.heads(layout.rotated(), 1)
+        self.weight = Stored([layout.slots], columns=columns, offset=self.offset, scale=math.sqrt(share))
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """``[B, S, heads * slots]`` → the same, normalized."""
@@ -61,3 +64,9 @@ class RMSHeadNorm(nn.Module):
         x = op.Reshape(x, [0, 0, heads, slots])  # (B, S, heads, slots)
         x = op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.epsilon)
         return op.Reshape(x, [0, 0, heads * slots])  # type: ignore[no-any-return]  # (B, S, heads * slots)
+
+
+class OffsetRMSHeadNorm(RMSHeadNorm):
+    """A root-mean-square norm over each head, whose weight is one more than the checkpoint's (Gemma 3)."""
+
+    offset = 1.0

@@ -34,8 +34,8 @@ class Stored(nn.Parameter):
     """A parameter that is copied from the checkpoint without quantization.
 
     `sources` are names of checkpoint tensors, relative to the module, to be stacked along a new first axis when there
-    are several; by default the parameter's own name. `columns` selects along the last axis. What the checkpoint has is
-    multiplied by `scale`.
+    are several; by default the parameter's own name. `columns` selects along the last axis. To what the checkpoint has
+    `offset` is added, and the sum is multiplied by `scale`.
     """
 
     def __init__(
@@ -45,11 +45,13 @@ class Stored(nn.Parameter):
         dtype: ir.DataType = ir.DataType.FLOAT,
         sources: tuple[str, ...] | None = None,
         columns: Index = None,
+        offset: float = 0.0,
         scale: float = 1.0,
     ) -> None:
         super().__init__(shape, dtype=dtype)
         self.sources = sources
         self.columns = columns
+        self.offset = offset
         self.scale = scale
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 from onnxscript import nn
 
 from pmpd.exporter.nn.linear import Stored
 
-__all__ = ["LayerNorm", "Norm", "RMSNorm"]
+__all__ = ["LayerNorm", "Norm", "OffsetRMSNorm", "RMSNorm"]
 
 
 class Norm(nn.Module):
@@ -33,14 +33,22 @@ class Norm(nn.Module):
 class RMSNorm(Norm):
     """Root-mean-square norm (Llama), its result times `scale`."""
 
+    offset: ClassVar[float] = 0.0  # what the checkpoint's weight lacks
+
     def __init__(self, size: int, *, epsilon: float, scale: float = 1.0) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.weight = Stored([size], scale=scale)
+        self.weight = Stored([size], offset=self.offset, scale=scale)
 
     def normalize(self, op: Any, x: ir.Value) -> ir.Value:
         """Add the operator."""
         return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.epsilon)  # type: ignore[no-any-return]
+
+
+class OffsetRMSNorm(RMSNorm):
+    """Root-mean-square norm whose weight is one more than the checkpoint's (Gemma)."""
+
+    offset = 1.0
 
 
 class LayerNorm(Norm):

@@ -18,7 +18,10 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
 
     # A copy, because transformers 5 writes into what it is given.
     options = deepcopy({key: value for key, value in config.items() if key != "model_type"})
-    return AutoConfig.for_model(config["model_type"], **options)
+    model_config = AutoConfig.for_model(config["model_type"], **options)
+    if getattr(model_config, "attn_logit_softcapping", None) is not None:
+        model_config._attn_implementation = "eager"  # the others leave the softcap out
+    return model_config
 
 
 def load_model(checkpoint: Checkpoint) -> Any:

@@ -1,8 +1,8 @@
 """Transformers as the reference of the exporter's checks, with weights loaded layer by layer.
 
-The model is built without memory (on torch's meta device); each module's parameters appear before it runs and go after.
-So a model of any size can be checked in the memory of its largest layer, and the weights can come from anywhere: from
-the checkpoint, or dequantized from a bundle.
+The model is built without memory for its weights (on torch's meta device); each module's parameters appear before it
+runs and go after. So a model of any size can be checked in the memory of its largest layer, and the weights can come
+from anywhere: from the checkpoint, or dequantized from a bundle.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pmpd.exporter.source.reference import no_initialization, transformers_config
 
@@ -31,11 +32,9 @@ def reference_logits(
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), no_initialization():
+    with _EmptyOnMeta(), no_initialization():
         model = AutoModelForCausalLM.from_config(transformers_config(config))
     model.eval()
-    # Its buffers are computed, not loaded, so they need memory.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     for name, module in model.named_modules():
         if module._parameters:
             module.register_forward_pre_hook(_loader(name, tensor))
@@ -43,6 +42,16 @@ def reference_logits(
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits[0]
     return logits.float().numpy()
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Weights, which are made empty, get no memory; buffers, which are computed and not loaded, do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def _loader(name: str, tensor: Callable[[str], torch.Tensor]) -> Callable[[torch.nn.Module, Any], None]:

@@ -48,6 +48,8 @@ _FUNCTIONS: dict[str, SpecialKind] = {
     "LayerNormalization": "norm",
     "Add": "elementwise",
     "Mul": "elementwise",
+    "Div": "elementwise",
+    "Tanh": "activation",
     "com.microsoft::QuickGelu": "activation",
     "Gelu": "activation",
     "Relu": "activation",

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.full
 POSITIONS = 48
 NODES_PER_LAYER = {
     **{"llama": 12, "llama-biases": 12, "qwen2": 12, "qwen3": 20, "smollm3": 12, "mistral": 12, "granite": 12},
-    **{"hunyuan": 22, "phi": 9, "phi3": 12, "stablelm": 12},
+    **{"hunyuan": 22, "phi": 9, "phi3": 12, "stablelm": 12, "gemma": 12, "gemma2": 14, "gemma3": 22},
 }
 # Shapes of a billion parameters and more: what `config.json` of TinyLlama, Qwen3-0.6B, Phi-1.5 … say.
 LARGE = {
@@ -117,7 +117,8 @@ GROUPED = {"precisions": (8, 5, 1), "parent": 8, "groups": 3, "head_precision": 
         *((name, NESTED) for name in ("llama-tied-bfloat16", "qwen2", "qwen3-odd", "smollm3", "mistral")),
         *((name, NESTED) for name in ("granite-biases", "hunyuan-odd", "ministral3", "phi-qk-norm", "stablelm")),
         *((name, NESTED) for name in ("phi3", "phi3-longrope")),
-        *((name, GROUPED) for name in ("llama-tied-bfloat16", "granite", "phi-qk-norm", "stablelm")),
+        *((name, NESTED) for name in ("gemma", "gemma2", "gemma2-uncapped", "gemma3", "gemma3-odd")),
+        *((name, GROUPED) for name in ("llama-tied-bfloat16", "granite", "phi-qk-norm", "stablelm", "gemma2")),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value["precisions"])),
 )

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import BASE, GRANITE_MULTIPLIERS, MINISTRAL3_ROPE, longrope
 
 from pmpd.exporter.arch import Family, read_family
-from pmpd.exporter.nn import LongRopeScaling, NtkScaling, PositionScale
+from pmpd.exporter.nn import LinearScaling, LongRopeScaling, NtkScaling, PositionScale, Rotary
 from pmpd.runtime import PmpdError
 
 WINDOW = {"sliding_window": 16}
@@ -38,6 +38,9 @@ def refusal(model_type: str, **changes: Any) -> str:
         ("granite", False, 1e4, 16, 1e-6),
         ("hunyuan_v1_dense", False, 1e4, 16, 1e-5),
         ("phi3", False, 1e4, 16, 1e-5),
+        ("gemma", True, 1e4, 256, 1e-6),
+        ("gemma2", True, 1e4, 256, 1e-6),
+        ("gemma3_text", True, 1e6, 256, 1e-6),
     ],
 )
 def test_what_a_configuration_leaves_out_has_the_defaults_of_transformers(
@@ -72,6 +75,10 @@ def test_a_window_that_cuts_nothing_off_changes_nothing() -> None:
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, (None, 16)),
         ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}, (16, None)),
         ("smollm3", {"use_sliding_window": True, "no_rope_layers": [1, 0]}, (None, 16)),
+        ("gemma2", {}, (16, None)),
+        ("gemma2", {"layer_types": ["full_attention", "sliding_attention"]}, (None, 16)),
+        ("gemma3_text", {}, (16, 16)),  # the sixth is the first to see all
+        ("gemma3_text", {"sliding_window_pattern": 2}, (16, None)),
     ],
 )
 def test_layers_may_have_windows(model_type: str, changes: dict[str, Any], windows: tuple[int | None, ...]) -> None:
@@ -93,6 +100,10 @@ def test_all_layers_of_ministral3_have_the_window() -> None:
         ("granite", {"logits_scaling": -8.0}, "logits_scaling must be a number above 0, got -8.0"),
         ("llama", {"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
         ("ministral3", {}, "rope_parameters of ministral3 must have llama_4_scaling_beta"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping must be a number above 0, got 0"),
+        ("gemma2", {"hidden_activation": "swish"}, "unknown hidden_act 'swish'"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be a whole number of 1 or more"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "attends to tokens that come later"),
         (
             "llama",
             {"rope_scaling": {"rope_type": "yarn", "factor": 0.0, "beta_fast": -1}},
@@ -158,3 +169,44 @@ def test_all_names_and_places_of_longrope_are_read(kind: str) -> None:
 def test_factors_that_do_not_fit_are_refused(factors: object) -> None:
     scaling = {**LONGROPE["rope_scaling"], "short_factor": factors}
     assert "config.json: short_factor must be" in refusal("phi3", **LONGROPE | {"rope_scaling": scaling})
+
+
+def test_the_first_gemmas_say_gelu_and_mean_its_approximation() -> None:
+    assert family("gemma", hidden_act="gelu").activation == "gelu_pytorch_tanh"
+    assert family("gemma", hidden_act="gelu", hidden_activation="gelu_new").activation == "gelu_new"
+    assert family("gemma2", hidden_activation="gelu").activation == "gelu"
+    assert family("gemma2", hidden_act="gelu").activation == "gelu_pytorch_tanh"  # not what Gemma 2 reads
+
+
+def test_softcaps_have_defaults_and_null_means_none() -> None:
+    capped, uncapped = family("gemma2"), family("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (capped.attention_softcap, capped.logits_softcap) == (50.0, 30.0)
+    assert (uncapped.attention_softcap, uncapped.logits_softcap) == (None, None)
+    assert family("gemma3_text").logits_softcap is None
+    assert family("gemma3_text", final_logit_softcapping=20.0).logits_softcap == 20.0
+
+
+def test_gemma3_rotates_layers_with_a_window_by_a_base_of_their_own() -> None:
+    """As transformers 4 and 5 write it, and as published models leave most of it out."""
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": scaling}
+    new = {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 5e5, **scaling},
+            "sliding_attention": {"rope_theta": 2e4, "rope_type": "default"},
+        }
+    }
+    for options in (old, new):
+        full, sliding = family("gemma3_text", sliding_window_pattern=2, **options).layouts[::-1]
+        assert full.rotary == Rotary(256, 5e5, LinearScaling(8.0))
+        assert sliding.rotary == Rotary(256, 2e4)
+    # A window that cuts nothing off changes nothing of the rotation.
+    short = family("gemma3_text", **WINDOW, context_length=16)
+    assert short.windows == (None, None)
+    assert [layout.rotary.theta for layout in short.layouts] == [1e4, 1e4]
+
+
+def test_gemma3_has_the_sizes_that_published_configurations_leave_out() -> None:
+    sizes = ("vocab_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    shape = family("gemma3_text", **dict.fromkeys(sizes, "absent")).shape
+    assert (shape.vocab_size, shape.heads, shape.kv_heads, shape.context_length) == (262_208, 8, 4, 131_072)
