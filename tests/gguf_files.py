@@ -122,7 +122,8 @@ def in_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def rope_of(model: Any, config: Mapping[str, Any], architecture: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return metadata and tensors of the rotary embedding."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(config.get("rope_theta") or scaling.get("rope_theta") or scaling["full_attention"]["rope_theta"])
+    scaling = {**scaling, **scaling.get("full_attention", {})}
+    theta = float(config.get("rope_theta") or scaling["rope_theta"])
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     share = config.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1
     metadata: dict[str, Any] = {"rope.dimension_count": int(head * share), "rope.freq_base": theta}
@@ -142,6 +143,9 @@ def rope_of(model: Any, config: Mapping[str, Any], architecture: str) -> tuple[d
             tensors[f"rope_factors_{length}.weight"] = np.array(scaling[f"{length}_factor"], np.float32)
     elif alpha := scaling.get("alpha"):
         metadata["rope.freq_base"] = theta * alpha ** (head / (head - 2))
+    if architecture == "gemma3":
+        sliding = scaling.get("sliding_attention", {})
+        metadata["rope.freq_base_swa"] = float(config.get("rope_local_base_freq") or sliding["rope_theta"])
     return {f"{architecture}.{key}": value for key, value in metadata.items()}, tensors
 
 

@@ -30,6 +30,8 @@ PUBLISHED = {
     "phi-2": 2779.7,
     "qwen2.5-0.5b": 494.0,
     "qwen3-0.6b": 596.0,
+    "gemma-2-2b": 2614.2,
+    "gemma-3-1b": 999.8,
     "smollm2-135m": 134.5,
     "stablelm-zephyr-3b": 2795.4,
     "vicuna-13b": 13015.9,

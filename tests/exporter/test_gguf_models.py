@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from gguf_files import arch_of, convert, tokenizer_metadata, write_gguf
-from tiny_models import TINY_MODELS, TinyModel, plain_logits, plain_model, random_ids
+from tiny_models import GEMMA_IDS, TINY_MODELS, TinyModel, plain_logits, plain_model, random_ids
 from tokenizers import Tokenizer as Backend
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +21,7 @@ from pmpd.exporter.arch import FAMILIES, read_family
 from pmpd.exporter.demo import demo_model_path
 from pmpd.exporter.nn import Llama3Scaling
 from pmpd.exporter.source.folder import CheckpointFolder
-from pmpd.exporter.source.gguf.architectures import ARCHITECTURES
+from pmpd.exporter.source.gguf.architectures import ARCHITECTURES, read_architecture
 from pmpd.exporter.source.gguf.parts import SUPPORTED
 from pmpd.exporter.source.gguf.rope import llama3_scaling
 from pmpd.exporter.source.opening import open_checkpoint
@@ -29,7 +29,7 @@ from pmpd.exporter.source.reference import load_model
 from pmpd.exporter.verify.float_graph import FloatGraph
 from pmpd.runtime import Bundle
 
-GEMMA = {"head_dim": 16, "num_key_value_heads": 1}
+GEMMA = {"head_dim": 16, "num_key_value_heads": 1, **GEMMA_IDS}
 MODELS = {
     **{name: TINY_MODELS[name] for name in ("llama", "llama-tied-bfloat16", "llama-one-kv-head-tied", "llama-yarn")},
     **{name: TINY_MODELS[name] for name in ("llama-llama3-float16", "llama-linear-sharded")},
@@ -39,9 +39,28 @@ MODELS = {
         "smollm3", {**TINY_MODELS["smollm3"].options, "no_rope_layer_interval": 4, "num_hidden_layers": 4}
     ),
     "gemma": TinyModel("gemma", GEMMA),
-    "gemma2": TinyModel("gemma2", {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 16}),
+    "gemma2": TinyModel(
+        "gemma2",
+        {
+            **GEMMA,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "gemma3": TinyModel(
-        "gemma3_text", {**GEMMA, "query_pre_attn_scalar": 16, "sliding_window": 16, "num_hidden_layers": 6}
+        "gemma3_text",
+        {
+            **GEMMA,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 7,
+            "num_hidden_layers": 6,
+            "rope_theta": 500.0,
+            "rope_local_base_freq": 20.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "final_logit_softcapping": 3.0,
+        },
     ),
     **{name: TINY_MODELS[name] for name in ("phi3", "phi3-window", "phi3-longrope")},
 }
@@ -79,6 +98,30 @@ def test_names_of_tensors_are_those_of_the_package(name: str) -> None:
         stem, _, suffix = parameter.rpartition(".")
         if ".layers." not in stem or stem.split(".")[2] in "01":
             assert ARCHITECTURES[name].stored_name(parameter) == f"{names.get_name(stem)}.{suffix}", parameter
+
+
+GEMMA3_METADATA = {
+    "general.architecture": "gemma3",
+    **{f"gemma3.{key}": 8 for key in ("block_count", "context_length", "embedding_length", "feed_forward_length")},
+    "gemma3.attention.head_count": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "sliding"),
+    [
+        ({}, ()),  # what the conversion leaves out if no layer has a window
+        ({"attention.sliding_window": 4}, (0, 1, 2, 3, 4, 6, 7)),
+        ({"attention.sliding_window": 4, "attention.sliding_window_pattern": 2}, (0, 2, 4, 6)),
+        ({"attention.sliding_window": 4, "attention.sliding_window_pattern": [True] * 3 + [False] * 5}, (0, 1, 2)),
+    ],
+)
+def test_layers_of_gemma3_have_windows_as_the_metadata_says(metadata: dict[str, Any], sliding: tuple[int, ...]) -> None:
+    named = {f"gemma3.{key}": value for key, value in metadata.items()}
+    _, config = read_architecture(GEMMA3_METADATA | named, 131, tied=True)
+    assert tuple(i for i, kind in enumerate(config["layer_types"]) if kind == "sliding_attention") == sliding
+    windows = read_family(config).windows
+    assert tuple(i for i, window in enumerate(windows) if window is not None) == sliding
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -229,6 +272,7 @@ TEXTS = [
     "tabs\tand\n\nlines\r\n",
     "Grüße 世界! 🦉",
     "3.14 it's",
+    "def f(x):\n\n\n    return   2026 \n<start_of_turn>",
     "",
 ]
 
@@ -281,7 +325,17 @@ def test_the_plan_says_that_few_bits_were_few_before(tmp_path: Path) -> None:
     assert "source    Q4_0, 4.5 bits a weight: it was quantized before; give the original checkpoint" in plan
 
 
-def test_a_sentencepiece_vocabulary_tokenizes_as_sentencepiece_does(tmp_path: Path) -> None:
+LLAMA_PIECES: dict[str, Any] = {}
+# No space in front, digits one by one, and runs of spaces and lines as words of the user's.
+GEMMA_PIECES = {
+    "add_dummy_prefix": False,
+    "split_digits": True,
+    "user_defined_symbols": ["\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁", "<start_of_turn>"],
+}
+
+
+@pytest.mark.parametrize("options", [LLAMA_PIECES, GEMMA_PIECES], ids=["llama", "gemma"])
+def test_a_sentencepiece_vocabulary_tokenizes_as_sentencepiece_does(options: dict[str, Any], tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join([*TEXTS, *(f"The {a} saw the {b}." for a in ("cat", "owl") for b in ("sun", "sea"))]))
@@ -295,19 +349,25 @@ def test_a_sentencepiece_vocabulary_tokenizes_as_sentencepiece_does(tmp_path: Pa
         normalization_rule_name="identity",  # this and the next as in Llama's model
         remove_extra_whitespaces=False,
         minloglevel=9,
+        **options,
     )
     model = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
     pieces = range(model.vocab_size())
     kind = {True: 6}
     types = [kind.get(model.is_byte(i), 2 if model.is_unknown(i) else 3 if model.is_control(i) else 1) for i in pieces]
+    words = [model.id_to_piece(i) for i in pieces]
+    for word in options.get("user_defined_symbols", ()):
+        types[words.index(word)] = 4
+        words[words.index(word)] = word.replace("▁", " ")  # as the conversion writes them
     metadata = tokenizer_metadata(
-        [model.id_to_piece(i) for i in pieces],
+        words,
         types,
         model="llama",
         scores=[float(model.get_score(i)) for i in pieces],
         bos_token_id=1,
         eos_token_id=2,
         unknown_token_id=0,
+        add_space_prefix=options.get("add_dummy_prefix", True),
     )
     file = convert(TINY_MODELS["llama"].save(tmp_path / "folder"), tmp_path / "m.gguf", tokenizer=metadata)
     ours = open_checkpoint(str(file)).tokenizer()

@@ -103,6 +103,30 @@ GEMMA = """
 {%- else -%}{{ raise_exception("Invalid content type") }}{%- endif -%}
 {{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}
 """
+GEMMA_3 = """
+{{ bos_token }}
+{%- set system, rest = '', messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set content = messages[0]['content'] -%}
+    {%- set system = (content if content is string else content[0]['text']) + '\n\n' -%}
+    {%- set rest = messages[1:] -%}
+{%- endif -%}
+{%- for message in rest -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}
+    {{- system if loop.first else '' }}
+    {%- if message['content'] is string -%}{{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {{ '<start_of_image>' if item['type'] == 'image' else item['text'] | trim }}
+        {%- endfor -%}
+    {%- else -%}{{ raise_exception("Invalid content type") }}{%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}
+"""
 MISTRAL = """
 {%- set user_messages = messages | selectattr("role", "equalto", "user") | list %}
 {%- set ns = namespace(index=0) %}
@@ -214,6 +238,7 @@ TEMPLATES = {
     "Hermes with tools": HERMES_TOOLS,
     "Llama 3": LLAMA_3,
     "Gemma": GEMMA,
+    "Gemma 3": GEMMA_3,
     "Mistral": MISTRAL,
     "Phi-3": PHI_3,
     "Phi-4-mini": PHI_4_MINI,

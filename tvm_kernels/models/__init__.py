@@ -64,6 +64,9 @@ MODELS = {
         KnownModel("smollm2-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"),
         KnownModel("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
         KnownModel("smollm3-3b", "HuggingFaceTB/SmolLM3-3B"),
+        KnownModel("gemma-2-2b", "google/gemma-2-2b-it"),
+        KnownModel("gemma-3-270m", "google/gemma-3-270m-it"),
+        KnownModel("gemma-3-1b", "google/gemma-3-1b-it"),
     )
 }
 

@@ -91,14 +91,16 @@ def _gemma2(get: Get) -> dict[str, Any]:
 
 
 def _gemma3(get: Get) -> dict[str, Any]:
-    period = get("attention.sliding_window_pattern", 6)
+    window, period = get("attention.sliding_window", 0), get("attention.sliding_window_pattern", 6)
     layers = range(get("block_count"))
-    if isinstance(period, list):
+    if not window:
+        kinds = ["full_attention" for _ in layers]
+    elif isinstance(period, list):
         kinds = ["sliding_attention" if slides else "full_attention" for slides in period]
     else:
         kinds = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in layers]
     return _gemma2(get) | {
-        "sliding_window": get("attention.sliding_window", 1024),
+        "sliding_window": window or None,
         "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
         "layer_types": kinds,
     }
