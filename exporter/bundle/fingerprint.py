@@ -26,6 +26,7 @@ WEIGHTS_CODE = (
     _EXPORTER / "bundle" / "plan.py",
     _EXPORTER / "source" / "folder.py",
     _EXPORTER / "source" / "gguf",
+    _EXPORTER / "source" / "text_model.py",
     Path(pmpd.runtime.format.bitplanes.__file__),
 )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import safetensors
 
 from pmpd.exporter.source.checkpoint import Checkpoint
+from pmpd.exporter.source.text_model import stored_names, text_config
 from pmpd.runtime.errors import PmpdError, one_line
 from pmpd.runtime.format.manifest import Source
 
@@ -26,12 +27,21 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class CheckpointFolder(Checkpoint):
-    """A checkpoint in a folder, and in which file each tensor lies. Use `CheckpointFolder.open`."""
+    """A checkpoint in a folder. Use `CheckpointFolder.open`.
+
+    Attributes:
+        path: the folder.
+        source: as `Checkpoint` says.
+        config: `config.json`, of a model that also reads images that of its text model.
+        shards: in which file each tensor lies.
+        names: what tensors are called there.
+    """
 
     path: Path
     source: Source
     config: Mapping[str, Any]
     shards: Mapping[str, Path]
+    names: Mapping[str, str]
 
     @classmethod
     def open(cls, path: Path, *, name: str, revision: str | None = None) -> Self:
@@ -42,7 +52,9 @@ class CheckpointFolder(Checkpoint):
         """
         config = read_config(path)
         source = Source(model=name, revision=_revision(path, revision), license=_license(path))
-        return cls(path, source, config, _find_tensors(path))
+        files = _find_tensors(path)
+        names = stored_names(files)
+        return cls(path, source, config, {name: files[stored] for name, stored in names.items()}, names)
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Return a tensor in its stored type; it is mapped from the file, not copied. Raises as `Checkpoint.tensor`."""
@@ -51,7 +63,7 @@ class CheckpointFolder(Checkpoint):
         shard = self.shards[name]
         try:
             # Opened anew each time (0.3 ms): what an open file has mapped counts as this process's memory.
-            tensor: torch.Tensor = _open_shard(shard).get_tensor(name)
+            tensor: torch.Tensor = _open_shard(shard).get_tensor(self.names[name])
         except safetensors.SafetensorError as error:
             raise PmpdError(
                 f"tensor {name!r} cannot be read from {shard} ({error}): fetch the checkpoint again"
@@ -100,6 +112,11 @@ class CheckpointFolder(Checkpoint):
                 "again; tokenizer.model needs the packages sentencepiece and protobuf"
             ) from None
 
+    def describe(self) -> list[str]:
+        """Return that something is left out, if it is."""
+        whole = any(name != stored for name, stored in self.names.items())
+        return ["source    the text model alone: what reads images is left out"] if whole else []
+
     def generation_config(self) -> dict[str, Any]:
         """Return `generation_config.json`."""
         file = self.path / "generation_config.json"
@@ -139,13 +156,13 @@ def _open_shard(file: Path) -> Any:
         raise PmpdError(f"{file} cannot be read ({error}): fetch the checkpoint again") from None
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return a folder's `config.json`, or raise PmpdError."""
+def read_config(path: Path) -> Mapping[str, Any]:
+    """Return a folder's `config.json`, of a model that also reads images that of its text model; or raise PmpdError."""
     if not (path / "config.json").is_file():
         if files := sorted(path.glob("*.gguf")):
             raise PmpdError(f"{path} has no config.json: give the GGUF file in it, such as {files[0]}")
         raise PmpdError(f"{path} has no config.json: give a Hugging Face checkpoint's folder")
-    return read_json(path / "config.json")
+    return text_config(read_json(path / "config.json"))
 
 
 def read_json(file: Path) -> dict[str, Any]:

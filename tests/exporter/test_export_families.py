@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tiny_models import BASE, FAMILIES, LLAMA3_SCALING, TINY_MODELS, TinyModel, plain_logits, plain_model, random_ids
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -100,6 +102,28 @@ def test_a_longer_context_of_longrope_takes_the_long_factors(tmp_path: Path) -> 
         ExportConfig(model=str(tmp_path), output=output, context_length=100, precisions=(8,), targets=())
     )
     assert (manifest.verified, manifest.context_length) == (True, 100)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_the_text_model_of_gemma3_with_images_is_a_gemma3(prefix: str, tmp_path: Path) -> None:
+    """As transformers names its tensors since 4.52 and did before; what reads images is left alone."""
+    text = TINY_MODELS["gemma3"]
+    text.save(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    tensors = {name.replace("model.", prefix): checkpoint.tensor(name) for name in checkpoint.shards}
+    save_file(tensors | {"model.vision_tower.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+    vision = dict.fromkeys(sizes, 2) | {"image_size": 4}
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text.config()}))
+    whole = open_checkpoint(str(tmp_path))
+    family = read_family(whole.config)
+    assert family == read_family(checkpoint.config)
+    assert ("text model alone" in " ".join(whole.describe()), checkpoint.describe()) == (True, [])
+    for name in checkpoint.shards:
+        torch.testing.assert_close(whole.tensor(name), tensors[name.replace("model.", prefix)])
+    ids = random_ids(family.shape.vocab_size, POSITIONS)
+    assert_same(FloatGraph(whole, family).logits(ids), plain_logits(plain_model(tmp_path), ids))
 
 
 def test_the_catalogue_has_a_sharded_checkpoint(tmp_path: Path) -> None:
