@@ -57,7 +57,8 @@ class ReferenceCheckpoint:
                     f"reference {path} is not a checkpoint that transformers can read ({_first_line(error)}): "
                     "give another with --reference"
                 ) from None
-            tokens, bits = config.vocab_size, 16 if str(config.dtype).endswith("16") else 32
+            tokens = config.get_text_config().vocab_size
+            bits = 16 if str(config.dtype).endswith("16") else 32
         vocab_size = bundle.manifest.architecture.vocab_size
         if tokens != vocab_size:
             raise PmpdError(
@@ -172,17 +173,20 @@ class Reference:
 
 def _transformers(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
+
+    from pmpd.exporter.source.reference import corrected, load_model
 
     disable_progress_bar()  # transformers 5 shows one for loading; the progress here is ours
     torch.set_num_threads(threads)
     if checkpoint.path.is_file():
-        from pmpd.exporter.source.reference import load_model
-
         model = load_model(_open_file(checkpoint.path))
     else:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
+        config = corrected(AutoConfig.from_pretrained(checkpoint.path, local_files_only=True))
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, config=config, dtype=torch.float32, local_files_only=True
+        )
     return Reference(model.eval(), bits=checkpoint.bits, last_logits={"logits_to_keep": 1})
 
 

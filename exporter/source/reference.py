@@ -9,7 +9,7 @@ from typing import Any
 
 from pmpd.exporter.source.checkpoint import Checkpoint
 
-__all__ = ["load_model", "no_initialization", "transformers_config"]
+__all__ = ["corrected", "load_model", "no_initialization", "transformers_config"]
 
 
 def transformers_config(config: Mapping[str, Any]) -> Any:
@@ -18,10 +18,16 @@ def transformers_config(config: Mapping[str, Any]) -> Any:
 
     # A copy, because transformers 5 writes into what it is given.
     options = deepcopy({key: value for key, value in config.items() if key != "model_type"})
-    model_config = AutoConfig.for_model(config["model_type"], **options)
-    if getattr(model_config, "attn_logit_softcapping", None) is not None:
-        model_config._attn_implementation = "eager"  # the others leave the softcap out
-    return model_config
+    return corrected(AutoConfig.for_model(config["model_type"], **options))
+
+
+def corrected(config: Any) -> Any:
+    """Return a configuration of transformers, changed where its model would compute what its authors did not mean."""
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"  # in 4.57 the others leave the softcap out
+    if config.model_type == "gemma" and config.hidden_act == "gelu":
+        config.hidden_act = "gelu_pytorch_tanh"  # as 5 does
+    return config
 
 
 def load_model(checkpoint: Checkpoint) -> Any:

@@ -14,7 +14,7 @@ import torch
 from gguf_files import convert
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import TinyModel
+from tiny_models import TINY_MODELS, TinyModel, plain_logits, plain_model
 
 from pmpd.eval.measure.models import Scheduled, precision_runs
 from pmpd.eval.measure.reference import Reference, ReferenceCheckpoint
@@ -182,6 +182,14 @@ def test_reference_forces_what_one_forward_pass_gives(tiny_llama: torch.nn.Modul
     forced = Reference(tiny_llama, bits=32).force(prompt, answer)
     np.testing.assert_allclose(forced.logits, full_logits(tiny_llama, prompt + answer)[3:-1], rtol=1e-4, atol=1e-4)
     assert forced.precisions == (32,) * 4
+
+
+def test_reference_applies_softcaps(tmp_path: Path) -> None:
+    folder = TINY_MODELS["gemma2"].save(tmp_path)
+    prompt, answer = [1, 5, 9], [4, 8, 15, 16]
+    forced = ReferenceCheckpoint(folder, 32).load("transformers", threads=1).force(prompt, answer)
+    wanted = plain_logits(plain_model(folder), prompt + answer)[3:-1]
+    np.testing.assert_allclose(forced.logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_reference_is_found_with_the_bits_it_is_stored_in(demo_bundle: Path) -> None:

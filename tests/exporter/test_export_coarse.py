@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from click.testing import CliRunner
 from test_export_kernels import HOST, plain_library
-from tiny_models import TinyModel, random_ids
+from tiny_models import GEMMA_IDS, TinyModel, random_ids
 
 from pmpd.eval.speed.coarse import bytes_read, compare
 from pmpd.eval.speed.traffic import step_bytes
@@ -79,6 +79,16 @@ def test_a_verified_bundle_finishes_few_logits_and_gives_the_same_texts(bundle: 
     assert result.bytes_read < 1
     assert result.variation["1000"] == (0, 0, 1)
     assert 0 < result.variation["0"][0] < 1
+
+
+def test_logits_with_a_softcap_keep_their_order(library: Path, tmp_path: Path) -> None:
+    capped = TinyModel("gemma2", {"vocab_size": WORDS, "final_logit_softcapping": 2.0, "head_dim": 16, **GEMMA_IDS})
+    export_bundle(config(capped.save(tmp_path / "capped"), tmp_path / "out"))
+    engine = Engine(Bundle.open(tmp_path / "out"))
+    result = compare(engine, [random_ids(WORDS, 5), random_ids(WORDS, 9)[4:]], tokens=20, precision=4)
+    assert (result.same_texts, result.same_tokens) == (2, 40)
+    assert 0 < result.finished < 0.7
+    assert np.abs(Conversation(engine, context_length=8).step(7, precision=4)).max() < 2
 
 
 def test_logits_are_whole_unless_a_margin_is_asked_for(bundle: Bundle) -> None:

@@ -10,6 +10,7 @@ from tiny_models import BASE, GRANITE_MULTIPLIERS, MINISTRAL3_ROPE, longrope
 
 from pmpd.exporter.arch import Family, read_family
 from pmpd.exporter.nn import LinearScaling, LongRopeScaling, NtkScaling, PositionScale, Rotary
+from pmpd.exporter.source.reference import transformers_config
 from pmpd.runtime import PmpdError
 
 WINDOW = {"sliding_window": 16}
@@ -174,6 +175,8 @@ def test_factors_that_do_not_fit_are_refused(factors: object) -> None:
 def test_the_first_gemmas_say_gelu_and_mean_its_approximation() -> None:
     assert family("gemma", hidden_act="gelu").activation == "gelu_pytorch_tanh"
     assert family("gemma", hidden_act="gelu", hidden_activation="gelu_new").activation == "gelu_new"
+    for name in ("gelu", "gelu_pytorch_tanh"):  # transformers 4.57 takes the first at its word
+        assert transformers_config({"model_type": "gemma", "hidden_act": name}).hidden_act == "gelu_pytorch_tanh"
     assert family("gemma2", hidden_activation="gelu").activation == "gelu"
     assert family("gemma2", hidden_act="gelu").activation == "gelu_pytorch_tanh"  # not what Gemma 2 reads
 
