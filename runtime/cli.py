@@ -106,6 +106,12 @@ _EXAMPLES = (
     help="Sample from the most likely tokens whose probabilities add up to P; 1 is off.",
 )
 @click.option(
+    "--min-p",
+    type=float,
+    metavar="P",
+    help="Sample from tokens that are at least P times as likely as the likeliest; 0 is off.",
+)
+@click.option(
     "--repetition-penalty", type=float, metavar="X", help="Make tokens of the text so far less likely; 1 is off."
 )
 @click.option("--seed", type=int, metavar="N", help="Seed of sampling: the same seed gives the same text.")
@@ -176,16 +182,19 @@ def main(
         if raw and value is not None:
             raise click.UsageError(f"--raw and {option} exclude each other")
     from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
+    from pmpd.runtime.decode.sampling import left_out
 
     check_outputs(json_file)
     text = "" if chat else _read_prompt(prompt)
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     chosen = {name: value for name in names if (value := options.pop(name)) is not None}
     sampling = Sampling(**chosen)
     opened = Bundle.open(bundle, verify=verify)
     warn_unverified(bundle, verified=opened.manifest.verified)
     if preset == "model":
         sampling = replace(Sampling.from_config(opened.generation_config), **chosen)
+        if others := left_out(opened.generation_config):
+            log.warning("generation_config.json: %s left out: there is no such way of sampling here", ", ".join(others))
     tokenizer = Tokenizer.from_bundle(opened)
     _check_template(tokenizer, chat=chat, system=system, tools=tools)
     generator = Generator(

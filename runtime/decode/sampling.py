@@ -1,4 +1,4 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, repetition penalty."""
+"""From logits to a token: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
 
 from __future__ import annotations
 
@@ -12,17 +12,31 @@ import numpy.typing as npt
 
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["Sampler", "Sampling"]
+__all__ = ["Sampler", "Sampling", "left_out"]
 
 # Nats below the likeliest token from which on probabilities may be approximate.
 TAIL = 4.0
+# Fields of a generation_config.json that change which tokens are chosen and are not in `Sampling`, with what switches
+# each of them off.
+_OTHERS: dict[str, Any] = {
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": 0.0,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "sequence_bias": {},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to choose the next token. The default is greedy.
 
-    `temperature` 0 takes the most likely token. `top_k` 0 and `top_p` 1 switch those limits off. `repetition_penalty`
+    `temperature` 0 takes the most likely token. `top_k` 0, `top_p` 1 and `min_p` 0 switch those limits off; `min_p`
+    is the least probability of a token, relative to that of the likeliest (Nguyen et al., 2024). `repetition_penalty`
     divides positive and multiplies negative logits of tokens already in the text (CTRL, Keskar et al., 2019; 1 is off).
     The same `seed` gives the same text.
 
@@ -33,6 +47,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
 
@@ -44,6 +59,8 @@ class Sampling:
             raise PmpdError(f"top-k must be 0 (off) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise PmpdError(f"top-p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise PmpdError(f"min-p must be 0 (off) to 1, got {self.min_p}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise PmpdError(f"repetition penalty must be greater than 0 (1 is off), got {self.repetition_penalty}")
         if self.seed is not None and self.seed < 0:
@@ -64,13 +81,13 @@ class Sampling:
         """Return what a model's authors recommend in its `generation_config.json`, as transformers reads it.
 
         That is greedy unless it says ``do_sample``; then a temperature of 1 and the 50 most likely tokens unless it
-        says otherwise. What else it may limit tokens by (``min_p``, …) is not here, and is left out.
+        says otherwise. What else it may limit tokens by (``typical_p``, …) is left out: `left_out` names it.
 
         Raises:
             PmpdError: a value is not a number or out of its range.
         """
         stated = {name: value for name, value in generation_config.items() if value is not None}
-        defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} if stated.get("do_sample") else {}
+        defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0} if stated.get("do_sample") else {}
         values: dict[str, Any] = {name: stated.get(name, default) for name, default in defaults.items()}
         values["repetition_penalty"] = stated.get("repetition_penalty", 1.0)
         for name, value in values.items():
@@ -103,7 +120,7 @@ class Sampler:
         return int(ids[np.searchsorted(p, self._random.random(), side="right").clip(max=len(ids) - 1)])
 
     def distribution(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Return the token ids that remain after top-k and top-p, and their probabilities (which sum to 1).
+        """Return the token ids that remain after top-k, top-p and min-p, and their probabilities (which sum to 1).
 
         Tokens exactly as likely as the last that top-p keeps are kept with it. The next call may overwrite the arrays.
         """
@@ -128,7 +145,16 @@ class Sampler:
             last = min(int(np.searchsorted(np.cumsum(ranked), s.top_p)), ranked.size - 1)
             likely = np.flatnonzero(p >= ranked[last])
             ids, p = ids[likely], p[likely] / p[likely].sum()
+        if s.min_p > 0:
+            likely = np.flatnonzero(p >= s.min_p * p.max())
+            ids, p = ids[likely], p[likely] / p[likely].sum()
         return ids, p
+
+
+def left_out(generation_config: Mapping[str, Any]) -> list[str]:
+    """Return the fields of a `generation_config.json` that choose tokens in a way that `Sampling` does not have."""
+    stated = {name: value for name, value in generation_config.items() if name in _OTHERS and value is not None}
+    return [name for name, value in stated.items() if value != _OTHERS[name]]
 
 
 def _likeliest(logits: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:

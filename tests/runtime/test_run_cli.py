@@ -243,6 +243,16 @@ def test_sampling_as_the_authors_recommend(chat_bundle: Path, tmp_path: Path) ->
     assert run(chat_bundle, *common, "--sampling", "model").stdout == greedy
 
 
+def test_ways_of_sampling_that_there_are_not_are_named(chat_bundle: Path, tmp_path: Path) -> None:
+    config = {"do_sample": True, "min_p": 1.0, "typical_p": 0.9, "eta_cutoff": 0.1}
+    bundle = variant(chat_bundle, tmp_path, generation_config__json=json.dumps(config))
+    common = ("-p", "Hello.", "-n", "12", "--no-kernels")
+    result = run(bundle, *common, "--sampling", "model")
+    assert result.stderr.count("typical_p, eta_cutoff left out") == 1
+    assert result.stdout == run(bundle, *common).stdout  # min-p 1 leaves the likeliest token alone
+    assert "left out" not in run(bundle, *common).stderr
+
+
 def test_an_answer_without_text_has_a_reason(chat_bundle: Path) -> None:
     text = continuation(chat_bundle, "[user] Hello. ", 8).strip()[0]
     result = run(chat_bundle, "-p", "Hello.", "--stop", text)
@@ -265,6 +275,7 @@ def test_chat_needs_a_template(demo_bundle: Path) -> None:
         (["--temperature", "-1"], "temperature must be 0"),
         (["--temperature", "nan"], "temperature must be 0"),
         (["--seed", "-1"], "seed must be 0 or more"),
+        (["--min-p", "2"], "min-p must be 0 (off) to 1, got 2.0"),
         (["--top-p", "2"], "top-p must be in (0, 1]"),
         (["--threads", "0"], "threads must be 1 or more"),
         (["--context-length", "2000"], "context length 2000: the model allows 1 to 1024"),

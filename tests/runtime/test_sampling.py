@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pmpd.runtime import PmpdError, Sampling
-from pmpd.runtime.decode.sampling import Sampler
+from pmpd.runtime.decode.sampling import Sampler, left_out
 
 Logits = npt.NDArray[np.float32]
 
@@ -54,6 +54,23 @@ def test_top_k_and_top_p_against_brute_force(logits: Logits, top_k: int, top_p: 
     assert math.fsum(got.values()) == pytest.approx(1)
     for i, value in want.items():
         assert got[i] == pytest.approx(value, abs=1e-9)
+
+
+def test_min_p_is_relative_to_the_likeliest_token() -> None:
+    logits = logits_of(*np.log([0.5, 0.3, 0.15, 0.05]))
+    got = distribution(logits, temperature=1, min_p=0.25)
+    assert got == pytest.approx({0: 0.5 / 0.95, 1: 0.3 / 0.95, 2: 0.15 / 0.95})
+    assert got.keys() == distribution(logits, temperature=1, top_p=0.9, min_p=0.25).keys()
+    assert distribution(logits, temperature=1, top_k=2, min_p=0.25).keys() == {0, 1}
+    assert distribution(logits, temperature=1, min_p=1).keys() == {0}
+    # Of probabilities at the temperature: a high one brings tokens nearer.
+    assert distribution(logits, temperature=4, min_p=0.25).keys() == {0, 1, 2, 3}
+
+
+def test_fields_that_are_left_out_are_named() -> None:
+    off = {"typical_p": 1.0, "epsilon_cutoff": 0, "num_beams": 1, "suppress_tokens": None, "bad_words_ids": []}
+    assert left_out({"do_sample": True, "min_p": 0.1, "eos_token_id": 2, **off}) == []
+    assert left_out({**off, "typical_p": 0.9, "eta_cutoff": 3e-4}) == ["typical_p", "eta_cutoff"]
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -130,6 +147,9 @@ def test_repetition_penalty_by_hand() -> None:
         ({"top_p": 0.0}, "top-p must be in (0, 1], got 0.0"),
         ({"top_p": 1.01}, "top-p must be"),
         ({"top_p": math.nan}, "top-p must be"),
+        ({"min_p": -0.1}, "min-p must be 0 (off) to 1, got -0.1"),
+        ({"min_p": 1.5}, "min-p must be"),
+        ({"min_p": math.nan}, "min-p must be"),
         ({"repetition_penalty": 0.0}, "repetition penalty must be greater than 0"),
         ({"repetition_penalty": math.nan}, "repetition penalty must be"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),
@@ -150,7 +170,7 @@ def test_values_out_of_range(options: dict[str, float], message: str) -> None:
         ({"do_sample": True}, Sampling(temperature=1, top_k=50)),
         (
             {"do_sample": True, "temperature": 0.6, "top_k": None, "top_p": 0.95, "min_p": 0.1},
-            Sampling(temperature=0.6, top_k=50, top_p=0.95),
+            Sampling(temperature=0.6, top_k=50, top_p=0.95, min_p=0.1),
         ),
         ({"do_sample": True, "temperature": 0.3, "top_k": 0}, Sampling(temperature=0.3)),
     ],
