@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pmpd.exporter.arch import read_family
 from pmpd.exporter.bundle.card import CARD, model_card
 from pmpd.exporter.bundle.coarse import basis_of, coarse_tensors
 from pmpd.exporter.bundle.destination import check_output
@@ -71,7 +73,9 @@ class Export:
         check_output(resolved.output, overwrite=resolved.overwrite)
         for target in resolved.targets if resolved.kernels_required else ():
             require_toolchain(target)
-        checkpoint = open_checkpoint(resolved.model, revision=resolved.revision)
+        # What cannot be exported is refused before gigabytes of it are fetched.
+        accept = partial(read_family, context_length=resolved.context_length)
+        checkpoint = open_checkpoint(resolved.model, revision=resolved.revision, accept=accept)
         outline = Outline.of(resolved, checkpoint.source, checkpoint.config)
         for name, shape in checkpoint_shapes(outline.network):
             checkpoint.require(name, shape)  # a missing one is better found now than in an hour

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pmpd.exporter.demo import demo_model_path
@@ -14,13 +15,14 @@ DEMO = "demo"
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "README.md"]
 
 
-def resolve_model(model: str, *, revision: str | None = None) -> Path:
+def resolve_model(model: str, *, revision: str | None = None, accept: Callable[[Path], object] | None = None) -> Path:
     """Return a model's local folder or GGUF file: ``demo``, a path, or a snapshot of an alias or hub id.
 
-    The hub is asked only for what is not in its cache; `HF_HUB_OFFLINE=1` keeps it from asking at all.
+    The hub is asked only for what is not in its cache; `HF_HUB_OFFLINE=1` keeps it from asking at all. `accept` is
+    given the snapshot of a hub model when its config.json alone is there, and may refuse it before weights are fetched.
 
     Raises:
-        PmpdError: no such folder, alias or hub model, or the hub cannot be reached.
+        PmpdError: no such folder, alias or hub model, the hub cannot be reached, or `accept` raised it.
     """
     if model == DEMO:
         return demo_model_path()
@@ -40,11 +42,18 @@ def resolve_model(model: str, *, revision: str | None = None) -> Path:
         raise PmpdError(
             f"{unknown_choice('model', model, [DEMO, *MODELS])}, or give a hub id (owner/name), a folder or a GGUF file"
         )
+    if accept is not None:
+        accept(_fetch(hub_id, revision, ["config.json"]))
+    return _fetch(hub_id, revision, _HUB_FILES)
+
+
+def _fetch(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Fetch files of a hub model that are not in the cache, and return the folder of its snapshot."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PmpdError(

@@ -125,6 +125,32 @@ def test_a_snapshot_of_the_hub_knows_its_commit(whole: Path, tmp_path: Path, mon
     assert (source.model, source.revision) == ("somebody/tiny", "0123abc")
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "lama"}, "unknown architecture 'lama': choose one of"),
+        ({"model_type": "gemma3n"}, "the architecture 'gemma3n' cannot be exported"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "'own'"),
+        ({"model_type": "llama", "quantization_config": {}}, "config.json has quantization_config"),
+    ],
+    ids=["unknown", "refused", "remote code", "quantized"],
+)
+def test_a_hub_model_is_refused_before_its_weights_are_fetched(
+    config: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot, fetched = tmp_path / "snapshot", []
+
+    def download(_: str, *, allow_patterns: list[str], **__: Any) -> str:
+        fetched.append(allow_patterns)
+        snapshot.mkdir(exist_ok=True)
+        (snapshot / "config.json").write_text(json.dumps(config))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert message in refusal("somebody/something", tmp_path / "place")
+    assert fetched == [["config.json"]]
+
+
 def http_error(status: int) -> HfHubHTTPError:
     # The hub's client is on requests or httpx, depending on its version; both have these.
     response: Any = SimpleNamespace(headers={}, request=None, status_code=status)
