@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,27 @@ def test_a_bundle_from_a_file_is_the_bundle_from_the_folder(demo_metadata: dict[
     assert ours.manifest.source.model == "tiny.gguf"
     assert ours.stop_ids == (2,)
     assert (ours.path / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+
+
+def test_a_file_is_calibrated_as_the_folder_is(
+    demo_metadata: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = {"vocab_size": len(demo_metadata["tokenizer.ggml.tokens"]), "num_hidden_layers": 1}
+    folder = TinyModel("llama", options).save(tmp_path / "folder")
+    file = convert(folder, tmp_path / "tiny.gguf", tokenizer=demo_metadata)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model_path() / name, folder)
+    text = tmp_path / "text.txt"
+    text.write_text("The owl saw a tree and a ball. " * 20)
+    calibration = {"calibration": text, "calibration_samples": 2, "calibration_length": 16}
+    weights = []
+    for name, model, chosen in (("a", folder, calibration), ("b", file, calibration), ("c", file, {})):
+        config = ExportConfig(model=str(model), output=tmp_path / name, precisions=(2,), targets=(), **chosen)
+        export_bundle(config)
+        weights.append((tmp_path / name / "weights.bin").read_bytes())
+    assert weights[1] == weights[0]
+    assert weights[1] != weights[2]
 
 
 def test_a_skeleton_needs_the_header_alone(tmp_path: Path) -> None:

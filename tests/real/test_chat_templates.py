@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import CACHE
 from conversations import differences
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmpd-models"
 FOLDER = os.environ.get("PMPD_CHAT_TEMPLATES")
 
 
@@ -25,7 +25,7 @@ def templates() -> Iterator[Path]:
 def test_templates_render_as_in_transformers() -> None:
     files = list(templates())
     if not files:
-        pytest.skip("needs models in ~/.cache/pmpd-models, or PMPD_CHAT_TEMPLATES=FOLDER")
+        pytest.skip(f"needs models in {CACHE}, or PMPD_CHAT_TEMPLATES=FOLDER")
     wrong = {
         str(file): found[:3]
         for file in files

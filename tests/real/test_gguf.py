@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CACHE
+from conftest import CACHE, fetched
 from transformers import AutoTokenizer
 
 from pmpd.exporter import ExportConfig, export_bundle
@@ -38,8 +38,9 @@ TYPES = {
 def pair(request: pytest.FixtureRequest) -> tuple[Checkpoint, Path]:
     """A GGUF file and the folder made of it."""
     file, folder = CACHE / f"{request.param}.gguf", CACHE / request.param
-    if not file.is_file() or not (folder / "model.safetensors").is_file():
-        pytest.skip(f"needs {file} and {folder}: run `../shared/models/real/fetch.py {request.param}`")
+    fetched(request.param)
+    if not file.is_file():
+        pytest.skip(f"needs {file}: `../shared/models/real/fetch.py` makes the folder of it, keep its model.gguf")
     return open_checkpoint(str(file)), folder
 
 
