@@ -14,10 +14,11 @@ from pmpd.runtime.errors import BundleError, MissingExtraError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Initializer", "Node", "OnnxGraph", "read_graph"]
+__all__ = ["LOGITS", "Initializer", "Node", "OnnxGraph", "read_graph"]
 
 
-LOGITS = "logits"  # the output of the output layer
+LOGITS = "logits"  # what the output layer makes
+_PRODUCTS = ("pmpd::BitplaneMatMul", "pmpd::BitplaneLogits")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,13 @@ class OnnxGraph:
     inputs: tuple[str, ...]
 
     def without_output_layer(self) -> OnnxGraph:
-        """Return the graph without the product that gives the logits."""
-        return replace(self, nodes=tuple(node for node in self.nodes if LOGITS not in node.outputs))
+        """Return the graph without the product that gives the logits, and without a softcap behind it."""
+        needed, nodes = {LOGITS}, list(self.nodes)
+        while needed:
+            node = next(node for node in nodes if needed.intersection(node.outputs))
+            nodes.remove(node)
+            needed = set() if node.op in _PRODUCTS else set(node.inputs[:1])
+        return replace(self, nodes=tuple(nodes))
 
 
 def read_graph(path: Path) -> OnnxGraph:

@@ -35,7 +35,7 @@ from pmpd.npu_backend.machine.instructions import (
     Store,
     Sync,
 )
-from pmpd.npu_backend.program.graph import Node, OnnxGraph
+from pmpd.npu_backend.program.graph import LOGITS, Node, OnnxGraph
 from pmpd.runtime.errors import BundleError, PmpdError
 
 __all__ = ["lower"]
@@ -173,7 +173,7 @@ class _Lowering:
     def _function(self, node: Node) -> list[Instruction]:
         x = self._input(node)
         self.values[node.outputs[0]] = x
-        return [*self._vectors(node), Special(_FUNCTIONS[node.op], x.rows * x.width), Sync()]
+        return [*self._vectors(node), Special(_FUNCTIONS[node.op], x.rows * x.width), *self._result(node), Sync()]
 
     def _rotary_embedding(self, node: Node) -> list[Instruction]:
         x = self._input(node)
@@ -222,9 +222,12 @@ class _Lowering:
         steps += self._products(x.rows, outputs, inputs, 1, bits, codebook=not self.fp16)
         if np.any(stored):
             steps.append(Store("activations", stored))
-        if node.outputs[0] == "logits":
-            steps.append(Store("logits", x.rows * outputs * self.byte))
-        return [*steps, Sync()]
+        return [*steps, *self._result(node), Sync()]
+
+    def _result(self, node: Node) -> list[Instruction]:
+        """Store what leaves the accelerator: the logits of the node that makes them."""
+        value = self.values[node.outputs[0]]
+        return [Store("logits", value.rows * value.width * self.byte)] if LOGITS in node.outputs else []
 
     def _off_chip(self, x: _Value) -> Number:
         """Return the rows of activations that are loaded and stored: a prompt's; one token's stay on chip."""
