@@ -26,7 +26,7 @@ from pmpd.exporter.calibrate.collect import collect_statistics
 from pmpd.exporter.config import ExportConfig, ResolvedConfig
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
-from pmpd.exporter.quantize import METHODS
+from pmpd.exporter.quantize import METHODS, NestedCodes
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
@@ -210,11 +210,14 @@ class Export:
                 seed=min(config.seed_precision, layer.parent) if layer.module.nested else layer.precisions[-1],
                 groups=layer.module.groups,
             )
-            parts = {name: checkpoint.tensor(name) for name in layer.weight_names}
+            parts = []
             try:
-                quantized = method.quantize(layer.weight(parts), {} if statistics is None else statistics.of(layer))
+                for part, name in enumerate(layer.weight_names):
+                    weight = layer.part_weight(part, checkpoint.tensor(name))
+                    parts.append(method.quantize(weight, {} if statistics is None else statistics.of(layer, part)))
             except PmpdError as error:
                 raise PmpdError(f"layer {layer.name}: {error}") from None
+            quantized = NestedCodes.stack(parts)
             tensors = layer.tensors(quantized, checkpoint)
             if isinstance(layer.module, BitplaneLogits):
                 basis = self._basis(workspace, layer.module.basis.shape[0])

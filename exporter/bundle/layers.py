@@ -6,7 +6,7 @@ reorder rows and columns. Everything that converts between the two is here.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pmpd.exporter.quantize import NestedCodes
     from pmpd.exporter.source.checkpoint import Checkpoint
 
-__all__ = ["LinearLayer", "checkpoint_shapes", "parent_scope", "plain_tensors"]
+__all__ = ["LinearLayer", "checkpoint_shapes", "parent_scope", "plain_tensors", "select"]
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,14 @@ class LinearLayer:
         scope = parent_scope(self.name)
         return tuple(f"{scope}{part.name}.weight" for part in self.module.parts)
 
-    def weight(self, tensors: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-        """Merge weights of the checkpoint into the layer's: float32 ``[N, K]``."""
-        weight = self.stack(tensors)
-        scales = self._row_scales()
-        return weight if scales is None else weight * scales
+    def part_weight(self, part: int, tensor: Any) -> npt.NDArray[np.float32]:
+        """Return the rows that one part contributes, of the checkpoint's weight: float32 ``[n, K]``."""
+        weight, scale = self.select(part, _to_numpy(tensor)), self.module.parts[part].scale
+        return weight if scale == 1.0 else weight * np.float32(scale)
 
-    def stack(self, tensors: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-        """Stack the rows of matrices of the checkpoint's weights (sensitivities, say) as the layer's: ``[N, K]``."""
-        stacked = [
-            _select(_to_numpy(tensors[name]), part.index, axis=0)
-            for name, part in zip(self.weight_names, self.module.parts, strict=True)
-        ]
-        return _select(np.concatenate(stacked), self.module.columns, axis=1)
+    def select(self, part: int, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Take the rows and columns of a part from a matrix of the shape of the checkpoint's weight."""
+        return select(select(matrix, self.module.parts[part].index, axis=0), self.module.columns, axis=1)
 
     def _row_scales(self) -> npt.NDArray[np.float32] | None:
         """Return what each row of the checkpoint's is multiplied by, ``[N, 1]``; None if nothing changes."""
@@ -89,7 +84,7 @@ class LinearLayer:
         scope = parent_scope(self.name)
         return np.concatenate(
             [
-                _select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0) * part.scale
+                select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0) * part.scale
                 for part in self.module.parts
             ]
         )
@@ -132,7 +127,7 @@ def plain_tensors(
                 sources = parameter.sources or (name.removeprefix(f"{scope}."),)
                 arrays = [_to_numpy(checkpoint.tensor(f"{scope}.{source}"), parameter.dtype) for source in sources]
                 array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
-                array = _select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
+                array = select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
                 if parameter.offset != 0.0:
                     array = array + np.float32(parameter.offset)
                 if parameter.scale != 1.0:
@@ -163,7 +158,7 @@ def _to_numpy(tensor: Any, dtype: ir.DataType = ir.DataType.FLOAT) -> npt.NDArra
     return array
 
 
-def _select(array: npt.NDArray[Any], index: Index, *, axis: int) -> npt.NDArray[Any]:
+def select(array: npt.NDArray[Any], index: Index, *, axis: int) -> npt.NDArray[Any]:
     """Take along an axis by index; -1 gives zeros."""
     if index is None:
         return array
@@ -173,7 +168,7 @@ def _select(array: npt.NDArray[Any], index: Index, *, axis: int) -> npt.NDArray[
 
 
 def _unselect(array: npt.NDArray[Any], index: Sequence[int], *, size: int, axis: int) -> npt.NDArray[Any]:
-    """Undo `_select` of every one of `size` elements."""
+    """Undo `select` of every one of `size` elements."""
     places = np.asarray(index)
     back = np.empty(size, dtype=np.intp)
     back[places[places >= 0]] = np.flatnonzero(places >= 0)

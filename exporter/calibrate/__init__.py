@@ -2,7 +2,8 @@
 
 from pmpd.exporter.calibrate.base import Statistic
 from pmpd.exporter.calibrate.fisher import Fisher
+from pmpd.exporter.calibrate.guided import Guided
 
-__all__ = ["STATISTICS", "Fisher", "Statistic"]
+__all__ = ["STATISTICS", "Fisher", "Guided", "Statistic"]
 
-STATISTICS: dict[str, Statistic] = {statistic.name: statistic for statistic in (Fisher(),)}
+STATISTICS: dict[str, Statistic] = {statistic.name: statistic for statistic in (Fisher(), Guided())}

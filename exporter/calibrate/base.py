@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,10 @@ class Statistic(Protocol):
     def compute(
         self,
         model: torch.nn.Module,
-        batches: Iterable[torch.Tensor],
+        batches: Sequence[torch.Tensor],
         weights: Collection[str],
-        write: Callable[[str, npt.NDArray[np.float32]], None],
+        write: Callable[[str, npt.NDArray[np.generic]], None],
+        progress: Callable[..., Iterable[Any]],
     ) -> None:
         """Run a model over a text, and hand the result for each weight to `write`, in any order.
 
@@ -36,17 +37,24 @@ class Statistic(Protocol):
             model: a causal language model of transformers in float32.
             batches: token ids, int64 ``[B, T]`` with T >= 2, no padding.
             weights: names of the checkpoint's weights that will be quantized.
-            write: takes a weight's name and its array, which may be forgotten after that.
+            write: takes a weight's name and its array, which may be forgotten after that. A weight that the statistic
+                says nothing about has none.
+            progress: shows how much is done: ``for item in progress(items, number of items)``.
 
         Raises:
             pmpd.runtime.errors.PmpdError: the model and the text do not give the statistic.
         """
 
-    def merge(self, layer: LinearLayer, arrays: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-        """Return the statistic of a merged layer from those of the checkpoint's weights that it is made of.
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Return what it takes on disk for a weight of so many rows and columns."""
+        ...
+
+    def select(self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+        """Return the statistic of one part of a layer.
 
         Args:
-            layer: says which rows and columns of which weights it takes.
-            arrays: what was written for each of ``layer.weight_names``.
+            layer: says which rows and columns its parts take of the checkpoint's weights.
+            part: number of the part.
+            array: what was written for the checkpoint's weight.
         """
         ...

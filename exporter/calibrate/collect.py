@@ -33,7 +33,11 @@ def collect_statistics(
         PmpdError: the checkpoint has no tokenizer, the text is too short, or as `StatisticsStore.collect`.
     """
     samples, length = config.calibration_samples, config.calibration_length
-    weights = sorted({name for layer in layers for name in layer.weight_names})
+    shapes = {
+        name: (part.rows, layer.module.source_features)
+        for layer in layers
+        for name, part in zip(layer.weight_names, layer.module.parts, strict=True)
+    }
 
     def load() -> tuple[torch.nn.Module, list[torch.Tensor]]:
         tokenizer = checkpoint.tokenizer()
@@ -45,11 +49,10 @@ def collect_statistics(
         batches = calibration_batches(ids, samples, length)
         return load_model(checkpoint), batches
 
-    identity = (checkpoint.identity(), sha256_of(text), samples, length, weights)
+    identity = (checkpoint.identity(), sha256_of(text), samples, length, shapes)
     return StatisticsStore.collect(
         METHODS[config.method].needs,
-        weights,
         key=fingerprint(*identity, code_digest(CALIBRATION_CODE)),
-        nbytes=4 * sum(layer.module.out_features * layer.module.in_features for layer in layers),
+        shapes=shapes,
         load=load,
     )

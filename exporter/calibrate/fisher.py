@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -23,18 +23,23 @@ class Fisher:
     def compute(
         self,
         model: torch.nn.Module,
-        batches: Iterable[torch.Tensor],
+        batches: Sequence[torch.Tensor],
         weights: Collection[str],
-        write: Callable[[str, npt.NDArray[np.float32]], None],
+        write: Callable[[str, npt.NDArray[np.generic]], None],
+        progress: Callable[..., Iterable[torch.Tensor]],
     ) -> None:
         """Write the squared gradients of each weight, in the weight's shape. Raises as `squared_gradients`."""
-        sums = squared_gradients(model, batches, weights)
+        sums = squared_gradients(model, progress(batches, len(batches)), weights)
         for name in weights:
             write(name, sums.pop(name))
 
-    def merge(self, layer: LinearLayer, arrays: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-        """Stack them as the weights are stacked: ``[N, K]``."""
-        return layer.stack(arrays)
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Return what it takes on disk for a weight."""
+        return 4 * rows * columns
+
+    def select(self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+        """Take the part's rows and columns: ``[n, K]``."""
+        return layer.select(part, array)
 
 
 def squared_gradients(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,19 +50,17 @@ class StatisticsStore:
     def collect(
         cls,
         names: Collection[str],
-        weights: Sequence[str],
         *,
         key: str,
-        nbytes: int,
+        shapes: Mapping[str, tuple[int, int]],
         load: Callable[[], tuple[torch.nn.Module, Sequence[torch.Tensor]]],
     ) -> StatisticsStore:
         """Compute the statistics that are not in the cache yet, one after the other.
 
         Args:
             names: of `STATISTICS`.
-            weights: names of the checkpoint's weights that will be quantized.
+            shapes: of the checkpoint's weights that will be quantized, by their names.
             key: fingerprint of the model, the text and the code.
-            nbytes: about the bytes that one statistic takes on disk.
             load: gives the model and the batches that `Statistic.compute` takes; called only if something is missing.
 
         Raises:
@@ -74,12 +73,13 @@ class StatisticsStore:
                 log.info("calibrate  %s statistics of an earlier export: %s", name, folder)
         if missing:
             try:
-                _require_room(cache_folder(), nbytes * len(missing))
+                nbytes = sum(STATISTICS[name].nbytes(*shape) for name in missing for shape in shapes.values())
+                _require_room(cache_folder(), nbytes)
                 model, batches = load()
                 for name, folder in missing.items():
-                    shown = track(batches, step=f"calibrate {name}", total=len(batches))
                     with _new_folder(folder) as unfinished:
-                        STATISTICS[name].compute(model, shown, weights, partial(_write, unfinished))
+                        write, progress = partial(_write, unfinished), partial(_track, f"calibrate {name}")
+                        STATISTICS[name].compute(model, batches, list(shapes), write, progress)
             except OSError as error:
                 raise PmpdError(
                     f"cannot keep statistics in {cache_folder()} ({error.strerror}): make room, or set XDG_CACHE_HOME "
@@ -87,19 +87,21 @@ class StatisticsStore:
                 ) from None
         return cls(folders)
 
-    def of(self, layer: LinearLayer) -> dict[str, npt.NDArray[np.float32]]:
-        """Read and merge the statistics of one layer; nothing of any other layer is in memory.
+    def of(self, layer: LinearLayer, part: int) -> dict[str, npt.NDArray[np.float32]]:
+        """Read the statistics of one part of a layer, those that there are; nothing of any other is in memory.
 
         Raises:
-            PmpdError: a file is missing or damaged.
+            PmpdError: a file is damaged.
         """
         statistics = {}
         for name, folder in self._folders.items():
             try:
-                arrays = {weight: np.load(folder / f"{weight}.npy", mmap_mode="r") for weight in layer.weight_names}
+                array = np.load(folder / f"{layer.weight_names[part]}.npy", mmap_mode="r")
+            except FileNotFoundError:
+                continue
             except (OSError, ValueError, EOFError) as error:
                 raise PmpdError(f"{folder} is damaged ({one_line(error)}): delete it and export again") from None
-            statistics[name] = STATISTICS[name].merge(layer, arrays)
+            statistics[name] = STATISTICS[name].select(layer, part, array)
         return statistics
 
 
@@ -131,7 +133,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         unfinished.rename(folder)
 
 
-def _write(folder: Path, name: str, array: npt.NDArray[np.float32]) -> None:
+def _track(step: str, items: Iterable[Any], total: int) -> Iterator[Any]:
+    return track(items, step=step, total=total)
+
+
+def _write(folder: Path, name: str, array: npt.NDArray[np.generic]) -> None:
     with (folder / f"{name}.npy").open("wb") as file:
         np.save(file, array)
         file.flush()

@@ -2,7 +2,8 @@
 
 from pmpd.exporter.quantize.anyprecision import AnyPrecision
 from pmpd.exporter.quantize.base import Method, NestedCodes
+from pmpd.exporter.quantize.guided import Guided
 
-__all__ = ["METHODS", "AnyPrecision", "Method", "NestedCodes"]
+__all__ = ["METHODS", "AnyPrecision", "Guided", "Method", "NestedCodes"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (AnyPrecision,)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (AnyPrecision, Guided)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -38,6 +38,12 @@ class NestedCodes:
             if codebook.dtype != np.float16 or codebook.shape[::2] != (rows, 2**p) or len(groups) != 1:
                 got = f"{codebook.dtype} {list(codebook.shape)}"
                 raise ValueError(f"the {p}-bit codebook must be float16 [{rows}, G, {2**p}] with one G, got {got}")
+
+    @classmethod
+    def stack(cls, parts: Sequence[NestedCodes]) -> NestedCodes:
+        """Put the rows of several layers of one kind below each other."""
+        books = {p: np.concatenate([part.codebooks[p] for part in parts]) for p in parts[0].codebooks}
+        return cls(np.concatenate([part.codes for part in parts]), books)
 
 
 class Method(Protocol):

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tracemalloc
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,21 +150,25 @@ def test_one_layer_of_statistics_is_in_memory_at_a_time(cache: Path) -> None:
     class Ones:
         name: ClassVar[str] = "fisher"
 
-        def compute(self, _: Any, __: Any, weights: Collection[str], write: Callable[..., None]) -> None:
+        def nbytes(self, rows: int, columns: int) -> int:
+            return 4 * rows * columns
+
+        def compute(self, _: Any, __: Any, weights: Collection[str], write: Callable[..., None], *___: Any) -> None:
             for weight in weights:
                 write(weight, np.ones((N, K), dtype=np.float32))
 
-        def merge(self, _: Any, arrays: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-            return np.concatenate(list(arrays.values()))
+        def select(self, _: Any, __: int, array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            return np.array(array)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STATISTICS, "fisher", Ones())
         tracemalloc.start()
         try:
-            store = StatisticsStore.collect(["fisher"], names, key="k", nbytes=1, load=lambda: (model, []))
+            shapes = dict.fromkeys(names, (N, K))
+            store = StatisticsStore.collect(["fisher"], key="k", shapes=shapes, load=lambda: (model, []))
             for name in names:
                 layer: Any = SimpleNamespace(weight_names=(name,))
-                assert store.of(layer)["fisher"].shape == (N, K)
+                assert store.of(layer, 0)["fisher"].shape == (N, K)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -207,16 +211,20 @@ class Tokens:
     def compute(
         self,
         model: torch.nn.Module,
-        batches: Iterable[torch.Tensor],
+        batches: Sequence[torch.Tensor],
         weights: Collection[str],
-        write: Callable[[str, npt.NDArray[np.float32]], None],
+        write: Callable[[str, npt.NDArray[np.generic]], None],
+        progress: Callable[..., Iterable[torch.Tensor]],
     ) -> None:
-        count = sum(batch.numel() for batch in batches)
+        count = sum(batch.numel() for batch in progress(batches, len(batches)))
         for name in weights:
             write(name, np.array(count, dtype=np.float32))
 
-    def merge(self, layer: Any, arrays: Mapping[str, npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-        return np.array(max(float(array) for array in arrays.values()), dtype=np.float32)
+    def nbytes(self, rows: int, columns: int) -> int:
+        return 4
+
+    def select(self, layer: Any, part: int, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+        return np.array(array, dtype=np.float32)
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from tempfile import TemporaryDirectory
 
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.library.compile import Progress, compile_kernels, require_tvm
-from pmpd.tvm_kernels.targets import Target, find_target
+from pmpd.tvm_kernels.targets import Target, find_target, host_target
 
-__all__ = ["build_library", "link_library", "require_toolchain"]
+__all__ = ["build_library", "compile_for_host", "link_library", "require_toolchain"]
 
 SOURCES = Path(__file__).parents[1] / "ort_ops"
 # ONNX Runtime fixes what functions take, whether they use it or not.
@@ -80,15 +80,38 @@ def link_library(target: Target, kernels: Sequence[Path], *, output: Path) -> No
         PmpdError: the library cannot be linked or written.
     """
     defines = [f'-DPMPD_VERSION="{version("pmpd")}"', f'-DPMPD_TARGET="{target.name}"']
-    draft = output.with_name(f".{output.name}.{os.getpid()}")
     compiler, sources = _compiler(target), map(str, [*sorted(SOURCES.glob("*.c")), *kernels])
-    command = [*compiler, *_OPTIONS, *defines, *sources, *_LINK, "-o", str(draft)]
+    _run([*compiler, *_OPTIONS, *defines, *sources, *_LINK], output)
+
+
+def compile_for_host(source: Path, *, output: Path) -> None:
+    """Compile a C file into a shared library for this processor, which others may not run.
+
+    Loops over floats may be reordered. The file appears whole, or what was there before stays.
+
+    Raises:
+        MissingExtraError: no C compiler is installed.
+        PmpdError: no target is for this machine, or the code cannot be compiled or written.
+    """
+    host = host_target()
+    if host is None:
+        raise PmpdError(f"no target is for this machine ({platform.machine()}, {sys.platform})")
+    fast = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+    options = ["-std=c11", *fast, "-fPIC", *_WARNINGS]
+    *compiler, _ = _compiler(find_target(host))
+    native = "-mcpu=native" if "ziglang" in compiler else "-march=native"
+    _run([*compiler, native, *options, str(source), "-shared", "-s"], output)
+
+
+def _run(command: Sequence[str], output: Path) -> None:
+    """Run a compiler whose result becomes `output`."""
+    draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            process = subprocess.run(command, capture_output=True, text=True, check=False)
+            process = subprocess.run([*command, "-o", str(draft)], capture_output=True, text=True, check=False)
             if process.returncode:
-                name = "zig" if "ziglang" in compiler else Path(compiler[0]).name
+                name = "zig" if "ziglang" in command else Path(command[0]).name
                 raise PmpdError(f"{name} cannot link {output}: {_reason(process)}")
             draft.replace(output)
         finally:

@@ -1,0 +1,127 @@
+"""The output error of a layer, weighted by how much each token's matters, lowered at all precisions at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pmpd.exporter.quantize.anyprecision import MAX_THREADS, AnyPrecision
+from pmpd.exporter.quantize.base import NestedCodes
+from pmpd.exporter.quantize.descent import Rows
+from pmpd.exporter.quantize.native import require_compiled
+from pmpd.runtime.engine.threads import available_threads
+from pmpd.runtime.errors import PmpdError
+
+__all__ = ["Guided"]
+
+TILE = 64
+"""Rows that a thread works on at once: they share what is read of H."""
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guided:
+    """Nested codes and codebooks by joint descent on the guided output error (`descent.py`).
+
+    The codes start as those of `AnyPrecision`, with the diagonal of H as sensitivities. Precisions count by how much of
+    the start's error is left, so that each is lowered by about the same share. A row that has not become better keeps
+    its start.
+
+    Attributes: as those of `AnyPrecision`, with one group a row, and
+
+        damping: share of the mean diagonal of H that is added to it. Statistics of few tokens know too little of the
+            directions of least energy.
+        rounds: how often codes and codebooks take turns.
+        passes: over the columns, in each round.
+    """
+
+    name: ClassVar[str] = "guided"
+    needs: ClassVar[frozenset[str]] = frozenset({"guided"})
+    requires: ClassVar[frozenset[str]] = frozenset({"guided"})
+
+    precisions: tuple[int, ...] = (4, 3, 2)
+    parent: int = 4
+    seed: int = 2
+    groups: int = 1
+    damping: float = 0.1
+    rounds: int = 2
+    passes: int = 2
+    start: AnyPrecision = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.groups != 1:
+            raise PmpdError(f"method {self.name} makes one codebook a row, got {self.groups} groups: use --groups 1")
+        start = AnyPrecision(precisions=self.precisions, parent=self.parent, seed=self.seed)
+        object.__setattr__(self, "start", start)
+
+    def quantize(
+        self, weight: npt.NDArray[np.floating], statistics: Mapping[str, npt.NDArray[np.floating]]
+    ) -> NestedCodes:
+        """Quantize one linear layer, on all cores; the result does not depend on how many there are.
+
+        Args:
+            weight: ``[N, K]``, any floating dtype; taken as float32.
+            statistics: ``guided`` ``[K, K]``, as `pmpd.exporter.calibrate.guided` makes it. Without it (of the output
+                layer there is none), weights are quantized as by `AnyPrecision`.
+
+        Raises:
+            MissingExtraError: no C compiler is installed.
+            PmpdError: as `AnyPrecision.quantize`, or statistics that are not finite.
+            ValueError: shapes that do not fit.
+        """
+        if "guided" not in statistics:
+            return self.start.quantize(weight)
+        require_compiled()
+        H = self._damped(statistics["guided"], weight.shape[1])
+        sensitivity = np.broadcast_to(H.diagonal(), weight.shape)
+        codes = self.start.quantize(weight, {"fisher": sensitivity})
+
+        def improved(n: int) -> NestedCodes:
+            rows = slice(n, n + TILE)
+            books = {p: book[rows] for p, book in codes.codebooks.items()}
+            return self._improved(weight[rows].astype(np.float32), H, NestedCodes(codes.codes[rows], books))
+
+        with _one_thread_each(min(available_threads(), MAX_THREADS)) as pool:
+            return NestedCodes.stack(list(pool.map(improved, range(0, len(weight), TILE))))
+
+    def _damped(self, H: npt.NDArray[np.floating], K: int) -> Floats:
+        if H.shape != (K, K):
+            raise ValueError(f"statistics must be [{K}, {K}] for weights of {K} columns, got {list(H.shape)}")
+        if not np.isfinite(H).all():
+            raise PmpdError("the statistics are not finite: delete those of this model and export again")
+        mean = H.diagonal().mean(dtype=np.float64)
+        scaled = H.astype(np.float32) / np.float32(mean if mean > 0 else 1.0)
+        scaled[np.diag_indices(K)] += np.float32(self.damping)
+        return scaled
+
+    def _improved(self, weight: Floats, H: Floats, start: NestedCodes) -> NestedCodes:
+        books = {p: book[:, 0].astype(np.float32) for p, book in start.codebooks.items()}
+        rows = Rows(weight, H, self.parent, start.codes, books)
+        before = rows.losses()
+        # Of rows without an error at some precision, a change there costs as much as one of a whole weight elsewhere.
+        scale = np.einsum("rk,rk->r", weight, weight @ H, dtype=np.float64)
+        importance = (1 / (before + 1e-9 * scale + 1e-30)).astype(np.float32)  # [p, R]
+        rows.descend(importance, rounds=self.rounds, passes=self.passes)
+        better = ((importance * rows.losses()).sum(0) < (importance * before).sum(0))[:, None]  # [R, 1]
+        codebooks = {p: np.where(better, book, books[p]).astype(np.float16) for p, book in rows.codebooks.items()}
+        codes = np.where(better, rows.codes, start.codes)
+        return NestedCodes(codes, {p: book[:, None] for p, book in codebooks.items()})
+
+
+@contextmanager
+def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads that compute alone: a product may depend on how many threads torch splits it for."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,88 @@
+"""The C code of this folder, compiled once for each kind of processor, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pmpd.runtime.errors import PmpdError
+from pmpd.tvm_kernels.library.link import compile_for_host
+
+__all__ = ["descend", "gram", "require_compiled"]
+
+_SOURCE = Path(__file__).with_name("descent.c")
+Floats = npt.NDArray[np.float32]
+
+
+def require_compiled() -> None:
+    """Compile the code unless it is in the cache.
+
+    Raises:
+        MissingExtraError: no C compiler is installed.
+        PmpdError: it fails, or its result cannot be loaded.
+    """
+    _library()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    digest = hashlib.sha256(_SOURCE.read_bytes() + _processor()).hexdigest()[:16]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = root / "pmpd" / "quantize" / f"descent-{digest}.so"
+    if not path.exists():
+        compile_for_host(_SOURCE, output=path)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise PmpdError(f"cannot load {path} ({error}): delete it and export again") from None
+    library.pmpd_descend.restype = ctypes.c_int64
+    library.pmpd_gram.restype = None
+    return library
+
+
+def _processor() -> bytes:
+    """Return what tells processors apart whose instructions differ; a user's cache may be shared by several."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+        return next((line for line in lines if line.lower().startswith((b"flags", b"features"))), b"")
+    return platform.processor().encode()
+
+
+def gram(codes: npt.NDArray[np.uint8], H: Floats, levels: int) -> npt.NDArray[np.float64]:
+    """Return the sums of ``H [K, K]`` over all pairs of codes ``[R, K]`` of each row: ``[R, levels, levels]``."""
+    R, K = codes.shape
+    sums = np.empty((R, levels, K), dtype=np.float32)
+    result = np.empty((R, levels, levels), dtype=np.float64)
+    _library().pmpd_gram(*_addresses(codes, H, result, sums), *map(ctypes.c_int64, (R, K, levels)))
+    return result
+
+
+def descend(codes: npt.NDArray[np.uint8], H: Floats, values: Floats, weight: Floats, gradient: Floats) -> int:
+    """Make one pass of coordinate descent over all columns; return how many codes have changed.
+
+    Args:
+        codes: parent codes ``[R, K]``, changed in place.
+        H: symmetric ``[K, K]``.
+        values: ``[P, R, levels]``, what each parent code stands for at each precision.
+        weight: ``[P, R]``, what each precision's loss counts.
+        gradient: ``[P, R, K]``, the product of H with each row's error, kept up to date in place.
+    """
+    P, R, levels = values.shape
+    arrays = _addresses(codes, H, values, weight, gradient)
+    changes: int = _library().pmpd_descend(*arrays, *map(ctypes.c_int64, (P, R, codes.shape[1], levels)))
+    return changes
+
+
+def _addresses(*arrays: npt.NDArray[Any]) -> list[ctypes.c_void_p]:
+    if not all(array.flags.c_contiguous for array in arrays):
+        raise ValueError("the C code takes contiguous arrays")
+    return [ctypes.c_void_p(array.ctypes.data) for array in arrays]

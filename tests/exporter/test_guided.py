@@ -1,0 +1,266 @@
+"""The method `guided`: its statistic against plain autograd, its descent against brute force, and what it is worth."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import TINY_MODELS, plain_model, save_with_tokenizer
+
+from pmpd.exporter import ExportConfig, export_bundle
+from pmpd.exporter.calibrate.guided import packed, unpacked
+from pmpd.exporter.calibrate.sweep import Visit, sweep
+from pmpd.exporter.quantize import AnyPrecision, Guided, native
+from pmpd.exporter.quantize.descent import Rows
+from pmpd.runtime import Bundle
+from pmpd.runtime.errors import MissingExtraError, PmpdError
+
+Array = npt.NDArray[Any]
+
+try:
+    native.require_compiled()
+except MissingExtraError as error:
+    pytest.skip(f"needs a C compiler: {error}", allow_module_level=True)
+
+
+def moments(columns: int, seed: int = 0, tokens: int = 200) -> Array:
+    """Return second moments ``[K, K]`` of inputs that are correlated, and larger in some columns."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.standard_normal((tokens, columns)) @ rng.standard_normal((columns, columns))
+    inputs *= rng.exponential(1, columns)
+    return (inputs.T @ inputs / tokens).astype(np.float32)
+
+
+def losses(weight: Array, H: Array, codes: Array, codebook: Array) -> Array:
+    error = np.take_along_axis(codebook.astype(np.float64), codes.astype(np.intp), 1) - weight
+    loss: Array = np.einsum("nk,kl,nl->n", error, H.astype(np.float64), error)
+    return loss
+
+
+# The statistic.
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "gemma3-windows", "qwen3", "phi", "phi3"])
+def test_a_sweep_sees_what_one_pass_over_the_whole_model_sees(name: str, tmp_path: Path) -> None:
+    if name not in TINY_MODELS:
+        name = next(other for other in TINY_MODELS if other.startswith(name.partition("-")[0]))
+    model = plain_model(TINY_MODELS[name].save(tmp_path / "model"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    ids = torch.randint(0, model.config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
+
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def visit(index: int) -> Visit:
+        def add(layer: str, x: torch.Tensor, gradient: torch.Tensor) -> None:
+            seen.setdefault(f"model.layers.{index}.{layer}", []).append((x, gradient))
+
+        return add
+
+    sweep(model, list(ids.split(2)), visit, dtype=torch.float32)  # type: ignore[no-untyped-call]
+
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for layer, module in model.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(module, torch.nn.Linear):
+
+            def keep(_: Any, x: Any, y: torch.Tensor, layer: str = layer) -> None:
+                y.retain_grad()
+                inputs[layer], outputs[layer] = x[0].detach(), y
+
+            module.register_forward_hook(keep)
+    model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_(True))
+    logits = model(input_ids=ids[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    assert seen.keys() == inputs.keys()
+    for layer, parts in seen.items():
+        x, gradient = (torch.cat(list(column)) for column in zip(*parts, strict=True))
+        assert outputs[layer].grad is not None
+        torch.testing.assert_close(x, inputs[layer], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, outputs[layer].grad, rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [type(block).__name__ for block in model.model.layers] != ["_StandIn"] * len(model.model.layers)
+
+
+def test_moments_are_kept_in_half_the_bytes() -> None:
+    H = moments(50)
+    H[7], H[:, 7] = 0, 0  # an input that is always zero
+    array = packed(H)
+    assert array.dtype == np.float16
+    deviations = np.sqrt(H.diagonal())
+    assert np.abs(unpacked(array) - H).max() < 2e-3 * np.outer(deviations, deviations).max()
+    np.testing.assert_allclose(unpacked(array).diagonal(), H.diagonal(), rtol=2e-3)
+
+
+# The descent.
+
+
+def plain_pass(codes: Array, H: Array, values: Array, weight: Array, gradient: Array) -> Array:
+    """One pass as the docstring of `descent.c` says it, in float64."""
+    codes, gradient, H = codes.copy(), gradient.astype(np.float64), H.astype(np.float64)
+    for r, j in product(range(len(codes)), range(codes.shape[1])):
+        steps = values[:, r] - values[:, r, codes[r, j], None]  # [P, L]
+        rise = (weight[:, r, None] * steps * (2 * gradient[:, r, j, None] + H[j, j] * steps)).sum(0)
+        best = int(rise.argmin())
+        if rise[best] < 0:
+            codes[r, j] = best
+            gradient[:, r] += steps[:, best, None] * H[j]
+    return codes
+
+
+def start(weight: Array, H: Array, parent: int = 4, precisions: tuple[int, ...] = (4, 3, 2)) -> Rows:
+    method = AnyPrecision(precisions=precisions, parent=parent, seed=1)
+    nested = method.quantize(weight, {"fisher": np.broadcast_to(H.diagonal(), weight.shape)})
+    books = {p: book[:, 0].astype(np.float32) for p, book in nested.codebooks.items()}
+    return Rows(weight, H, parent, nested.codes, books)
+
+
+def test_the_compiled_pass_does_what_it_says() -> None:
+    rng = np.random.default_rng(0)
+    H, weight = moments(40) + np.eye(40, dtype=np.float32), rng.standard_normal((6, 40)).astype(np.float32)
+    rows = start(weight, H)
+    importance = rng.random((3, 6)).astype(np.float32)
+    gradient = (rows._errors() @ H).astype(np.float32)
+    values = np.stack([rows._expanded(p) for p in rows.codebooks])
+    expected = plain_pass(rows.codes, H, values, importance, gradient)
+    codes = rows.codes.copy()
+    assert native.descend(codes, H, values, importance, gradient) >= (codes != rows.codes).sum() > 0
+    np.testing.assert_array_equal(codes, expected)
+    rows.codes = codes
+    np.testing.assert_allclose(gradient, rows._errors() @ H, atol=1e-3)
+
+
+def test_sums_over_pairs_of_codes() -> None:
+    codes = np.random.default_rng(0).integers(0, 8, (5, 30)).astype(np.uint8)
+    H = moments(30)
+    chosen = np.eye(8)[codes]  # [R, K, L]
+    np.testing.assert_allclose(native.gram(codes, H, 8), chosen.transpose(0, 2, 1) @ H @ chosen, rtol=1e-4, atol=1e-3)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 4), st.integers(1, 30), st.sampled_from([0.01, 0.1, 2.0]))
+@settings(max_examples=25)
+def test_the_loss_never_rises(seed: int, parent: int, columns: int, damping: float) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_t(3, (4, columns)).astype(np.float32)
+    H = moments(columns, seed, tokens=max(columns // 2, 1))
+    H += damping * H.diagonal().mean() * np.eye(columns, dtype=np.float32)
+    rows = start(weight, H, parent, tuple(range(parent, 0, -1)))
+    importance = rng.random((parent, 4)).astype(np.float32)
+    total = (importance * rows.losses()).sum(0)
+    for _ in range(3):
+        rows.descend(importance, rounds=1, passes=1)
+        lower = (importance * rows.losses()).sum(0)
+        # Codebooks are rounded to float16, which no descent can undo.
+        rounding = 1e-4 * importance.sum(0) * np.einsum("rk,rk->r", weight @ H, weight)
+        assert (lower <= 1.001 * total + rounding).all()
+        total = lower
+
+
+def test_small_rows_come_near_the_best_that_there_is() -> None:
+    parent, columns, rows = 2, 5, 12
+    rng = np.random.default_rng(3)
+    weight, H = rng.standard_normal((rows, columns)).astype(np.float32), moments(columns)
+    best = np.full(rows, np.inf)
+    for codes in product(range(4), repeat=columns):
+        total = np.zeros(rows)
+        for p in (2, 1):
+            chosen = np.eye(2**p)[np.array(codes) >> (parent - p)]  # [K, 2**p]
+            book = np.linalg.pinv(chosen.T @ H @ chosen) @ chosen.T @ H @ weight.T  # [2**p, R]
+            error = chosen @ book - weight.T
+            total += np.einsum("kr,kl,lr->r", error, H, error)
+        best = np.minimum(best, total)
+    found = start(weight, H, parent, (2, 1))
+    before = found.losses().sum(0)
+    found.descend(np.ones((2, rows), np.float32), rounds=6, passes=3)
+    after = found.losses().sum(0)
+    assert (after >= best - 1e-3 * before).all()
+    assert (after - best).sum() < 0.35 * (before - best).sum()
+
+
+# The method.
+
+
+def test_every_precision_has_less_output_error_than_k_means() -> None:
+    rng = np.random.default_rng(0)
+    weight, H = rng.standard_normal((100, 96)).astype(np.float32), moments(96, tokens=2000)
+    damped = H + 0.1 * H.diagonal().mean() * np.eye(96, dtype=np.float32)
+    guided = Guided().quantize(weight, {"guided": H})
+    means = AnyPrecision().quantize(weight, {"fisher": np.broadcast_to(damped.diagonal(), weight.shape)})
+    for p in (4, 3, 2):
+        ours, theirs = (losses(weight, damped, q.codes >> (4 - p), q.codebooks[p][:, 0]) for q in (guided, means))
+        assert (ours <= 1.001 * theirs).mean() > 0.95
+        assert ours.sum() < 0.9 * theirs.sum()
+
+
+def test_no_row_is_worse_than_its_start_in_sum() -> None:
+    rng = np.random.default_rng(1)
+    weight, H = rng.standard_t(2, (80, 33)).astype(np.float32), moments(33, tokens=20)
+    scaled = H / H.diagonal().mean() + 0.1 * np.eye(33, dtype=np.float32)
+    guided = Guided().quantize(weight, {"guided": H})
+    means = AnyPrecision().quantize(weight, {"fisher": np.broadcast_to(scaled.diagonal(), weight.shape)})
+    shares = np.zeros(len(weight))
+    for p in (4, 3, 2):
+        ours, theirs = (losses(weight, scaled, q.codes >> (4 - p), q.codebooks[p][:, 0]) for q in (guided, means))
+        shares += ours / theirs
+    assert (shares <= 3.001).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    one = Guided().quantize(weight, {"guided": moments(64)})
+    before = torch.get_num_threads()
+    monkeypatch.setattr("pmpd.exporter.quantize.guided.available_threads", lambda: threads)
+    other = Guided().quantize(weight, {"guided": moments(64)})
+    assert torch.get_num_threads() == before
+    np.testing.assert_array_equal(one.codes, other.codes)
+    assert all((one.codebooks[p] == other.codebooks[p]).all() for p in (4, 3, 2))
+
+
+@pytest.mark.parametrize("weight", [np.zeros((3, 8)), np.full((3, 8), -0.3), np.tile([1.0, -2.0], (3, 4))])
+def test_what_needs_no_error_has_none(weight: Array) -> None:
+    nested = Guided().quantize(weight.astype(np.float32), {"guided": moments(8)})
+    for p in (4, 3, 2):
+        values = np.take_along_axis(nested.codebooks[p][:, 0], (nested.codes >> (4 - p)).astype(np.intp), 1)
+        np.testing.assert_array_equal(values, weight.astype(np.float16))
+
+
+def test_inputs_that_say_nothing() -> None:
+    weight = np.random.default_rng(0).standard_normal((5, 16)).astype(np.float32)
+    nested = Guided().quantize(weight, {"guided": np.zeros((16, 16), np.float32)})
+    assert all(np.isfinite(book).all() for book in nested.codebooks.values())
+
+
+def test_what_does_not_fit_is_said() -> None:
+    weight = np.zeros((5, 16), np.float32)
+    message = "statistics must be [16, 16] for weights of 16 columns, got [8, 8]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Guided().quantize(weight, {"guided": np.zeros((8, 8), np.float32)})
+    with pytest.raises(PmpdError, match="the statistics are not finite"):
+        Guided().quantize(weight, {"guided": np.full((16, 16), np.nan, np.float32)})
+    with pytest.raises(PmpdError, match="one codebook a row, got 2 groups: use --groups 1"):
+        Guided(groups=2)
+
+
+def test_an_export_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("The owl saw a tree and a ball. " * 40)
+    model = save_with_tokenizer(tmp_path / "model")
+    config = ExportConfig(
+        model=str(model), output=tmp_path / "bundle", method="guided", targets=(), calibration=text,
+        calibration_samples=4, calibration_length=32,
+    )  # fmt: skip
+    manifest = export_bundle(config)
+    assert manifest.configuration["method"] == "guided"
+    Bundle.open(config.output, verify=True)
+    (folder,) = (tmp_path / "cache" / "pmpd" / "statistics").iterdir()
+    kinds = {key: len(list(group)) for key, group in groupby(sorted(f.name.split(".")[0] for f in folder.iterdir()))}
+    assert kinds == {"model": 7 * 2}, "one of each linear layer of the blocks, none of the output layer"
