@@ -80,7 +80,13 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     metavar="BITS",
     help="Bits of the stored codes, of which lower precisions are the top bits.  [default: the highest precision]",
 )
-@click.option("--method", metavar="NAME", default="anyprecision", show_default=True, help="How weights are quantized.")
+@click.option(
+    "--method",
+    metavar="NAME",
+    default="anyprecision",
+    show_default=True,
+    help="How weights are quantized: anyprecision, or guided (better at every precision; needs --calibration).",
+)
 @click.option(
     "--seed-precision",
     type=int,

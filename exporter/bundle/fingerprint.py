@@ -37,9 +37,10 @@ def fingerprint(*parts: Any) -> str:
 
 
 def code_digest(places: Iterable[Path]) -> str:
-    """Return the SHA-256 (hex) of the Python files at some places: files, or folders with all that is below them."""
+    """Return the SHA-256 (hex) of the Python and C files at some places: files, or folders with all that is below."""
     digest = hashlib.sha256()
     for place in places:
-        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
+        below = (path for path in place.rglob("*") if path.suffix in (".py", ".c"))
+        for file in [place] if place.is_file() else sorted(below):
             digest.update(file.relative_to(place.parent).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -13,7 +13,7 @@ import torch
 from pmpd.exporter.bundle.layers import LinearLayer, select
 from pmpd.exporter.calibrate.sweep import Progress, Visit, sweep
 
-__all__ = ["Guided"]
+__all__ = ["Guided", "fast_dtype", "packed", "unpacked"]
 
 BATCH = 8
 """Sequences that run side by side."""

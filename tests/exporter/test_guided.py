@@ -196,7 +196,7 @@ def test_every_precision_has_less_output_error_than_k_means() -> None:
     for p in (4, 3, 2):
         ours, theirs = (losses(weight, damped, q.codes >> (4 - p), q.codebooks[p][:, 0]) for q in (guided, means))
         assert (ours <= 1.001 * theirs).mean() > 0.95
-        assert ours.sum() < 0.9 * theirs.sum()
+        assert ours.sum() < 0.93 * theirs.sum()
 
 
 def test_no_row_is_worse_than_its_start_in_sum() -> None:
