@@ -24,7 +24,7 @@ from pmpd.exporter import ExportConfig, export_bundle, outline, pipeline
 from pmpd.exporter.bundle.workspace import Workspace
 from pmpd.exporter.calibrate import fisher
 from pmpd.exporter.calibrate.batches import calibration_batches
-from pmpd.exporter.quantize import AnyPrecision
+from pmpd.exporter.quantize import NestedCodes
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import PmpdError
 
@@ -81,15 +81,15 @@ def interrupted(owner: Any, name: str, *, after: int = 0) -> Iterator[None]:
 def quantized_layers(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> int:
     """Return how many layers are quantized while `run` runs."""
     count = 0
-    quantize = AnyPrecision.quantize
+    stack = NestedCodes.stack  # once for each layer, when all of its parts are quantized
 
     def counting(*arguments: Any) -> Any:
         nonlocal count
         count += 1
-        return quantize(*arguments)
+        return stack(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnyPrecision, "quantize", counting)
+        patch.setattr(NestedCodes, "stack", counting)
         run()
     return count
 
@@ -120,7 +120,7 @@ def assert_published(config: ExportConfig, weights: bytes) -> None:
         (Workspace, "write", 1, LINEARS),
         (Workspace, "write", 4, LINEARS - 3),
         (os, "fsync", 4, LINEARS - 1),  # the bytes of the second layer are written and not on record
-        (AnyPrecision, "quantize", LINEARS - 1, 1),
+        (NestedCodes, "stack", LINEARS - 1, 1),
         (outline, "build_graph", 0, 0),
         (pipeline, "Verification", 0, 0),
         (pipeline, "model_card", 0, 0),
