@@ -100,6 +100,12 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     "--head-precision", type=int, metavar="BITS", help="Bits of the output layer in all graphs.  [default: 6]"
 )
 @click.option(
+    "--embedding-precision",
+    type=int,
+    metavar="BITS",
+    help="Bits of the embedding in all graphs; one that is tied to the output layer has that layer's.  [default: 6]",
+)
+@click.option(
     "--coarse-precision",
     type=int,
     metavar="BITS",

@@ -14,9 +14,10 @@ from pmpd.runtime.format.manifest import ACCURACIES
 from pmpd.runtime.schedule.registry import parse_schedule
 from pmpd.tvm_kernels.targets import find_target, host_target
 
-__all__ = ["DEFAULT_HEAD_PRECISION", "DEFAULT_METHOD", "ExportConfig", "ResolvedConfig"]
+__all__ = ["DEFAULT_EMBEDDING_PRECISION", "DEFAULT_HEAD_PRECISION", "DEFAULT_METHOD", "ExportConfig", "ResolvedConfig"]
 
 DEFAULT_HEAD_PRECISION = 6
+DEFAULT_EMBEDDING_PRECISION = 6
 DEFAULT_METHOD = "anyprecision"
 
 
@@ -40,6 +41,7 @@ class ResolvedConfig:
     seed_precision: int
     prefill: int
     head_precision: int
+    embedding_precision: int | None
     coarse_precision: int | None
     groups: int
     schedule: str
@@ -79,6 +81,8 @@ class ExportConfig:
         seed_precision: bits of the first clustering; each further bit splits the clusters in two.
         prefill: bits to prefill at; default the highest precision.
         head_precision: bits of the output layer, the same in every graph.
+        embedding_precision: bits of the embedding, the same in every graph; default 6. One that is tied to the output
+            layer has that layer's.
         coarse_precision: bits of the output layer that a decode step reads of every row; the others are read of rows
             that can still win. 0 reads all of every row; default 4 where that is less to read (`outline.coarse_bits`).
         groups: codebooks per row.
@@ -106,6 +110,7 @@ class ExportConfig:
     seed_precision: int = 2
     prefill: int | None = None
     head_precision: int = DEFAULT_HEAD_PRECISION
+    embedding_precision: int | None = None
     coarse_precision: int | None = None
     groups: int = 1
     schedule: str | None = None
@@ -124,6 +129,7 @@ class ExportConfig:
             ("parent precision", 1 if self.parent is None else self.parent),
             ("seed precision", self.seed_precision),
             ("head precision", self.head_precision),
+            ("embedding precision", 1 if self.embedding_precision is None else self.embedding_precision),
         ):
             if not 1 <= bits <= MAX_PRECISION:
                 raise PmpdError(f"{name} must be 1 to {MAX_PRECISION} bits, got {bits}")
@@ -181,6 +187,7 @@ class ExportConfig:
             seed_precision=self.seed_precision,
             prefill=high if self.prefill is None else self.prefill,
             head_precision=self.head_precision,
+            embedding_precision=self.embedding_precision,
             coarse_precision=self.coarse_precision,
             groups=self.groups,
             schedule=str(parse_schedule(self.schedule or f"uniform:{high}", self.precisions)),

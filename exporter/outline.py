@@ -13,11 +13,12 @@ import onnx_ir as ir
 
 from pmpd.exporter.arch import Decoder, Family, read_family
 from pmpd.exporter.bundle.plan import WeightPlan, external_tensor, plan_weights
-from pmpd.exporter.config import ResolvedConfig
+from pmpd.exporter.config import DEFAULT_EMBEDDING_PRECISION, ResolvedConfig
 from pmpd.exporter.graph.logits import BITPLANE_LOGITS
 from pmpd.exporter.graph.operators import BITPLANE_MATMUL
-from pmpd.exporter.nn import BitplaneLinear, BitplaneLogits, LinearFactory
+from pmpd.exporter.nn import BitplaneEmbedding, BitplaneLinear, BitplaneLogits, LinearFactory
 from pmpd.exporter.onnx_model import Phase, build_graph
+from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import Architecture, FileEntry, Graph, KvContract, Manifest, Source
 
@@ -51,18 +52,21 @@ class Outline:
         """Outline the bundle of a model with a `config.json`.
 
         Raises:
-            PmpdError: an architecture or an option of one that cannot be exported.
+            PmpdError: an architecture or an option of one that cannot be exported, or an option that it has no use for.
         """
         family = read_family(document, context_length=config.context_length)
+        if family.shape.tied_embeddings and config.embedding_precision is not None:
+            raise PmpdError(
+                f"embedding precision {config.embedding_precision}: this model's embedding is tied to its output layer "
+                "and stored once: use --head-precision"
+            )
         network = _network(config, family, config.precisions[0], coarse=coarse_bits(config, family))
         return cls(config, source, family, network, plan_weights(network, config.precisions, config.parent))
 
     @property
     def parameters(self) -> int:
         """Parameters of the model, tied ones counted once."""
-        linear = sum(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
-        shape = self.family.shape
-        return linear + (0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size)
+        return sum(layer.module.out_features * layer.module.in_features for layer in self.plan.layers)
 
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
@@ -71,17 +75,21 @@ class Outline:
         last = f"model/layers.{shape.layers - 1}/"
         a_layer = sum((node.name or "").startswith(last) for node in graph)
         products = sum(node.op_type in (BITPLANE_MATMUL, BITPLANE_LOGITS) for node in graph)
-        others = plan.size - plan.plane_bytes - plan.codebook_bytes
-        remainder = "others" if shape.tied_embeddings else "embedding and others"
-        tied = " (the embedding is tied: read from the head)" if shape.tied_embeddings else ""
+        planes, codebooks, table = map(plan.nbytes, ("planes", "codebook", "embedding"))
+        others = plan.size - planes - codebooks - table
+        tied = plan.embedding is None
+        at = "" if plan.embedding is None else f", embedding at {plan.embedding.parent}"
+        size = "" if tied else f"embedding {table / 1e6:,.1f}, "
+        note = " (the embedding is tied: read from the head)" if tied else ""
         return [
             f"model     {config.model}: {self.family.model_type}, {self.parameters / 1e6:,.1f} M parameters, "
             f"{shape.layers} layers, context {shape.context_length}",
             *self.family.describe(),
             f"bundle    {config.output}: {'/'.join(map(str, config.precisions))} bits from {config.parent} planes, "
-            f"prefill at {config.prefill}, head at {config.head_precision}, schedule {config.schedule}",
-            f"weights   {plan.size / 1e6:,.1f} MB: planes {plan.plane_bytes / 1e6:,.1f}, "
-            f"codebooks {plan.codebook_bytes / 1e6:,.1f}, {remainder} {others / 1e6:,.1f}{tied}",
+            f"prefill at {config.prefill}, head at {config.head_precision}{at}, "
+            f"schedule {config.schedule}",
+            f"weights   {plan.size / 1e6:,.1f} MB: planes {planes / 1e6:,.1f}, codebooks {codebooks / 1e6:,.1f}, "
+            f"{size}others {others / 1e6:,.1f}{note}",
             f"graphs    {len(self.graphs)} of {len(graph)} nodes, {a_layer} a layer, {products} {BITPLANE_MATMUL}",
         ]
 
@@ -171,7 +179,8 @@ def _network(config: ResolvedConfig, family: Family, precision: int, *, coarse: 
     head: LinearFactory = partial(BitplaneLinear, precision=config.head_precision, groups=config.groups, nested=False)
     if coarse is not None:
         head = partial(BitplaneLogits, precision=config.head_precision, coarse=coarse)
-    return family.decoder(linear, head, embedding_type=ir.DataType.FLOAT16)
+    bits = DEFAULT_EMBEDDING_PRECISION if config.embedding_precision is None else config.embedding_precision
+    return family.decoder(linear, head, partial(BitplaneEmbedding, precision=bits, groups=config.groups))
 
 
 def _producer() -> str:

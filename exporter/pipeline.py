@@ -23,7 +23,7 @@ from pmpd.exporter.bundle.layers import checkpoint_shapes, plain_tensors
 from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.bundle.workspace import Workspace, bytes_on_disk
 from pmpd.exporter.calibrate.collect import collect_statistics
-from pmpd.exporter.config import ExportConfig, ResolvedConfig
+from pmpd.exporter.config import DEFAULT_METHOD, ExportConfig, ResolvedConfig
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
 from pmpd.exporter.quantize import METHODS, NestedCodes
@@ -127,7 +127,7 @@ class Export:
         That is the libraries and the largest layer as floats, a few times over; in the verification the checkpoint
         too (a folder's is mapped from its files); in the calibration the weights and their sensitivities in float32.
         """
-        largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.linears)
+        largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.layers)
         calibrating = 12 * self.outline.parameters if self.config.calibration else 0
         return int(700e6 + max(12 * largest + self.checkpoint.tensor_nbytes, calibrating))
 
@@ -162,7 +162,7 @@ class Export:
         config, outline = self.config, self.outline
         with Workspace.open(config.output, self.fingerprint, self.plan, overwrite=config.overwrite) as workspace:
             if workspace.done:
-                steps = len(self.plan.linears) + 1 + len(config.targets)
+                steps = len(self.plan.layers) + 1 + len(config.targets)
                 log.info("resuming  %d of %d steps are done", len(workspace.done), steps)
             self._build_kernels(workspace)
             copy_text_files(self.checkpoint, workspace.path)
@@ -195,14 +195,16 @@ class Export:
         config, checkpoint = self.config, self.checkpoint
         if _PLAIN not in workspace.done:
             workspace.write(_PLAIN, plain_tensors(self.outline.network, checkpoint))
-        left = [layer for layer in self.plan.linears if layer.name not in workspace.done]
+        left = [layer for layer in self.plan.layers if layer.name not in workspace.done]
         if not left:
             return
         statistics = None
         if config.calibration is not None:
             statistics = collect_statistics(config, config.calibration, checkpoint, self.plan.linears)
         for layer in track(left, step="quantize", total=len(left)):
-            method = METHODS[config.method](
+            is_table = layer is self.plan.embedding
+            # Statistics are of products, and a table has none: its rows are clustered as they are.
+            method = METHODS[DEFAULT_METHOD if is_table else config.method](
                 precisions=layer.precisions,
                 parent=layer.parent,
                 # A layer with one precision is best clustered at it, one that is read coarsely at what all rows are
@@ -211,12 +213,12 @@ class Export:
                 groups=layer.module.groups,
             )
             parts = []
-            try:
-                for part, name in enumerate(layer.weight_names):
-                    weight = layer.part_weight(part, checkpoint.tensor(name))
-                    parts.append(method.quantize(weight, {} if statistics is None else statistics.of(layer, part)))
-            except PmpdError as error:
-                raise PmpdError(f"layer {layer.name}: {error}") from None
+            for part, name in enumerate(layer.weight_names):
+                known = {} if statistics is None or is_table else statistics.of(layer, part)
+                try:
+                    parts.append(method.quantize(layer.part_weight(part, checkpoint.tensor(name)), known))
+                except PmpdError as error:
+                    raise PmpdError(f"tensor {name!r}: {error}") from None
             quantized = NestedCodes.stack(parts)
             tensors = layer.tensors(quantized, checkpoint)
             if isinstance(layer.module, BitplaneLogits):

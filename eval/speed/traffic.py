@@ -7,9 +7,6 @@ from pmpd.runtime.format.tensor import Tensor, coarse_codebooks
 
 __all__ = ["step_bytes"]
 
-# Tables of which a step reads one row.
-_GATHERED = ("embedding", "rotary")
-
 
 def step_bytes(manifest: Manifest, *, precision: int, positions: float) -> float:
     """Return the bytes that a decode step at `precision` bits reads with `positions` tokens in the KV cache.
@@ -21,7 +18,9 @@ def step_bytes(manifest: Manifest, *, precision: int, positions: float) -> float
     coarse = {tensor.layer: tensor.bits or 0 for tensor in coarse_codebooks(manifest.tensors)}
 
     def read(tensor: Tensor) -> float:
-        if tensor.role in _GATHERED:
+        if tensor.role == "embedding":  # a table, or its planes or codebook: one row of each
+            return tensor.length / manifest.architecture.vocab_size
+        if tensor.role == "rotary":
             return tensor.length / tensor.shape[0]
         if tensor.layer in coarse and tensor.role == "planes":
             return tensor.length * coarse[tensor.layer] / tensor.shape[0]

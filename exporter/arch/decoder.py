@@ -12,9 +12,12 @@ from onnxscript import nn
 
 from pmpd.exporter.nn import (
     Attention,
+    BitplaneEmbedding,
     BitplaneLinear,
     Cache,
     EarlyRotation,
+    Embedding,
+    EmbeddingFactory,
     GatedMlp,
     HeadLayout,
     LayerNorm,
@@ -25,18 +28,10 @@ from pmpd.exporter.nn import (
     Part,
     RMSNorm,
     RotaryTables,
-    Stored,
+    TiedEmbedding,
 )
 
-__all__ = [
-    "Body",
-    "Decoder",
-    "DecoderLayer",
-    "DecoderShape",
-    "Embedding",
-    "Family",
-    "TiedEmbedding",
-]
+__all__ = ["Body", "Decoder", "DecoderLayer", "DecoderShape", "Family"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +89,7 @@ class Body(nn.Module):
 
     def __init__(
         self,
-        embedding: Embedding | TiedEmbedding,
+        embedding: Embedding | BitplaneEmbedding | TiedEmbedding,
         layers: Sequence[DecoderLayer],
         norm_name: str,
         norm: Norm,
@@ -119,31 +114,6 @@ class Body(nn.Module):
             presents += [key, value]
         normalized, _ = getattr(self, self.last_norm_name)(op, stream, block)
         return normalized, presents
-
-
-class Embedding(nn.Module):
-    """Rows of a table in its stored type, as float32."""
-
-    def __init__(self, shape: DecoderShape, dtype: ir.DataType) -> None:
-        super().__init__()
-        self.weight = Stored([shape.vocab_size, shape.hidden_size], dtype=dtype)
-
-    def forward(self, op: Any, input_ids: ir.Value) -> ir.Value:
-        """``[B, S] → [B, S, H]``."""
-        return op.Cast(op.Gather(self.weight, input_ids), to=ir.DataType.FLOAT)  # type: ignore[no-any-return]
-
-
-class TiedEmbedding(nn.Module):
-    """Rows of an output layer's bit-planes, all of its planes, as float32: it stores no table of its own."""
-
-    def __init__(self, head: BitplaneLinear) -> None:
-        super().__init__()
-        self._head = (head,)  # in a tuple, so that the head is not a part of this module
-
-    def forward(self, op: Any, input_ids: ir.Value) -> ir.Value:
-        """``[B, S] → [B, S, H]``."""
-        (head,) = self._head
-        return head.rows(op, input_ids)
 
 
 class Decoder(nn.Module):
@@ -228,11 +198,10 @@ class Family(ABC):
         """Make the norm before the output layer."""
         return self.norm(self.shape.hidden_size, epsilon=self.norm_epsilon)
 
-    def decoder(self, linear: LinearFactory, head: LinearFactory, *, embedding_type: ir.DataType) -> Decoder:
-        """Build the network with the given linear layers.
+    def decoder(self, linear: LinearFactory, head: LinearFactory, embedding: EmbeddingFactory) -> Decoder:
+        """Build the network with the given linear layers, output layer and embedding.
 
-        A tied embedding that is quantized is stored once, as the output layer; one in floats has its own table, of
-        `embedding_type`, as untied ones have.
+        A tied embedding that is quantized is stored once, as the output layer; any other has its own table.
         """
         shape = self.shape
         layers = [self.make_layer(linear, index) for index in range(shape.layers)]
@@ -240,6 +209,6 @@ class Family(ABC):
         name = "model.embed_tokens" if shape.tied_embeddings else "lm_head"
         head_proj = head([Part(name, shape.vocab_size)], shape.hidden_size, bias=self.head_bias)
         tied = shape.tied_embeddings and isinstance(head_proj, BitplaneLinear)
-        embedding = TiedEmbedding(head_proj) if tied else Embedding(shape, embedding_type)
-        body = Body(embedding, layers, self.last_norm, self.make_last_norm(), embedding_scale=self.embedding_scale)
+        table = TiedEmbedding(head_proj) if tied else embedding(shape.vocab_size, shape.hidden_size)
+        body = Body(table, layers, self.last_norm, self.make_last_norm(), embedding_scale=self.embedding_scale)
         return Decoder(shape, body, head_proj, softcap=self.logits_softcap)

@@ -14,6 +14,11 @@ def model_card(manifest: Manifest, *, name: str) -> str:
     architecture, source = manifest.architecture, manifest.source
     bits = ", ".join(map(str, manifest.precisions))
     size = f"{architecture.parameters / 1e6:,.1f} M parameters"
+    head = manifest.configuration["head_precision"]
+    # The planes of an embedding of its own; a tied one has none.
+    planes = (t.shape[0] for t in manifest.tensors if t.role == "embedding" and t.dtype == "uint8")
+    stored = next(planes, None)
+    tables = f"{head} bits, embedding " + ("tied to it" if stored is None else f"{stored} bits")
     phases = f"decodes at {bits} bits, prefills at {manifest.prefill_precision}"
     front = f"license: {source.license}\n" if source.license else ""
     files = "\n".join(f"| {file} | {entry.size:,} |" for file, entry in sorted(manifest.files.items()))
@@ -41,6 +46,7 @@ tags: [onnx, pmpd]
 | architecture | {architecture.family}, {size}, {architecture.layers} layers |
 | context | {manifest.context_length} tokens |
 | precisions | {phases}, from {manifest.parent_precision} bit-planes |
+| output layer | {tables} |
 | default schedule | `{manifest.schedule}` |
 | kernels | {kernels} |
 | licence of the weights | {source.license or "see the source model"} |

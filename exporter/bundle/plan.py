@@ -16,9 +16,17 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from pmpd.exporter.arch import Decoder
-from pmpd.exporter.arch.decoder import Embedding
 from pmpd.exporter.bundle.layers import LinearLayer
-from pmpd.exporter.nn import BitplaneLinear, BitplaneLogits, HeadNorm, Norm, RMSHeadNorm, RotaryTables
+from pmpd.exporter.nn import (
+    BitplaneEmbedding,
+    BitplaneLinear,
+    BitplaneLogits,
+    Embedding,
+    HeadNorm,
+    Norm,
+    RMSHeadNorm,
+    RotaryTables,
+)
 from pmpd.runtime.format.bitplanes import CACHE_LINE
 from pmpd.runtime.format.manifest import DTYPE_SIZES, Tensor
 
@@ -29,30 +37,36 @@ WEIGHTS_FILE = "weights.bin"
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Where every tensor of a bundle lies, which layers are quantized, and the file's size in bytes."""
+    """Where every tensor of a bundle lies, and what of it is quantized.
+
+    Attributes:
+        tensors: by name.
+        linears: the linear layers.
+        embedding: the table of an embedding of its own; None: it is tied to the output layer.
+        size: bytes of the weight file.
+    """
 
     tensors: Mapping[str, Tensor]
     linears: tuple[LinearLayer, ...]
+    embedding: LinearLayer | None
     size: int
 
     @property
-    def plane_bytes(self) -> int:
-        """Bytes of all bit-planes."""
-        return sum(tensor.length for tensor in self.tensors.values() if tensor.role == "planes")
+    def layers(self) -> tuple[LinearLayer, ...]:
+        """All that is quantized, in the order of the weight file."""
+        return self.linears if self.embedding is None else (self.embedding, *self.linears)
 
-    @property
-    def codebook_bytes(self) -> int:
-        """Bytes of all codebooks."""
-        return sum(tensor.length for tensor in self.tensors.values() if tensor.role == "codebook")
+    def nbytes(self, role: str) -> int:
+        """Bytes of all tensors of a role."""
+        return sum(tensor.length for tensor in self.tensors.values() if tensor.role == role)
 
     def planes(self, layer: str) -> Tensor:
         """Return the planes of a quantized layer."""
-        return next(tensor for tensor in self.tensors.values() if (tensor.layer, tensor.role) == (layer, "planes"))
+        return self.tensors[f"{layer}.planes"]
 
     def codebook(self, layer: str, bits: int) -> Tensor:
         """Return the codebook of a quantized layer at a precision that it has one for."""
-        wanted = (layer, "codebook", bits)
-        return next(tensor for tensor in self.tensors.values() if (tensor.layer, tensor.role, tensor.bits) == wanted)
+        return self.tensors[f"{layer}.codebook.{bits}"]
 
 
 def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> WeightPlan:
@@ -68,7 +82,7 @@ def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> We
             name=name, file=WEIGHTS_FILE, offset=offset, length=end - offset, dtype=dtype, shape=tuple(shape), **fields
         )
 
-    linears = []
+    linears, embedding = [], None
     for scope, module in decoder.named_modules():
         if not isinstance(module, BitplaneLinear):
             for name, parameter in module.named_parameters(prefix=scope, recurse=False):
@@ -78,6 +92,11 @@ def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> We
         coarse = (module.coarse,) if isinstance(module, BitplaneLogits) else ()
         offered = tuple(precisions) if module.nested else (module.precision, *coarse)
         N, stride = module.planes.shape[1:]
+        if isinstance(module, BitplaneEmbedding):
+            add(f"{scope}.planes", "uint8", (bits, N, stride), role="embedding")
+            add(f"{scope}.codebook.{bits}", "float16", (N, module.groups, 2**bits), role="embedding")
+            embedding = LinearLayer(scope, module, bits, offered)
+            continue
         add(f"{scope}.planes", "uint8", (bits, N, stride), role="planes", layer=scope, bits=bits, nested=module.nested)
         for p in offered:
             add(f"{scope}.codebook.{p}", "float16", (N, module.groups, 2**p), role="codebook", layer=scope, bits=p)
@@ -87,7 +106,7 @@ def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> We
         if module.has_bias:
             add(f"{scope}.bias", "float32", (N,), role="bias", layer=scope)
         linears.append(LinearLayer(scope, module, bits, offered))
-    return WeightPlan(tensors, tuple(linears), end)
+    return WeightPlan(tensors, tuple(linears), embedding, end)
 
 
 def _role(module: nn.Module) -> str:

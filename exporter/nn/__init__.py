@@ -1,6 +1,7 @@
 """Components that the architecture families are made of. They never name a family."""
 
 from pmpd.exporter.nn.attention import Attention, Cache, EarlyRotation
+from pmpd.exporter.nn.embedding import BitplaneEmbedding, Embedding, EmbeddingFactory, TiedEmbedding
 from pmpd.exporter.nn.head_norm import HeadNorm, OffsetRMSHeadNorm, RMSHeadNorm
 from pmpd.exporter.nn.linear import (
     BitplaneLinear,
@@ -31,10 +32,13 @@ from pmpd.exporter.nn.rotary import (
 __all__ = [
     "ACTIVATIONS",
     "Attention",
+    "BitplaneEmbedding",
     "BitplaneLinear",
     "BitplaneLogits",
     "Cache",
     "EarlyRotation",
+    "Embedding",
+    "EmbeddingFactory",
     "FloatLinear",
     "GatedMlp",
     "HeadLayout",
@@ -59,6 +63,7 @@ __all__ = [
     "Rotary",
     "RotaryTables",
     "Stored",
+    "TiedEmbedding",
     "YarnScaling",
     "fused",
 ]

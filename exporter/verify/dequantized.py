@@ -34,10 +34,10 @@ class DequantizedWeights:
 
     def __init__(self, bundle: Bundle, checkpoint: Checkpoint, plan: WeightPlan, precision: int) -> None:
         self._bundle, self._checkpoint, self._plan, self._precision = bundle, checkpoint, plan, precision
+        self._tied = plan.embedding is None
         self._layers: dict[str, LinearLayer] = {}  # by the names of their parts
-        for layer in plan.linears:
-            # Only the output layer has the embedding's table: it is tied.
-            self._layers |= dict.fromkeys((_HEAD if n == _EMBEDDING else n for n in layer.weight_names), layer)
+        for layer in plan.layers:
+            self._layers |= dict.fromkeys(map(self._part_name, layer.weight_names), layer)
         self._parts: dict[str, npt.NDArray[np.float32]] = {}
 
     def __call__(self, name: str) -> torch.Tensor:
@@ -46,7 +46,7 @@ class DequantizedWeights:
         Raises:
             PmpdError: it is further from the checkpoint's than zeros would be.
         """
-        if name == _EMBEDDING and name not in self._plan.tensors:
+        if self._tied and name == _EMBEDDING:
             return self(_HEAD)
         if name in self._layers:
             if name not in self._parts:
@@ -55,9 +55,11 @@ class DequantizedWeights:
             source = name if name in self._layers[name].weight_names else _EMBEDDING
             _require_likeness(weight, self._checkpoint.tensor(source), f"{source} at {self._precision} bits")
             return weight
-        if name == _EMBEDDING:
-            return torch.from_numpy(np.array(self._bundle.tensor(self._plan.tensors[name])))
         return self._checkpoint.tensor(name)
+
+    def _part_name(self, name: str) -> str:
+        """Return the name under which a weight of the checkpoint is handed out: a tied one is the output layer's."""
+        return _HEAD if self._tied and name == _EMBEDDING else name
 
     def _decode(self, layer: LinearLayer) -> dict[str, npt.NDArray[np.float32]]:
         bits = self._precision if layer.module.nested else layer.parent
@@ -71,7 +73,7 @@ class DequantizedWeights:
 
         with ThreadPoolExecutor(available_threads()) as pool:
             list(pool.map(decode, _tiles(N, K)))
-        return {_HEAD if name == _EMBEDDING else name: part for name, part in layer.unstack(weight).items()}
+        return {self._part_name(name): part for name, part in layer.unstack(weight).items()}
 
 
 def checkpoint_weights(checkpoint: Checkpoint, family: Family) -> Callable[[str], torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from pmpd.exporter.arch import Family
 from pmpd.exporter.bundle.layers import parent_scope, plain_tensors
-from pmpd.exporter.nn import FloatLinear, Norm
+from pmpd.exporter.nn import Embedding, FloatLinear, Norm
 from pmpd.exporter.onnx_model import build_graph
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.verify.noise import add_noise_inputs, portable_noise
@@ -38,7 +38,7 @@ class FloatGraph:
         stored_as = checkpoint.tensor(_EMBEDDING).dtype
         dtype = _IR_TYPES[stored_as]
         linear = partial(FloatLinear, dtype=dtype)
-        decoder = family.decoder(linear, linear, embedding_type=dtype)
+        decoder = family.decoder(linear, linear, partial(Embedding, dtype=dtype))
         model = build_graph(decoder, phase="decode", producer="pmpd")
         self._weights: dict[str, Any] = {}
         norms = set()

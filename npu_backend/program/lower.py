@@ -193,7 +193,7 @@ class _Lowering:
         return [Load("embedding", self.tokens * width * (table.nbytes / (table.shape[0] * width))), Sync()]
 
     def _bitplane_gather(self, node: Node) -> list[Instruction]:
-        """Rows of an embedding that is tied to the output layer: of all its planes, and of the codebook."""
+        """Rows of an embedding in bit-planes, its own or the output layer's: of all planes, and of the codebook."""
         planes, codebook = (self.graph.initializers[name] for name in node.inputs[1:3])
         width, rows = int(node.attributes["K"]), planes.shape[1]
         self.values[node.outputs[0]] = _Value(self.tokens, width)

@@ -29,7 +29,8 @@ class Tensor:
         length: its bytes.
         dtype: type of its elements.
         shape: planes ``[P, N, S]``, codebook ``[N, G, 2**bits]``, bias ``[N]`` (see `bitplanes`), basis ``[D, K]``,
-            bound ``[B, N]``, embedding ``[V, H]``, rotary cosines and sines ``[positions, pairs]``.
+            bound ``[B, N]``, embedding ``[V, H]`` (or planes ``[P, V, S]`` and a codebook ``[V, G, 2**P]``), rotary
+            cosines and sines ``[positions, pairs]``.
         role: what it is for, one of `ROLES`.
         layer: the linear layer (the name of its node) that planes, codebook, bias, basis or bound belong to.
         bits: how many planes there are, or the precision that a codebook is for; None for other roles.
@@ -120,6 +121,7 @@ def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
             raise BundleError(
                 f"tensors {tensor.name!r} and {following.name!r} overlap in {tensor.file}: export the model again"
             )
+    _check_embedding([tensor for tensor in tensors if tensor.role == "embedding"])
     planes = {tensor.layer: tensor for tensor in tensors if tensor.role == "planes"}
     for tensor in tensors:
         if tensor.role in ("codebook", "bias", "bound"):
@@ -156,3 +158,19 @@ def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
                     f"layer {layer!r} cannot be read at {bits} bits: it has {stored} planes and "
                     f"no codebook for them, or too few; export the model again"
                 )
+
+
+def _check_embedding(tables: Sequence[Tensor]) -> None:
+    """Check that an embedding that is stored in planes ``[P, V, S]`` has a codebook ``[V, G, 2**P]``, and no more."""
+    planes = next((tensor for tensor in tables if tensor.dtype == "uint8"), None)
+    if planes is None:
+        return
+    codebook = next((tensor for tensor in tables if tensor.dtype == "float16"), planes)
+    P, V = (*planes.shape, 0)[:2]
+    shapes = len(planes.shape), len(codebook.shape), codebook.shape[::2]
+    if len(tables) != 2 or not 1 <= P <= MAX_PRECISION or shapes != (3, 3, (V, 2**P)):
+        forms = ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in tables[:3])
+        raise BundleError(
+            f"the embedding {planes.name!r} must be uint8 [P, V, S] and float16 [V, G, 2**P] with P up to "
+            f"{MAX_PRECISION}, got {forms}: export the model again"
+        )

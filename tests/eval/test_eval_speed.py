@@ -249,8 +249,10 @@ def test_bytes_of_a_step(manifest: Manifest) -> None:
 
     assert at(4) - at(3) == sum(planes) / 4 + codebooks[4] - codebooks[3]
     assert at(4) - at(2) == sum(planes) / 2 + codebooks[4] - codebooks[2]
-    rows = [tensors[name] for name in ("model.embed_tokens.weight", "rotary.cos", "rotary.sin")]
-    unread = sum(tensor.length * (1 - 1 / tensor.shape[0]) for tensor in rows) + codebooks[3] + codebooks[2]
+    rows = [(tensors[name], tensors[name].shape[0]) for name in ("rotary.cos", "rotary.sin")]
+    words = manifest.architecture.vocab_size
+    rows += [(tensors[f"model.embed_tokens.{name}"], words) for name in ("planes", "codebook.6")]
+    unread = sum(tensor.length * (1 - 1 / count) for tensor, count in rows) + codebooks[3] + codebooks[2]
     assert at(4) + unread == pytest.approx(sum(tensor.length for tensor in manifest.tensors))  # the head's too
     kv = manifest.kv_cache
     numbers = 2 * kv.layers * kv.heads * kv.head_dim

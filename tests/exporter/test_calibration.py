@@ -240,10 +240,18 @@ def sign(monkeypatch: pytest.MonkeyPatch) -> type[Method]:
 def test_a_registered_method_gets_the_statistics_it_needs(
     sign: type[Method], calibrated: ExportConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AnyPrecision, "quantize", None)
+    others, quantize = [], AnyPrecision.quantize
+
+    def noted(self: AnyPrecision, weight: Any, statistics: Any) -> Any:
+        others.append((weight.shape, statistics))
+        return quantize(self, weight, statistics)
+
+    monkeypatch.setattr(AnyPrecision, "quantize", noted)
     manifest = export_bundle(replace(calibrated, method="sign", precisions=(1,), head_precision=1, seed_precision=1))
     assert manifest.configuration["method"] == "sign"
     assert set(Sign.seen) == {2 * 16}
+    shape = manifest.architecture
+    assert others == [((shape.vocab_size, shape.hidden_size), {})]  # the embedding, which no statistics are of
     Bundle.open(calibrated.output, verify=True)
 
 

@@ -86,7 +86,7 @@ def test_the_result_is_on_stdout_and_the_rest_on_stderr(tiny: Path) -> None:
         "2/1 bits from 2 planes",
         "12 a layer",
         "has no tokenizer",
-        "quantize 9/9",
+        "quantize 10/10",
     ):
         assert said in process.stderr
     (verified,) = (line for line in process.stderr.splitlines() if line.startswith("verified"))
@@ -118,9 +118,22 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny: Path, place: Path) -
     result = export("-m", tiny, "--dry-run", "--precisions", "4,2", "--prefill", "2")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"model     {tiny}: llama")
-    assert "bundle    tiny-pmpd: 4/2 bits from 4 planes, prefill at 2, head at 6, schedule uniform:4" in result.stdout
+    assert "bundle    tiny-pmpd: 4/2 bits from 4 planes, prefill at 2, head at 6, embedding at 6, " in result.stdout
     assert " kB of disk, about " in result.stdout
     assert list(place.iterdir()) == []
+
+
+def test_the_precision_of_an_embedding(tiny: Path, place: Path) -> None:
+    text = export("-m", tiny, "--dry-run", "--embedding-precision", "4").stdout
+    assert "head at 6, embedding at 4, schedule" in text
+    assert f", embedding {131 * (4 * 64 + 2 * 2**4) / 1e6:.1f}, others " in text
+    tied = TINY_MODELS["llama-tied-bfloat16"].save(place / "tied")
+    text = export("-m", tied, "--dry-run").stdout
+    assert "head at 6, schedule" in text
+    assert "(the embedding is tied: read from the head)" in text
+    result = export("-m", tied, "--embedding-precision", "8")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "embedding precision 8: this model's embedding is tied to its output layer" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -136,6 +149,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny: Path, place: Path) -
         ("--seed-precision 0", "seed precision must be 1 to 8 bits, got 0"),
         ("--head-precision 16", "head precision must be 1 to 8 bits, got 16"),
         ("--head-precision 0", "head precision must be 1 to 8 bits, got 0"),
+        ("--embedding-precision 9", "embedding precision must be 1 to 8 bits, got 9"),
         ("--prefill 5", "prefill precision 5 is not among the precisions [4, 3, 2]"),
         ("--groups 0", "groups must be 1 or more, got 0"),
         ("--schedule static:2@4,3@8", "precisions must fall, never rise or repeat"),

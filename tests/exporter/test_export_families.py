@@ -22,7 +22,7 @@ from pmpd.exporter import Export, ExportConfig, export_bundle
 from pmpd.exporter.arch import Decoder, read_family
 from pmpd.exporter.arch.reading import read_rotary
 from pmpd.exporter.bundle.plan import external_tensor, plan_weights
-from pmpd.exporter.nn import BitplaneLinear, HeadLayout, Rotary, RotaryTables
+from pmpd.exporter.nn import BitplaneEmbedding, BitplaneLinear, HeadLayout, Rotary, RotaryTables
 from pmpd.exporter.onnx_model import Phase, build_graph
 from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.verify.dequantized import checkpoint_weights
@@ -68,7 +68,7 @@ def assert_same(logits: np.ndarray, reference: np.ndarray) -> None:
 def network(config: dict[str, Any], *, precision: int = 4) -> Decoder:
     linear = partial(BitplaneLinear, precision=precision)
     head = partial(BitplaneLinear, precision=6, nested=False)
-    return read_family(config).decoder(linear, head, embedding_type=ir.DataType.FLOAT16)
+    return read_family(config).decoder(linear, head, partial(BitplaneEmbedding, precision=6))
 
 
 def node_count(config: dict[str, Any]) -> int:
@@ -133,6 +133,7 @@ def test_the_catalogue_has_a_sharded_checkpoint(tmp_path: Path) -> None:
 
 NESTED = {"precisions": (4, 3, 2)}
 GROUPED = {"precisions": (8, 5, 1), "parent": 8, "groups": 3, "head_precision": 8}
+GROUPED_UNTIED = {**GROUPED, "embedding_precision": 8}
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,8 @@ GROUPED = {"precisions": (8, 5, 1), "parent": 8, "groups": 3, "head_precision": 
         *((name, NESTED) for name in ("granite-biases", "hunyuan-odd", "ministral3", "phi-qk-norm", "stablelm")),
         *((name, NESTED) for name in ("phi3", "phi3-longrope")),
         *((name, NESTED) for name in ("gemma", "gemma2", "gemma2-uncapped", "gemma3", "gemma3-odd")),
-        *((name, GROUPED) for name in ("llama-tied-bfloat16", "granite", "phi-qk-norm", "stablelm", "gemma2")),
+        *((name, GROUPED) for name in ("llama-tied-bfloat16", "granite", "gemma2")),
+        *((name, GROUPED_UNTIED) for name in ("phi-qk-norm", "stablelm")),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value["precisions"])),
 )
@@ -167,11 +169,9 @@ def dequantized_model(folder: Path, bundle: Bundle, export: Export, precision: i
     """Load the checkpoint in transformers and put the bundle's weights at `precision` bits in the place of its own."""
     model = plain_model(folder)
     state = {}
-    if embedding := export.plan.tensors.get("model.embed_tokens.weight"):
-        state = {embedding.name: torch.from_numpy(bundle.tensor(embedding).astype(np.float32))}
-    assert bool(embedding) != model.config.tie_word_embeddings  # a tied one is the head's
-    for layer in export.plan.linears:
-        bits = precision if layer.module.nested else export.config.head_precision
+    assert (export.plan.embedding is None) == model.config.tie_word_embeddings  # a tied one is the head's
+    for layer in export.plan.layers:
+        bits = precision if layer.module.nested else layer.parent
         planes = bundle.tensor(export.plan.tensors[f"{layer.name}.planes"], planes=bits)
         codebook = bundle.tensor(export.plan.tensors[f"{layer.name}.codebook.{bits}"])
         for name, weight in layer.unstack(dequantize(planes, codebook, layer.module.in_features)).items():
@@ -185,7 +185,7 @@ def dequantized_model(folder: Path, bundle: Bundle, export: Export, precision: i
 def test_merged_layers_come_apart_again(name: str) -> None:
     model = TINY_MODELS[name]
     random = np.random.default_rng(0)
-    for layer in plan_weights(network(model.config()), (4, 3, 2), 4).linears:
+    for layer in plan_weights(network(model.config()), (4, 3, 2), 4).layers:
         module = layer.module
         tensors = {
             tensor: random.normal(size=(part.rows, module.source_features)).astype(np.float32)

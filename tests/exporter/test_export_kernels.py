@@ -29,7 +29,7 @@ from pmpd.tvm_kernels.targets import find_target, host_target
 HOST = host_target() or ""
 FOREIGN = "x86-64-v4" if HOST == "aarch64-linux" else "aarch64-linux"
 LIBRARY = f"kernels/{HOST}/libpmpd_ops.so"
-LINEARS = 4 * 2 + 1  # quantized layers of the tiny model
+LAYERS = 4 * 2 + 2  # of the tiny model: what is quantized, the embedding too
 pytestmark = pytest.mark.skipif(not HOST, reason="no operator library is made for this machine")
 
 
@@ -195,7 +195,7 @@ def test_the_bundle_holds_and_checks_the_kernels_of_this_machine(
     assert f"| {LIBRARY} |" in card
     generator = Generator(Bundle.open("out"), require_fast_kernels=True)
     generator.prefill([1, 2, 3])
-    assert generator.kernels()[0].kernel == "plain_int8_4"
+    assert [node.kernel for node in generator.kernels()[:2]] == ["gather_rows", "plain_int8_4"]
 
 
 # The plain kernels are for heads of 16.
@@ -313,6 +313,22 @@ def test_a_tied_embedding_runs_in_the_library(tied: Path, builder: Builder) -> N
     assert (first.bits, first.n, first.k) == (3, opened().architecture.vocab_size, opened().architecture.hidden_size)
 
 
+def test_an_embedding_of_its_own_runs_in_the_library(tiny: Path, builder: Builder) -> None:
+    export_bundle(small(tiny, targets=(HOST,), embedding_precision=5))
+    shape = opened().architecture
+    tables = {tensor.name: tensor.shape for tensor in opened().tensors if tensor.role == "embedding"}
+    assert tables == {
+        "model.embed_tokens.planes": (5, shape.vocab_size, 64),
+        "model.embed_tokens.codebook.5": (shape.vocab_size, 1, 2**5),
+    }
+    generator = Generator(Bundle.open("out"), require_fast_kernels=True)
+    generator.prefill([1, 2, 3])
+    first = generator.kernels()[0]
+    assert (first.node.split("/")[1], first.op, first.kernel) == ("embed_tokens", "BitplaneGather", "gather_rows")
+    assert (first.bits, first.n, first.k) == (5, shape.vocab_size, shape.hidden_size)
+
+
+@pytest.mark.parametrize("which", ["tied", "tiny"])
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
@@ -321,8 +337,14 @@ def test_a_tied_embedding_runs_in_the_library(tied: Path, builder: Builder) -> N
     ],
     ids=["a byte", "the last bits"],
 )
-def test_a_wrong_tied_embedding_fails_the_export(
-    line: str, wrong: str, tied: Path, builder: Builder, place: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_row_of_the_embedding_fails_the_export(
+    line: str,
+    wrong: str,
+    which: str,
+    builder: Builder,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     shutil.copytree(link.SOURCES, place / "ort_ops")
     source = place / "ort_ops" / "gather.c"
@@ -331,7 +353,7 @@ def test_a_wrong_tied_embedding_fails_the_export(
     source.write_text(text.replace(line, wrong))
     monkeypatch.setattr(link, "SOURCES", place / "ort_ops")
     builder.library = plain_library(place / "wrong.so")
-    result = export(tied, "-q", "--target", HOST)
+    result = export(request.getfixturevalue(which), "-q", "--target", HOST)
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: verification failed, nodes of exact {HOST} kernels at 4 bits: ")
     assert "model.embed_tokens" in result.stderr
@@ -367,7 +389,7 @@ def test_an_interrupted_export_builds_nothing_twice_and_other_kernels_cost_no_ot
     (partial / "kernels" / HOST / ".libpmpd_ops.so.123").write_text("what a killed compiler left")
     export_bundle(small(tiny, targets=(HOST,), accuracy="exact"))
     assert [target for target, _ in builder.built] == [HOST, FOREIGN]
-    assert len(written) == LINEARS + 1
+    assert len(written) == LAYERS + 1
     assert opened().kernels == {HOST: LIBRARY}
     files = {file.relative_to("out").as_posix() for file in Path("out").rglob("*") if file.is_file()}
     assert files == {*opened().files, "bundle.json"}

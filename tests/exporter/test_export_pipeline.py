@@ -99,6 +99,7 @@ def test_the_card_says_how_to_run_it_and_what_was_checked(demo_bundle: Path) -> 
     assert "base_model: demo" in front
     assert "license: " in front
     assert f"pmpd-run {demo_bundle.name}" in card
+    assert "| output layer | 6 bits, embedding 6 bits |" in card
     assert "float32 graph against transformers" in card
 
 
@@ -115,10 +116,11 @@ def test_weights_take_the_bytes_of_parent_planes_codebooks_and_the_rest(demo_bun
         return planes(rows, columns, PARENT) + rows * 2 * (2**4 + 2**3 + 2**2)
 
     layer = linear(hidden + 2 * kv, hidden) + linear(hidden, hidden) + linear(2 * wide, hidden) + linear(hidden, wide)
+    # The embedding is stored as the output layer is, once more.
     head = planes(vocabulary, hidden, 6) + vocabulary * 2 * 2**6
-    embedding, norms = 2 * vocabulary * hidden, 4 * hidden * (2 * layers + 1)
+    norms = 4 * hidden * (2 * layers + 1)
     rotary = 2 * 4 * config["max_position_embeddings"] * config["head_dim"] // 2
-    want = layers * layer + head + embedding + norms + rotary
+    want = layers * layer + 2 * head + norms + rotary
     assert (demo_bundle / "weights.bin").stat().st_size == pytest.approx(want, rel=0.03)
 
 
@@ -127,11 +129,11 @@ def test_every_graph_reads_a_prefix_of_the_same_planes(demo_bundle: Path) -> Non
     table = {tensor.name: tensor for tensor in manifest.tensors}
     for file, precision in GRAPHS.items():
         places = externals(demo_bundle / file)
-        assert sum(name.endswith(".planes") for name in places) == 4 * 5 + 1
+        assert sum(name.endswith(".planes") for name in places) == 4 * 5 + 2
         for name, (location, offset, length) in places.items():
             parent = table[name]
             assert (location, offset) == ("weights.bin", parent.offset)
-            shared = name.endswith(".planes") and name != "head_proj.planes"
+            shared = name.endswith(".planes") and name not in ("head_proj.planes", "model.embed_tokens.planes")
             assert length * (PARENT if shared else 1) == parent.length * (precision if shared else 1)
 
 
@@ -407,8 +409,9 @@ def test_the_plan_adds_up(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, logger="pmpd"):
         manifest = export.run()
     assert manifest.files["weights.bin"].size == export.plan.size
-    parts = [math.prod(tensor.shape) for tensor in manifest.tensors if tensor.name.endswith(".planes")]
-    assert export.plan.plane_bytes == sum(parts)
+    roles = {tensor.role for tensor in manifest.tensors}
+    assert sum(map(export.plan.nbytes, roles)) == pytest.approx(export.plan.size, abs=64 * len(manifest.tensors))
+    assert export.plan.nbytes("embedding") == 131 * (6 * 64 + 2 * 2**6)
     # Every weight matrix of the model, and the embedding, once.
     layer = 4 * 48 * 48 + 3 * 48 * 77
     assert export.outline.parameters == manifest.architecture.parameters == 2 * layer + 2 * 131 * 48

@@ -30,7 +30,7 @@ from pmpd.runtime.errors import PmpdError
 
 pytestmark = pytest.mark.full
 
-LINEARS = 4 * 2 + 1  # quantized layers of the tiny model
+LAYERS = 4 * 2 + 2  # of the tiny model: what is quantized, the embedding too
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,11 @@ def assert_published(config: ExportConfig, weights: bytes) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "after", "left"),
     [
-        (Workspace, "write", 0, LINEARS),
-        (Workspace, "write", 1, LINEARS),
-        (Workspace, "write", 4, LINEARS - 3),
-        (os, "fsync", 4, LINEARS - 1),  # the bytes of the second layer are written and not on record
-        (NestedCodes, "stack", LINEARS - 1, 1),
+        (Workspace, "write", 0, LAYERS),
+        (Workspace, "write", 1, LAYERS),
+        (Workspace, "write", 4, LAYERS - 3),
+        (os, "fsync", 4, LAYERS - 1),  # the bytes of the second layer are written and not on record
+        (NestedCodes, "stack", LAYERS - 1, 1),
         (outline, "build_graph", 0, 0),
         (pipeline, "Verification", 0, 0),
         (pipeline, "model_card", 0, 0),
@@ -151,7 +151,7 @@ def test_a_line_cut_short_in_the_journal_does_not_count(
         export_bundle(small)
     with (partial(small) / "journal").open("a") as journal:
         journal.write("head_proj")
-    assert quantized_layers(monkeypatch, lambda: export_bundle(small)) == LINEARS - 1
+    assert quantized_layers(monkeypatch, lambda: export_bundle(small)) == LAYERS - 1
     assert_published(small, undisturbed)
 
 
@@ -162,7 +162,7 @@ def test_damaged_work_is_done_again(
     with interrupted(Workspace, "write", after=4):
         export_bundle(small)
     os.truncate(partial(small) / name, 0)
-    assert quantized_layers(monkeypatch, lambda: export_bundle(small)) == LINEARS
+    assert quantized_layers(monkeypatch, lambda: export_bundle(small)) == LAYERS
     assert_published(small, undisturbed)
 
 

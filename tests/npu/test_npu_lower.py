@@ -49,25 +49,34 @@ class Reference:
 
     @cached_property
     def tables(self) -> dict[str, int]:
-        """Bytes of a row of what is looked up, not streamed: the embedding, cosines and sines."""
-        names = [node.input[0] for node in self.graph.node if node.op_type == "Gather" and "input_ids" in node.input]
-        names += [name for node in self.rotations for name in self.rotary_tables(node)]
+        """Bytes of a row of the cosines and sines, which are looked up, not streamed."""
+        names = [name for node in self.rotations for name in self.rotary_tables(node)]
         rows = {tensor.name: tensor.dims[0] for tensor in self.graph.initializer if tensor.dims}
         return {name: self.lengths[name] // rows[name] for name in names}
 
     @property
     def not_streamed(self) -> set[str]:
         """Weights that are looked up, and those of an output layer for doing less than the whole product."""
-        return {*self.tables, *(name for node in self.nodes("BitplaneLogits") for name in node.input[3:7])}
+        bounds = (name for node in self.nodes("BitplaneLogits") for name in node.input[3:7])
+        return {*self.tables, *bounds, *(() if self.is_tied else self.embedding_tables)}
+
+    @property
+    def embedding_tables(self) -> list[str]:
+        """The planes and the codebook that rows of the embedding are read from."""
+        (gather,) = self.nodes("BitplaneGather")
+        return list(gather.input[1:])
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether these are the output layer's."""
+        return self.embedding_tables == list(self.product_nodes[-1].input[1:3])
 
     @cached_property
     def embedding(self) -> int:
-        """Bytes of a row of the embedding; of a tied one, those of a row of the output layer's planes and codebook."""
-        if not (gathers := self.nodes("BitplaneGather")):
-            return self.tables["model.embed_tokens.weight"]
-        rows = next(tensor.dims[1] for tensor in self.graph.initializer if tensor.name == "head_proj.planes")
-        assert list(gathers[0].input[1:]) == list(self.product_nodes[-1].input[1:3])
-        return sum(self.lengths[name] for name in gathers[0].input[1:]) // rows
+        """Bytes of a row of the embedding, of its planes and codebook."""
+        planes, codebook = self.embedding_tables
+        rows = next(tensor.dims[1] for tensor in self.graph.initializer if tensor.name == planes)
+        return (self.lengths[planes] + self.lengths[codebook]) // rows
 
     def nodes(self, op_type: str) -> list[Any]:
         return [node for node in self.graph.node if node.op_type == op_type]
@@ -220,16 +229,17 @@ def test_float16_is_twice_the_elements(folder: Path) -> None:
     assert fp16.nbytes("planes", "codebooks") == quantized.nbytes("dense") == 0
     for data in "kv_cache", "logits":
         assert fp16.nbytes(data) == 2 * quantized.nbytes(data)
-    for data in "vectors", "embedding":  # float32 and float16 in the bundle too
-        assert fp16.nbytes(data) == quantized.nbytes(data)
+    assert fp16.nbytes("vectors") == quantized.nbytes("vectors")  # float32 in the bundle too
     assert _sum_of_macs(fp16) == _sum_of_macs(quantized)
     steps = [step for each in fp16.operators for step in each.instructions if isinstance(step, Matrix)]
     assert {(step.weight_bits, step.codebook) for step in steps} == {(16, False)}
 
 
-def test_float16_rows_of_a_tied_embedding(folder: Path) -> None:
-    model = Model.open(folder / "llama-tied-bfloat16")
-    shape = Bundle.open(folder / "llama-tied-bfloat16", skeleton=True).manifest.architecture
+@pytest.mark.parametrize("name", ["llama-tied-bfloat16", "phi"])
+def test_float16_rows_of_an_embedding(name: str, folder: Path) -> None:
+    model = Model.open(folder / name)
+    shape = Bundle.open(folder / name, skeleton=True).manifest.architecture
+    assert Reference(model.prefill.path).is_tied == name.startswith("llama-tied")
     for graph, tokens in (model.decode[2], 1), (model.prefill, 9):
         assert lower(graph, NPU, tokens=tokens, past=3, fp16=True).nbytes("embedding") == tokens * 2 * shape.hidden_size
         row = Reference(graph.path).embedding

@@ -177,6 +177,47 @@ def test_what_contradicts_a_coarse_output_layer_is_named(edit: Callable[[Documen
     assert message in str(caught.value)
 
 
+def embedding_document() -> Document:
+    """The same manifest with an embedding in 2 planes."""
+    added = document()
+    shared = {"file": "w.bin", "role": "embedding", "layer": None, "bits": None, "nested": False}
+    added["tensors"] += [
+        {**shared, "name": "e.planes", "offset": 640, "length": 2 * 16 * 64, "dtype": "uint8", "shape": [2, 16, 64]},
+        {**shared, "name": "e.codebook.2", "offset": 2688, "length": 128, "dtype": "float16", "shape": [16, 1, 4]},
+    ]
+    added["files"]["w.bin"]["size"] = 2816
+    return added
+
+
+def test_an_embedding_may_be_stored_in_planes() -> None:
+    read = Manifest.from_json(json.dumps(embedding_document()))
+    for precision in read.precisions:  # in every graph alike
+        assert {"e.planes", "e.codebook.2"} <= {tensor.name for tensor in read.tensors_at(precision)}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d["tensors"].pop(-1),
+        lambda d: d["tensors"][-1].update(shape=[8, 1, 8]),
+        lambda d: d["tensors"][-1].update(shape=[16, 2, 2]),
+        lambda d: d["tensors"][-1].update(shape=[16, 4]),
+        lambda d: d["tensors"][-1].update(dtype="float32", shape=[8, 1, 4]),
+        lambda d: d["tensors"][-2].update(shape=[4, 8, 64]),
+        lambda d: d["tensors"][-2].update(shape=[2048]),
+        lambda d: d["tensors"].append(
+            {**d["tensors"][-1], "name": "e.codebook.1", "offset": 2816, "shape": [16, 1, 4]}
+        ),
+    ],
+)
+def test_planes_and_codebook_of_an_embedding_belong_together(edit: Callable[[Document], object]) -> None:
+    changed = embedding_document()
+    changed["files"]["w.bin"]["size"] = 4096
+    edit(changed)
+    with pytest.raises(BundleError, match=r"the embedding 'e\.planes' must be uint8 \[P, V, S\] and float16 \[V, G, 2"):
+        Manifest.from_json(json.dumps(changed))
+
+
 def test_a_manifest_of_version_1_is_upgraded() -> None:
     assert Manifest.from_json(json.dumps(old_document())) == replace(
         manifest(), schedules={"default": "static:3@0,2@5"}, verified=False
