@@ -132,6 +132,13 @@ TINY_MODELS = {
         "phi",
         {"hidden_size": 96, "num_key_value_heads": 1, "partial_rotary_factor": 0.4, "qk_layernorm": True},
     ),
+    "phi-qk-norm-odd": TinyModel(
+        "phi",
+        {"hidden_size": 60, "num_key_value_heads": 1, "partial_rotary_factor": 0.4, "qk_layernorm": True},
+    ),
+    "stablelm-qk-norm-odd": TinyModel(
+        "stablelm", {"hidden_size": 60, "partial_rotary_factor": 0.4, "qk_layernorm": True}
+    ),
     "stablelm": TinyModel("stablelm", {"hidden_size": 240, "partial_rotary_factor": 0.25}, torch.bfloat16),
     "stablelm-biases": TinyModel(
         "stablelm", {"hidden_size": 240, "partial_rotary_factor": 0.25, "use_qkv_bias": True, "num_key_value_heads": 1}

@@ -1,4 +1,8 @@
-"""Norms of queries and keys, over each head."""
+"""Norms of queries and keys, over each head.
+
+Where a head has another size than the fused attention takes, some of its slots have no element. They are zeros, and
+stay so.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ class HeadNorm(nn.Module):
     def __init__(self, heads: int, layout: HeadLayout, *, epsilon: float, bias: bool, per_head: bool) -> None:
         super().__init__()
         self.shape = (heads, layout.slots)
+        self.element = [float(element >= 0) for element in layout.rotated()]
         self.epsilon = epsilon
         size = (heads, layout.slots) if per_head and heads > 1 else (layout.slots,)
 
@@ -34,11 +39,23 @@ class HeadNorm(nn.Module):
         """``[B, S, heads * slots]`` → the same, normalized."""
         heads, slots = self.shape
         x = op.Reshape(x, [0, 0, heads, slots])  # (B, S, heads, slots)
-        x = op.LayerNormalization(x, [1.0] * slots, axis=-1, epsilon=self.epsilon)
+        x = self._normalized(op, x)
         x = op.Mul(x, self.weight)  # by (slots) or (heads, slots)
         if self.bias is not None:
             x = op.Add(x, self.bias)
         return op.Reshape(x, [0, 0, heads * slots])  # type: ignore[no-any-return]  # (B, S, heads * slots)
+
+    def _normalized(self, op: Any, x: ir.Value) -> ir.Value:
+        """``[B, S, heads, slots]`` → the same less its mean over its standard deviation."""
+        slots, size = len(self.element), sum(self.element)
+        if size == slots:
+            return op.LayerNormalization(x, self.element, axis=-1, epsilon=self.epsilon)  # type: ignore[no-any-return]
+        # Zeros in slots without an element make means smaller by `share`.
+        share = size / slots
+        mean = op.ReduceMean(x, [-1])  # (B, S, heads, 1)
+        centered = op.Sub(x, op.Mul(mean, [element / share for element in self.element]))
+        scale = [math.sqrt(share)] * slots
+        return op.RMSNormalization(centered, scale, axis=-1, epsilon=self.epsilon * share)  # type: ignore[no-any-return]
 
 
 class RMSHeadNorm(nn.Module):
