@@ -211,6 +211,12 @@ TINY_MODELS = {
             **PHI3_IDS,
         },
     ),
+    "olmo2": TinyModel("olmo2", {"num_key_value_heads": 1}, torch.bfloat16),
+    "olmo2-odd": TinyModel("olmo2", {"hidden_size": 60, "attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": TinyModel(
+        "olmo3",
+        {"num_hidden_layers": 4, "sliding_window": 7, "rope_theta": 500000.0, "rope_scaling": YARN_SCALING},
+    ),
     "hunyuan-odd": TinyModel("hunyuan_v1_dense", {"head_dim": 20, "attention_bias": True}),
     "gemma": TinyModel("gemma", {"head_dim": 32, "num_key_value_heads": 1, **GEMMA_IDS}, torch.bfloat16),
     "gemma-biases-untied": TinyModel(

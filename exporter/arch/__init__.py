@@ -14,6 +14,7 @@ from pmpd.exporter.arch.hunyuan import Hunyuan
 from pmpd.exporter.arch.llama import Llama
 from pmpd.exporter.arch.ministral3 import Ministral3
 from pmpd.exporter.arch.mistral import Ministral, Mistral
+from pmpd.exporter.arch.olmo import Olmo2, Olmo3
 from pmpd.exporter.arch.phi import Phi
 from pmpd.exporter.arch.phi3 import Phi3
 from pmpd.exporter.arch.qwen2 import Qwen2
@@ -29,7 +30,7 @@ FAMILIES: dict[str, type[Family]] = {
     family.model_type: family
     for family in (
         *(Llama, Qwen2, Qwen3, SmolLM3, Mistral, Ministral, Ministral3, Granite, Hunyuan),
-        *(Gemma, Gemma2, Gemma3, Phi, Phi3, StableLM),
+        *(Gemma, Gemma2, Gemma3, Olmo2, Olmo3, Phi, Phi3, StableLM),
     )
 }
 

@@ -18,7 +18,7 @@ _ALIBI = "it has ALiBi position biases, and only rotary embeddings can be export
 _RECURRENT = "it is recurrent, and only attention with a cache of keys and values can be exported"
 _LATENT = "its latent attention (MLA) and mixture of experts cannot be exported"
 _CHUNKED = "it has attention in chunks and a mixture of experts, which cannot be exported"
-_POST_NORM = "its norms come behind attention and MLP alone, which no family here has yet"
+_EXAONE_4 = "no family here has both norms behind attention and MLP alone and layers without rotation"
 
 # By `model_type`.
 REFUSED: dict[str, str] = {
@@ -32,7 +32,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("minimax", "minimax_m2", "smallthinker", "flex_olmo"), _EXPERTS),
     **dict.fromkeys(("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "minicpm3"), _LATENT),
     **dict.fromkeys(("llama4", "llama4_text"), _CHUNKED),
-    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _POST_NORM),
+    "exaone4": _EXAONE_4,
     **dict.fromkeys(("bert", "roberta", "distilbert", "modernbert", "xlm-roberta", "deberta-v2", "electra"), _ENCODER),
     **dict.fromkeys(("t5", "t5gemma", "t5gemma2", "mt5", "umt5", "bart", "mbart", "marian", "whisper"), _BOTH),
     **dict.fromkeys(("gpt2", "gpt_neo", "opt", "gpt_bigcode", "xglm", "biogpt"), _OLD),

@@ -23,6 +23,7 @@ from pmpd.exporter.nn import (
     BitplaneLogits,
     Embedding,
     HeadNorm,
+    JointRMSHeadNorm,
     Norm,
     RMSHeadNorm,
     RotaryTables,
@@ -111,7 +112,8 @@ def plan_weights(decoder: Decoder, precisions: Sequence[int], parent: int) -> We
 
 def _role(module: nn.Module) -> str:
     """Return the role of a module's parameters that are not quantized."""
-    for kinds, role in (((Norm, HeadNorm, RMSHeadNorm), "norm"), (Embedding, "embedding"), (RotaryTables, "rotary")):
+    norms = (Norm, HeadNorm, RMSHeadNorm, JointRMSHeadNorm)
+    for kinds, role in ((norms, "norm"), (Embedding, "embedding"), (RotaryTables, "rotary")):
         if isinstance(module, kinds):
             return role
     raise TypeError(f"the parameters of {type(module).__name__} have no role in a bundle: give them one here")

@@ -2,7 +2,7 @@
 
 from pmpd.exporter.nn.attention import Attention, Cache, EarlyRotation
 from pmpd.exporter.nn.embedding import BitplaneEmbedding, Embedding, EmbeddingFactory, TiedEmbedding
-from pmpd.exporter.nn.head_norm import HeadNorm, OffsetRMSHeadNorm, RMSHeadNorm
+from pmpd.exporter.nn.head_norm import HeadNorm, JointRMSHeadNorm, OffsetRMSHeadNorm, RMSHeadNorm
 from pmpd.exporter.nn.linear import (
     BitplaneLinear,
     BitplaneLogits,
@@ -44,6 +44,7 @@ __all__ = [
     "HeadLayout",
     "HeadNorm",
     "Index",
+    "JointRMSHeadNorm",
     "LayerNorm",
     "Linear",
     "LinearFactory",

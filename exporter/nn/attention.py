@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from pmpd.exporter.graph.operators import GROUP_QUERY_ATTENTION, PMPD_DOMAIN
-from pmpd.exporter.nn.head_norm import HeadNorm, RMSHeadNorm
+from pmpd.exporter.nn.head_norm import HeadNorm, JointRMSHeadNorm, RMSHeadNorm
 from pmpd.exporter.nn.linear import LinearFactory, Part
 from pmpd.exporter.nn.rotary import HeadLayout
 
@@ -70,8 +70,8 @@ class Attention(nn.Module):
         output: str,
         output_bias: bool,
         output_scale: float = 1.0,
-        q_norm: tuple[str, HeadNorm | RMSHeadNorm] | None = None,
-        k_norm: tuple[str, HeadNorm | RMSHeadNorm] | None = None,
+        q_norm: tuple[str, HeadNorm | RMSHeadNorm | JointRMSHeadNorm] | None = None,
+        k_norm: tuple[str, HeadNorm | RMSHeadNorm | JointRMSHeadNorm] | None = None,
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,

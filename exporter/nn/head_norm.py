@@ -1,4 +1,4 @@
-"""Norms of queries and keys, over each head.
+"""Norms of queries and keys, over each head or all of them.
 
 Where a head has another size than the fused attention takes, some of its slots have no element. They are zeros, and
 stay so.
@@ -15,7 +15,7 @@ from onnxscript import nn
 from pmpd.exporter.nn.linear import Stored
 from pmpd.exporter.nn.rotary import HeadLayout
 
-__all__ = ["HeadNorm", "OffsetRMSHeadNorm", "RMSHeadNorm"]
+__all__ = ["HeadNorm", "JointRMSHeadNorm", "OffsetRMSHeadNorm", "RMSHeadNorm"]
 
 
 class HeadNorm(nn.Module):
@@ -87,3 +87,18 @@ class OffsetRMSHeadNorm(RMSHeadNorm):
     """A root-mean-square norm over each head, whose weight is one more than the checkpoint's (Gemma 3)."""
 
     offset = 1.0
+
+
+class JointRMSHeadNorm(nn.Module):
+    """A root-mean-square norm over all heads together, with a weight per element; zeros count as in `RMSHeadNorm`."""
+
+    def __init__(self, heads: int, layout: HeadLayout, *, epsilon: float) -> None:
+        super().__init__()
+        share = layout.size / layout.slots
+        self.epsilon = epsilon * share
+        columns = layout.heads(layout.rotated(), heads)
+        self.weight = Stored([heads * layout.slots], columns=columns, scale=math.sqrt(share))
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """``[B, S, heads * slots]`` → the same, normalized."""
+        return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.epsilon)  # type: ignore[no-any-return]

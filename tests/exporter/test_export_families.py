@@ -36,7 +36,7 @@ pytestmark = pytest.mark.full
 POSITIONS = 48
 NODES_PER_LAYER = {
     **{"llama": 12, "llama-biases": 12, "qwen2": 12, "qwen3": 20, "smollm3": 12, "mistral": 12, "granite": 12},
-    **{"hunyuan": 22, "phi": 9, "phi3": 12, "stablelm": 12, "gemma": 12, "gemma2": 14, "gemma3": 22},
+    **{"hunyuan": 22, "phi": 9, "phi3": 12, "olmo2": 18, "stablelm": 12, "gemma": 12, "gemma2": 14, "gemma3": 22},
 }
 # Shapes of a billion parameters and more: what `config.json` of TinyLlama, Qwen3-0.6B, Phi-1.5 … say.
 LARGE = {
@@ -141,7 +141,7 @@ GROUPED_UNTIED = {**GROUPED, "embedding_precision": 8}
     [
         *((name, NESTED) for name in ("llama-tied-bfloat16", "qwen2", "qwen3-odd", "smollm3", "mistral")),
         *((name, NESTED) for name in ("granite-biases", "hunyuan-odd", "ministral3", "phi-qk-norm", "stablelm")),
-        *((name, NESTED) for name in ("phi3", "phi3-longrope")),
+        *((name, NESTED) for name in ("phi3", "phi3-longrope", "phi-qk-norm-odd", "olmo2-odd", "olmo3")),
         *((name, NESTED) for name in ("gemma", "gemma2", "gemma2-uncapped", "gemma3", "gemma3-odd")),
         *((name, GROUPED) for name in ("llama-tied-bfloat16", "granite", "gemma2")),
         *((name, GROUPED_UNTIED) for name in ("phi-qk-norm", "stablelm")),

@@ -39,6 +39,8 @@ def refusal(model_type: str, **changes: Any) -> str:
         ("granite", False, 1e4, 16, 1e-6),
         ("hunyuan_v1_dense", False, 1e4, 16, 1e-5),
         ("phi3", False, 1e4, 16, 1e-5),
+        ("olmo2", False, 1e4, 16, 1e-5),
+        ("olmo3", False, 5e5, 16, 1e-5),
         ("gemma", True, 1e4, 256, 1e-6),
         ("gemma2", True, 1e4, 256, 1e-6),
         ("gemma3_text", True, 1e6, 256, 1e-6),
@@ -73,6 +75,8 @@ def test_a_window_that_cuts_nothing_off_changes_nothing() -> None:
         ("mistral", {}, (16, 16)),
         ("ministral", {"layer_types": ["full_attention", "sliding_attention"]}, (None, 16)),
         ("phi3", {}, (16, 16)),
+        ("olmo3", {"num_hidden_layers": 5}, (16, 16, 16, None, 16)),
+        ("olmo3", {"layer_types": ["full_attention", "sliding_attention"]}, (None, 16)),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, (None, 16)),
         ("qwen3", {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}, (16, None)),
         ("smollm3", {"use_sliding_window": True, "no_rope_layers": [1, 0]}, (None, 16)),
@@ -125,6 +129,15 @@ def test_multipliers_are_read() -> None:
     granite = family("granite", **GRANITE_MULTIPLIERS)
     assert (granite.embedding_scale, granite.attention_multiplier) == (12.0, 0.2)
     assert (granite.residual_multiplier, granite.logits_scaling) == (0.22, 8.0)
+
+
+def test_only_layers_of_olmo3_without_a_window_have_its_rope_scaling() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    old = family("olmo3", num_hidden_layers=4, rope_theta=500.0, rope_scaling=scaling)
+    kinds = {"sliding_attention": {"rope_theta": 500.0}, "full_attention": {"rope_theta": 500.0, **scaling}}
+    assert old.layouts == family("olmo3", num_hidden_layers=4, rope_parameters=kinds).layouts
+    assert [layout.rotary.scaling is not None for layout in old.layouts] == [False, False, False, True]
+    assert {layout.rotary.theta for layout in old.layouts} == {500.0}
 
 
 def test_queries_grow_only_beyond_the_original_context() -> None:
