@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ CONVERSIONS: dict[str, tuple[str, bool, float]] = {
     "gemma3_text": ("gemma3", False, 1.0),
     "phi": ("phi2", False, 0.0),
     "phi3": ("phi3", False, 0.0),
+    "stablelm": ("stablelm", False, 0.0),
+    "olmo2": ("olmo2", False, 0.0),
+    "olmo3": ("olmo2", False, 0.0),
+    "ministral3": ("mistral3", True, 0.0),
 }
 # Numbers of `config.json` by the end of their key in the metadata.
 KEYS = {
@@ -39,6 +44,7 @@ KEYS = {
     "attention.layer_norm_epsilon": "layer_norm_eps",
     "attention.sliding_window": "sliding_window",
     "attention.scale": "attention_multiplier",
+    "use_parallel_residual": "use_parallel_residual",
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
@@ -80,13 +86,25 @@ def write_gguf(
 
 
 def convert(
-    folder: Path, path: Path, *, kind: str = "F32", tokenizer: Mapping[str, Any] | None = None, **options: Any
+    folder: Path,
+    path: Path,
+    *,
+    kind: str = "F32",
+    tokenizer: Mapping[str, Any] | None = None,
+    stacked: bool = False,
+    **options: Any,
 ) -> Path:
-    """Write the checkpoint in `folder` as a GGUF file whose matrices have the type `kind`."""
+    """Write the checkpoint in `folder` as a GGUF file whose matrices have the type `kind`.
+
+    With `stacked`, queries, keys and values are one tensor.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = model.config.to_dict()
     architecture, pairs, offset = CONVERSIONS[config["model_type"]]
     metadata = {f"{architecture}.{key}": config[field] for key, field in KEYS.items() if config.get(field) is not None}
+    if config["model_type"] == "olmo3":
+        slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+        metadata["olmo2.attention.sliding_window_pattern"] = slides
     rope, extra = rope_of(model, config, architecture)
     names = gguf.get_tensor_name_map(arch_of(architecture), config["num_hidden_layers"])
     tensors: dict[str, Any] = {}
@@ -104,9 +122,25 @@ def convert(
             tensors[f"{names.get_name(stem)}.{suffix}"] = (gguf.quants.quantize(array, quantized), quantized)
         else:
             tensors[f"{names.get_name(stem)}.{suffix}"] = array
+    if stacked:
+        tensors = stack_attention(tensors)
     return write_gguf(
         path, metadata | rope | dict(tokenizer or {}), tensors | extra, architecture=architecture, **options
     )
+
+
+def stack_attention(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put queries, keys and values of each block into one tensor, as the first conversions of phi-2 did."""
+    stacks: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        stack, found = re.subn(r"attn_[qkv]\.", "attn_qkv.", name)
+        if not found or stack not in stacks:
+            stacks[stack] = tensor
+        elif isinstance(tensor, tuple):
+            stacks[stack] = (np.concatenate([stacks[stack][0], tensor[0]]), tensor[1])
+        else:
+            stacks[stack] = np.concatenate([stacks[stack], tensor])
+    return stacks
 
 
 def arch_of(architecture: str) -> gguf.MODEL_ARCH:
@@ -134,6 +168,12 @@ def rope_of(model: Any, config: Mapping[str, Any], architecture: str) -> tuple[d
     elif kind == "yarn":
         metadata |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(scaling["factor"])}
         metadata["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+        for name in ("beta_fast", "beta_slow"):
+            if scaling.get(name):
+                metadata[f"rope.scaling.yarn_{name}"] = float(scaling[name])
+        if beta := scaling.get("llama_4_scaling_beta"):
+            metadata["attention.temperature_scale"] = float(beta)
+            metadata["rope.scaling.yarn_log_multiplier"] = float(scaling["mscale_all_dim"])
     elif kind == "llama3":
         plain = theta ** -(np.arange(0, head, 2) / head)
         tensors["rope_freqs.weight"] = (plain / model.model.rotary_emb.inv_freq.numpy()).astype(np.float32)

@@ -19,9 +19,9 @@ from pmpd.exporter.arch.phi import Phi
 from pmpd.exporter.arch.phi3 import Phi3
 from pmpd.exporter.arch.qwen2 import Qwen2
 from pmpd.exporter.arch.qwen3 import Qwen3
-from pmpd.exporter.arch.refused import refusal
 from pmpd.exporter.arch.smollm3 import SmolLM3
 from pmpd.exporter.arch.stablelm import StableLM
+from pmpd.exporter.source.refused import refusal
 from pmpd.runtime.errors import PmpdError, unknown_choice
 
 __all__ = ["FAMILIES", "Decoder", "DecoderShape", "Family", "read_family"]

@@ -105,5 +105,5 @@ class Olmo3(Olmo2):
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the rotary settings of each kind of layer: before transformers 5, a scaling is that of full attention."""
-    given = read_table(config, "rope_parameters") or {_FULL: read_table(config, "rope_scaling")}
-    return {kind: {"rope_type": "default", **read_table(given, kind)} for kind in (_FULL, _SLIDING)}
+    settings = read_table(config, "rope_parameters") or {_FULL: read_table(config, "rope_scaling")}
+    return {kind: {"rope_type": "default", **read_table(settings, kind)} for kind in (_FULL, _SLIDING)}

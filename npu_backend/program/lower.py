@@ -46,6 +46,8 @@ _VIEWS = {"Cast", "Reshape"}  # the same elements, in the order they are in
 _FUNCTIONS: dict[str, SpecialKind] = {
     "RMSNormalization": "norm",
     "LayerNormalization": "norm",
+    "ReduceMean": "elementwise",  # as wide as what it is taken of, because that is what it is used with
+    "Sub": "elementwise",
     "Add": "elementwise",
     "Mul": "elementwise",
     "Div": "elementwise",

@@ -19,10 +19,10 @@ from tiny_models import BASE, TINY_MODELS
 
 from pmpd.exporter import Export, ExportConfig, export_bundle
 from pmpd.exporter.arch import FAMILIES, read_family
-from pmpd.exporter.arch.refused import REFUSED
 from pmpd.exporter.demo import demo_model_path
 from pmpd.exporter.source.models import resolve_model
 from pmpd.exporter.source.opening import open_checkpoint
+from pmpd.exporter.source.refused import REFUSED
 from pmpd.runtime.errors import PmpdError
 from pmpd.tvm_kernels.models import MODELS
 
@@ -345,6 +345,9 @@ def test_the_supported_architectures_are_listed() -> None:
     [
         ({"model_type": "qwen3_5"}, "the architecture 'qwen3_5' cannot be exported: its linear attention"),
         ({"model_type": "gemma3n"}, "the architecture 'gemma3n' cannot be exported: its per-layer embeddings"),
+        ({"model_type": "lfm2"}, "the architecture 'lfm2' cannot be exported: its short convolutions have a state"),
+        ({"model_type": "lfm2_moe"}, "the architecture 'lfm2_moe' cannot be exported: its short convolutions"),
+        ({"model_type": "gemma4_text"}, "the architecture 'gemma4_text' cannot be exported: its heads differ in size"),
         ({"model_type": "granitemoehybrid"}, "the architecture 'granitemoehybrid' cannot be exported: it has Mamba"),
         ({"model_type": "qwen3_moe"}, "the architecture 'qwen3_moe' cannot be exported: it is a mixture of experts"),
         ({"model_type": "bert"}, "the architecture 'bert' cannot be exported: it is an encoder"),

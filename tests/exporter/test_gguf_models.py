@@ -35,6 +35,12 @@ MODELS = {
     **{name: TINY_MODELS[name] for name in ("llama", "llama-tied-bfloat16", "llama-one-kv-head-tied", "llama-yarn")},
     **{name: TINY_MODELS[name] for name in ("llama-llama3-float16", "llama-linear-sharded")},
     **{name: TINY_MODELS[name] for name in ("qwen2", "qwen2-tied-yarn", "qwen3", "granite", "hunyuan", "phi")},
+    **{
+        name: TINY_MODELS[name] for name in ("stablelm", "stablelm-biases", "olmo2", "olmo2-odd", "olmo3", "ministral3")
+    },
+    "stablelm-parallel": TinyModel(
+        "stablelm", {"hidden_size": 264, "partial_rotary_factor": 60.5 / 88, "use_parallel_residual": True}
+    ),
     "llama-biases": TinyModel("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
     "smollm3": TinyModel(
         "smollm3", {**TINY_MODELS["smollm3"].options, "no_rope_layer_interval": 4, "num_hidden_layers": 4}
@@ -85,6 +91,40 @@ def test_a_converted_model_computes_what_the_folder_computes(name: str, tmp_path
     if checkpoint.config["model_type"] in FAMILIES:
         family = read_family(checkpoint.config)
         np.testing.assert_allclose(FloatGraph(checkpoint, family).logits(ids), wanted, rtol=0, atol=0.02)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_queries_keys_and_values_in_one_tensor_come_apart(kind: str, tmp_path: Path) -> None:
+    folder = TinyModel("phi", {"hidden_size": 96, "intermediate_size": 64, "partial_rotary_factor": 0.5}).save(
+        tmp_path / "folder"
+    )
+    files = [convert(folder, tmp_path / f"{stacked}.gguf", kind=kind, stacked=stacked) for stacked in (False, True)]
+    apart, stacked = (open_checkpoint(str(file)) for file in files)
+    assert "blk.1.attn_qkv.bias" in stacked.parts.tensors
+    for tensor in CheckpointFolder.open(folder, name="folder").shards:
+        stacked.require(tensor, tuple(apart.tensor(tensor).shape))
+        assert torch.equal(stacked.tensor(tensor), apart.tensor(tensor)), tensor
+
+
+@pytest.mark.parametrize("size", [64, 80, 88, 96, 128])
+def test_the_rotated_share_gives_back_how_many_elements_are_rotated(size: int) -> None:
+    for dim in range(2, size + 1, 2):
+        numbers = {"embedding_length": size, "attention.head_count": 1, "rope.dimension_count": dim}
+        config = ARCHITECTURES["stablelm"].fields(lambda key, *default, numbers=numbers: numbers.get(key, *default))
+        assert int(size * config["partial_rotary_factor"]) == dim
+
+
+def test_a_mistral_that_does_not_scale_queries_is_a_llama() -> None:
+    keys = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+    metadata = {"general.architecture": "mistral3", **{f"mistral3.{key}": 8 for key in keys}}
+    assert read_architecture(metadata, 4, tied=True)[1]["model_type"] == "llama"
+    metadata |= {"mistral3.attention.temperature_scale": 0.1, "mistral3.rope.scaling.type": "yarn"}
+    metadata |= {"mistral3.rope.scaling.factor": 4.0, "mistral3.rope.scaling.yarn_log_multiplier": 0.5}
+    config = read_architecture(metadata, 4, tied=True)[1]
+    assert config["model_type"] == "ministral3"
+    rope = config["rope_parameters"]
+    assert (rope["mscale"], rope["mscale_all_dim"], rope["llama_4_scaling_beta"]) == (1.0, 0.5, 0.1)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

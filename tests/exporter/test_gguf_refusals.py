@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from tiny_models import TINY_MODELS
 
 from pmpd.exporter import ExportConfig, export_bundle
+from pmpd.exporter.source.gguf.architectures import _REFUSED, ARCHITECTURES
 from pmpd.exporter.source.opening import open_checkpoint
+from pmpd.exporter.source.refused import REFUSED
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 
 
@@ -151,11 +153,60 @@ def test_metadata_that_makes_no_model_is_refused(changes: dict[str, Any], messag
     assert message in refusal(model_file(tmp_path / "m.gguf", changes), tmp_path / "place")
 
 
+def test_a_tensor_that_has_no_place_is_named(tmp_path: Path) -> None:
+    file = model_file(tmp_path / "m.gguf", {}, {"blk.0.attn_sinks.weight": np.zeros(8, np.float32)})
+    message = "tensor blk.0.attn_sinks.weight has no place in the model: give the original checkpoint"
+    assert message in refusal(file, tmp_path / "place")
+
+
+def test_a_stack_of_other_heads_is_refused(tmp_path: Path) -> None:
+    folder = TINY_MODELS["phi"].save(tmp_path / "folder")
+    file = convert(folder, tmp_path / "m.gguf", stacked=True)
+    data = file.read_bytes()
+    key = b"phi2.attention.head_count_kv" + struct.pack("<I", 4)
+    file.write_bytes(data.replace(key + struct.pack("<I", 3), key + struct.pack("<I", 1)))
+    assert "tensor blk.0.attn_qkv.weight has 144 rows instead of the 80 of queries" in refusal(file, tmp_path / "place")
+
+
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
-    file = model_file(tmp_path / "m.gguf", {}, architecture="rwkv7")
-    assert "general.architecture: unknown architecture 'rwkv7': choose one of llama" in refusal(
-        file, tmp_path / "place"
-    )
+    file = model_file(tmp_path / "m.gguf", {}, architecture="lama")
+    assert "general.architecture: unknown architecture 'lama': choose one of llama" in refusal(file, tmp_path / "place")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("lfm2", "its short convolutions have a state"),
+        ("lfm2moe", "its short convolutions have a state"),
+        ("qwen35", "its linear attention (Gated DeltaNet)"),
+        ("qwen35moe", "its linear attention (Gated DeltaNet)"),
+        ("qwen3next", "its linear attention (Gated DeltaNet)"),
+        ("gemma3n", "its per-layer embeddings"),
+        ("gemma4", "its heads differ in size"),
+        ("granitehybrid", "it has Mamba layers"),
+        ("mamba", "it has Mamba layers"),
+        ("mamba2", "it has Mamba layers"),
+        ("falcon-h1", "it has Mamba layers"),
+        ("qwen3moe", "it is a mixture of experts"),
+        ("gpt-oss", "it is a mixture of experts"),
+        ("deepseek2", "its latent attention (MLA)"),
+        ("rwkv7", "it is recurrent"),
+        ("exaone4", "no family here has both norms behind"),
+        ("modern-bert", "it is an encoder"),
+    ],
+)
+def test_an_architecture_that_cannot_be_exported_is_refused_with_the_reason(
+    architecture: str, reason: str, tmp_path: Path
+) -> None:
+    file = model_file(tmp_path / "m.gguf", {}, architecture=architecture)
+    message = f"general.architecture: the architecture '{architecture}' cannot be exported: {reason}"
+    assert message in refusal(file, tmp_path / "place")
+
+
+def test_refused_architectures_are_those_of_the_package() -> None:
+    assert _REFUSED.keys() <= set(gguf.MODEL_ARCH_NAMES.values())
+    assert set(_REFUSED.values()) <= REFUSED.keys()
+    assert not ARCHITECTURES.keys() & (_REFUSED.keys() | REFUSED.keys())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pmpd.exporter.source.gguf.rope import read_scaling
+from pmpd.exporter.source.refused import REFUSED
 from pmpd.runtime.errors import PmpdError, unknown_choice
 
 __all__ = ["ARCHITECTURES", "Architecture", "read_architecture"]
@@ -69,8 +70,13 @@ class Architecture:
         if stem in tops:
             return f"{tops[stem]}.{suffix}"
         number, _, part = stem.removeprefix("model.layers.").partition(".")
-        place = (_BLOCK | dict(self.block)).get(part)
+        place = self.places.get(part)
         return None if place is None or not number.isdigit() else f"blk.{number}.{place}.{suffix}"
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Names of a block's tensors in the file, by what they are called within a layer of transformers."""
+        return _BLOCK | dict(self.block)
 
 
 _GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
@@ -117,7 +123,9 @@ def _granite(get: Get) -> dict[str, Any]:
 
 def _partial_rotary(get: Get) -> dict[str, Any]:
     size = get("embedding_length") // get("attention.head_count")
-    return {"partial_rotary_factor": get("rope.dimension_count", size) / size, "head_dim": None}
+    dim = get("rope.dimension_count", size)
+    # The half is lost again where the share becomes a whole number: a quotient may be just below it.
+    return {"partial_rotary_factor": min(1.0, (dim + 0.5) / size), "head_dim": None}
 
 
 def _phi3(get: Get) -> dict[str, Any]:
@@ -129,6 +137,35 @@ def _phi3(get: Get) -> dict[str, Any]:
     }
 
 
+def _stablelm(get: Get) -> dict[str, Any]:
+    return {**_partial_rotary(get), "use_parallel_residual": get("use_parallel_residual", False)}
+
+
+def _olmo2(get: Get) -> dict[str, Any]:
+    slides = get("attention.sliding_window_pattern", None)
+    if slides is None:
+        return {}
+    kinds = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    return {"model_type": "olmo3", "layer_types": kinds, "sliding_window": get("attention.sliding_window")}
+
+
+def _ministral3(get: Get) -> dict[str, Any]:
+    beta = get("attention.temperature_scale", None)
+    if beta is None:  # Mistral Small 3, which is as Llama
+        return {"model_type": "llama"}
+    scaling = read_scaling(get, get("context_length"))
+    # Here the logarithm's weight is written as it is.
+    magnitudes = {"mscale": 1.0, "mscale_all_dim": float(get("rope.scaling.yarn_log_multiplier", 1.0))}
+    theta = {"rope_theta": float(get("rope.freq_base", 10000.0))}
+    rope = {**(scaling or {}), **theta, **magnitudes, "llama_4_scaling_beta": float(beta)}
+    return {"rope_scaling": None, "rope_parameters": rope}
+
+
+_OLMO2 = {
+    **_QK_NORM,
+    "post_attention_layernorm": "post_attention_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 _PHI2 = {
     "post_attention_layernorm": "ffn_norm",
     "self_attn.dense": "attn_output",
@@ -149,8 +186,27 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": Architecture("gemma", norm_offset=1.0, fields=lambda _: dict(_GELU)),
     "gemma2": Architecture("gemma2", block=_SANDWICH, norm_offset=1.0, fields=_gemma2),
     "gemma3": Architecture("gemma3_text", block=_SANDWICH | _QK_NORM, norm_offset=1.0, fields=_gemma3),
+    "mistral3": Architecture("ministral3", halves=True, fields=_ministral3),
+    "olmo2": Architecture("olmo2", block=_OLMO2, fields=_olmo2),
     "phi2": Architecture("phi", block=_PHI2, last_norm="final_layernorm", fields=_partial_rotary),
     "phi3": Architecture("phi3", block={"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}, fields=_phi3),
+    "stablelm": Architecture("stablelm", fields=_stablelm),
+}
+
+# What `config.json` calls architectures that are known and cannot be exported, where that is another name.
+_REFUSED = {
+    "falcon-h1": "falcon_h1",
+    "gpt-oss": "gpt_oss",
+    "granitehybrid": "granitemoehybrid",
+    "hunyuan-moe": "hunyuan_v1_moe",
+    "lfm2moe": "lfm2_moe",
+    "modern-bert": "modernbert",
+    "qwen2moe": "qwen2_moe",
+    "qwen35": "qwen3_5",
+    "qwen35moe": "qwen3_5_moe",
+    "qwen3moe": "qwen3_moe",
+    "qwen3next": "qwen3_next",
+    "deepseek2": "deepseek_v2",
 }
 
 
@@ -168,6 +224,8 @@ def read_architecture(
         PmpdError: an unknown architecture, or one of its numbers is missing or makes no sense.
     """
     name = metadata.get("general.architecture")
+    if reason := REFUSED.get(_REFUSED.get(str(name), str(name))):
+        raise PmpdError(f"general.architecture: the architecture {name!r} cannot be exported: {reason}")
     if name not in ARCHITECTURES:
         raise PmpdError(f"general.architecture: {unknown_choice('architecture', name, ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]

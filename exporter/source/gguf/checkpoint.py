@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.gguf.architectures import Architecture, read_architecture
 from pmpd.exporter.source.gguf.header import GgufTensor
-from pmpd.exporter.source.gguf.parts import FLOATS, GgufParts, dequantized, type_name
+from pmpd.exporter.source.gguf.parts import FLOATS, GgufParts, dequantized, rows, type_name
 from pmpd.exporter.source.gguf.rope import llama3_scaling
 from pmpd.exporter.source.gguf.tokenizer import read_tokenizer, stop_ids
 from pmpd.runtime.errors import PmpdError
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["GgufCheckpoint"]
 
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+_STACKED = ("q_proj", "k_proj", "v_proj")
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
+# Tensors of a block that are part of others, or that nobody needs.
+_OPTIONAL = ("attn_qkv", "attn_rot_embd")
 # Above this a weight may well be the original one, rounded.
 _FEW_BITS = 8.0
 
@@ -87,11 +90,31 @@ class GgufCheckpoint(Checkpoint):
 
     def _stored(self, name: str) -> GgufTensor:
         stored_name = self.architecture.stored_name(name)
+        if (part := self._part_of_stack(name)) is not None:
+            return part
         if stored_name is None or stored_name not in self.parts.tensors:
             raise PmpdError(
                 f"{self.path} has no tensor {stored_name or name!r} ({name}): the file does not fit its metadata"
             )
         return self.parts.tensors[stored_name]
+
+    def _part_of_stack(self, name: str) -> GgufTensor | None:
+        """Return queries, keys or values of a tensor that holds all of them: old files of phi-2 have such."""
+        layer, _, last = name.partition(".self_attn.")
+        part, _, suffix = last.partition(".")
+        stack = self.parts.tensors.get(f"blk.{layer.removeprefix('model.layers.')}.attn_qkv.{suffix}")
+        if stack is None or part not in _STACKED:
+            return None
+        heads, kv_heads = int(self.config["num_attention_heads"]), int(self.config["num_key_value_heads"])
+        size = int(self.config["hidden_size"]) // heads
+        counts = [heads * size, kv_heads * size, kv_heads * size]
+        if stack.shape[0] != sum(counts):
+            raise PmpdError(
+                f"{self.path}: tensor {stack.name} has {stack.shape[0]} rows instead of the {sum(counts)} of queries, "
+                "keys and values: the file does not fit its metadata"
+            )
+        number = _STACKED.index(part)
+        return rows(stack, sum(counts[:number]), counts[number])
 
     @property
     def matrix_type(self) -> str:
@@ -145,8 +168,12 @@ def _read_config(parts: GgufParts) -> tuple[Architecture, dict[str, Any]]:
     architecture, config = read_architecture(parts.metadata, rows, tied=_OUTPUT not in parts.tensors)
     if embedding is None:
         raise PmpdError(f"no tensor {_EMBEDDING}: the file is not a complete model")
+    places = {*architecture.places.values(), *_OPTIONAL}
+    for tensor in parts.tensors:
+        if tensor.startswith("blk.0.") and tensor.removeprefix("blk.0.").rpartition(".")[0] not in places:
+            raise PmpdError(f"tensor {tensor} has no place in the model: give the original checkpoint")
     if "blk.0.attn_q.bias" in parts.tensors:
-        config["attention_bias"] = True
+        config |= {"attention_bias": True, "use_qkv_bias": True}  # of Llama and its kin, and of StableLM
     if "blk.0.ffn_up.bias" in parts.tensors:
         config["mlp_bias"] = True
     if (factors := parts.tensors.get("rope_freqs.weight")) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pmpd.exporter.source.gguf.header import GgufHeader, GgufTensor
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 
-__all__ = ["FLOATS", "SUPPORTED", "GgufParts", "dequantized", "type_name"]
+__all__ = ["FLOATS", "SUPPORTED", "GgufParts", "dequantized", "rows", "type_name"]
 
 FLOATS = ("F32", "F16", "BF16")
 # Dequantization of all of these is checked against the format's definition, value by value.
@@ -100,6 +100,12 @@ def _stored_nbytes(tensor: GgufTensor) -> int:
     package = _package()
     block, size = package.GGML_QUANT_SIZES[package.GGMLQuantizationType(tensor.type)]
     return tensor.elements // int(block) * int(size)
+
+
+def rows(tensor: GgufTensor, first: int, count: int) -> GgufTensor:
+    """Return some rows of a tensor as one of their own; blocks of quantized types lie within a row."""
+    nbytes = _stored_nbytes(tensor) // tensor.shape[0]
+    return replace(tensor, shape=(count, *tensor.shape[1:]), offset=tensor.offset + first * nbytes)
 
 
 def dequantized(tensor: GgufTensor) -> npt.NDArray[Any]:
