@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pmpd.exporter.quantize import native
 
@@ -99,5 +98,7 @@ class Rows:
 
 def _product(rows: Floats, H: Floats) -> Floats:
     """Return ``rows [..., K] @ H [K, K]``, on as many threads as torch is set to."""
+    import torch  # not at the top: a skeleton needs the names of methods alone, and no torch
+
     product: Floats = (torch.from_numpy(rows) @ torch.from_numpy(H)).numpy()
     return product

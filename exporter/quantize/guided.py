@@ -10,7 +10,6 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pmpd.exporter.quantize.anyprecision import MAX_THREADS, AnyPrecision
 from pmpd.exporter.quantize.base import NestedCodes
@@ -119,6 +118,8 @@ class Guided:
 @contextmanager
 def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Yield a pool of threads that compute alone: a product may depend on how many threads torch splits it for."""
+    import torch  # not at the top: a skeleton needs the names of methods alone, and no torch
+
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
