@@ -19,14 +19,14 @@ from pmpd.exporter.bundle.coarse import basis_of, coarse_tensors
 from pmpd.exporter.bundle.destination import check_output
 from pmpd.exporter.bundle.fingerprint import WEIGHTS_CODE, code_digest, fingerprint
 from pmpd.exporter.bundle.kernels import build_kernels, built_kernels
-from pmpd.exporter.bundle.layers import checkpoint_shapes, plain_tensors
+from pmpd.exporter.bundle.layers import LinearLayer, checkpoint_shapes, plain_tensors
 from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.bundle.workspace import Workspace, bytes_on_disk
 from pmpd.exporter.calibrate.collect import collect_statistics
 from pmpd.exporter.config import DEFAULT_METHOD, ExportConfig, ResolvedConfig
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
-from pmpd.exporter.quantize import METHODS, NestedCodes
+from pmpd.exporter.quantize import METHODS, Method, NestedCodes
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
@@ -80,6 +80,8 @@ class Export:
         for name, shape in checkpoint_shapes(outline.network):
             checkpoint.require(name, shape)  # a missing one is better found now than in an hour
         export = cls(outline, checkpoint, _fingerprint(outline, checkpoint))
+        for layer in outline.plan.layers:
+            export._method(layer)  # so is an option that the method cannot work with
         export._require_room()
         export._warn()
         return export
@@ -202,19 +204,10 @@ class Export:
         if config.calibration is not None:
             statistics = collect_statistics(config, config.calibration, checkpoint, self.plan.linears)
         for layer in track(left, step="quantize", total=len(left)):
-            is_table = layer is self.plan.embedding
-            # Statistics are of products, and a table has none: its rows are clustered as they are.
-            method = METHODS[DEFAULT_METHOD if is_table else config.method](
-                precisions=layer.precisions,
-                parent=layer.parent,
-                # A layer with one precision is best clustered at it, one that is read coarsely at what all rows are
-                # read at; the others must have room to be cut.
-                seed=min(config.seed_precision, layer.parent) if layer.module.nested else layer.precisions[-1],
-                groups=layer.module.groups,
-            )
-            parts = []
+            method, parts = self._method(layer), []
             for part, name in enumerate(layer.weight_names):
-                known = {} if statistics is None or is_table else statistics.of(layer, part)
+                no_product = layer is self.plan.embedding
+                known = {} if statistics is None or no_product else statistics.of(layer, part)
                 try:
                     parts.append(method.quantize(layer.part_weight(part, checkpoint.tensor(name)), known))
                 except PmpdError as error:
@@ -226,6 +219,23 @@ class Export:
                 coarse = coarse_tensors(layer.name, quantized, layer.parent, layer.module.coarse, basis)
                 tensors = chain(tensors, coarse)
             workspace.write(layer.name, tensors)
+
+    def _method(self, layer: LinearLayer) -> Method:
+        """Return what quantizes a layer.
+
+        Raises:
+            PmpdError: the method cannot work with the options, or lacks something on this machine.
+        """
+        config = self.config
+        # Statistics are of products, and a table has none: its rows are clustered as they are.
+        return METHODS[DEFAULT_METHOD if layer is self.plan.embedding else config.method](
+            precisions=layer.precisions,
+            parent=layer.parent,
+            # A layer with one precision is best clustered at it, one that is read coarsely at what all rows are read
+            # at; the others must have room to be cut.
+            seed=min(config.seed_precision, layer.parent) if layer.module.nested else layer.precisions[-1],
+            groups=layer.module.groups,
+        )
 
     def _basis(self, workspace: Workspace, directions: int) -> npt.NDArray[np.float32]:
         """Return the directions that the output layer's inputs have, measured on a text of our own."""

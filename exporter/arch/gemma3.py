@@ -8,7 +8,7 @@ from typing import Any
 
 from pmpd.exporter.arch.gemma import GemmaFamily
 from pmpd.exporter.arch.gemma2 import SandwichLayer
-from pmpd.exporter.arch.reading import read_number, read_rotary, read_softcap, read_table, read_windows
+from pmpd.exporter.arch.reading import read_layouts, read_number, read_softcap, read_table, read_windows
 from pmpd.exporter.nn import HeadLayout, OffsetRMSHeadNorm
 from pmpd.runtime.errors import PmpdError
 
@@ -62,13 +62,13 @@ class Gemma3(GemmaFamily):
         shape, dim = common["shape"], common["shape"].head.size
         kinds = config.get("layer_types") or _layer_types(config, shape.layers)
         windows = read_windows(kinds, shape.layers, config.get("sliding_window", 4096), shape.context_length)
-        layouts = {kind: HeadLayout(dim, read_rotary(config, dim, layer_type=kind)) for kind in (_FULL, _SLIDING)}
+        full, *layouts = read_layouts(config, [_FULL, *kinds], dim)
         return cls(
-            **common | {"shape": replace(shape, head=layouts[_FULL])},
+            **common | {"shape": replace(shape, head=full)},
             attention_scale=read_number(config, "query_pre_attn_scalar", 256.0) ** -0.5,
             logits_softcap=read_softcap(config, "final_logit_softcapping"),
             windows=windows,
-            layouts=tuple(layouts[kind] for kind in kinds),
+            layouts=tuple(layouts),
         )
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from pmpd.exporter.arch.decoder import DecoderLayer
 from pmpd.exporter.arch.gated import GatedFamily
-from pmpd.exporter.arch.reading import read_flag, read_rotary, read_table, read_windows
+from pmpd.exporter.arch.reading import read_flag, read_layouts, read_table, read_windows
 from pmpd.exporter.nn import Attention, Cache, GatedMlp, HeadLayout, JointRMSHeadNorm, LinearFactory, Norm, RMSNorm
 
 __all__ = ["Olmo2", "Olmo3", "OlmoLayer"]
@@ -94,11 +94,10 @@ class Olmo3(Olmo2):
         shape, dim = common["shape"], common["shape"].head.size
         kinds = config.get("layer_types") or [_FULL if index % 4 == 3 else _SLIDING for index in range(shape.layers)]
         windows = read_windows(kinds, shape.layers, config.get("sliding_window", 4096), shape.context_length)
-        layouts = {kind: HeadLayout(dim, read_rotary(config, dim, layer_type=kind)) for kind in (_FULL, _SLIDING)}
         return cls(
             **common,
             attention_bias=read_flag(config, "attention_bias"),
-            layouts=tuple(layouts[kind] for kind in kinds),
+            layouts=read_layouts(config, kinds, dim),
             windows=windows,
         )
 

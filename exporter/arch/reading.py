@@ -13,6 +13,7 @@ from pmpd.runtime.errors import PmpdError, unknown_choice
 __all__ = [
     "read_activation",
     "read_flag",
+    "read_layouts",
     "read_number",
     "read_rotary",
     "read_shape",
@@ -120,6 +121,12 @@ def read_softcap(config: Mapping[str, Any], name: str, default: float | None = N
     """Read what values are softly limited to; what is absent has the default, null means no limit."""
     softcap = config.get(name, default)
     return None if softcap is None else read_number({name: softcap}, name)
+
+
+def read_layouts(config: Mapping[str, Any], kinds: Sequence[str], dim: int) -> tuple[HeadLayout, ...]:
+    """Read the layout of each layer's heads of `dim` elements, where kinds of layers rotate differently."""
+    layouts = {kind: HeadLayout(dim, read_rotary(config, dim, layer_type=kind)) for kind in _LAYER_KINDS}
+    return tuple(layouts[kind] for kind in kinds)
 
 
 def read_windows(kinds: object, layers: int, window: object, context_length: int) -> tuple[int | None, ...]:

@@ -78,7 +78,8 @@ class Guided:
 
 def fast_dtype() -> torch.dtype:
     """Return bfloat16 where the processor computes with it, or float32."""
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return torch.bfloat16 if has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def packed(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

@@ -21,7 +21,10 @@ from pmpd.runtime.errors import PmpdError
 __all__ = ["Guided"]
 
 TILE = 64
-"""Rows that a thread works on at once: they share what is read of H."""
+"""Rows that a thread works on at once, at most: they share what is read of H."""
+
+SCRATCH = 1 << 26
+"""Bytes that the sums over codes of a thread's rows may take: many codes and columns leave fewer rows."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -40,6 +43,10 @@ class Guided:
             directions of least energy.
         rounds: how often codes and codebooks take turns.
         passes: over the columns, in each round.
+
+    Raises:
+        MissingExtraError: no C compiler is installed.
+        PmpdError: as `AnyPrecision`, more than one group, or the compiled code does not run on this machine.
     """
 
     name: ClassVar[str] = "guided"
@@ -60,6 +67,7 @@ class Guided:
             raise PmpdError(f"method {self.name} makes one codebook a row, got {self.groups} groups: use --groups 1")
         start = AnyPrecision(precisions=self.precisions, parent=self.parent, seed=self.seed)
         object.__setattr__(self, "start", start)
+        require_compiled()
 
     def quantize(
         self, weight: npt.NDArray[np.floating], statistics: Mapping[str, npt.NDArray[np.floating]]
@@ -72,24 +80,23 @@ class Guided:
                 layer there is none), weights are quantized as by `AnyPrecision`.
 
         Raises:
-            MissingExtraError: no C compiler is installed.
             PmpdError: as `AnyPrecision.quantize`, or statistics that are not finite.
             ValueError: shapes that do not fit.
         """
         if "guided" not in statistics:
             return self.start.quantize(weight)
-        require_compiled()
+        tile = max(1, min(TILE, SCRATCH // (4 * 2**self.parent * weight.shape[1])))
         H = self._damped(statistics["guided"], weight.shape[1])
         sensitivity = np.broadcast_to(H.diagonal(), weight.shape)
         codes = self.start.quantize(weight, {"fisher": sensitivity})
 
         def improved(n: int) -> NestedCodes:
-            rows = slice(n, n + TILE)
+            rows = slice(n, n + tile)
             books = {p: book[rows] for p, book in codes.codebooks.items()}
             return self._improved(weight[rows].astype(np.float32), H, NestedCodes(codes.codes[rows], books))
 
         with _one_thread_each(min(available_threads(), MAX_THREADS)) as pool:
-            return NestedCodes.stack(list(pool.map(improved, range(0, len(weight), TILE))))
+            return NestedCodes.stack(list(pool.map(improved, range(0, len(weight), tile))))
 
     def _damped(self, H: npt.NDArray[np.floating], K: int) -> Floats:
         if H.shape != (K, K):

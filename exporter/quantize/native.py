@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.library.link import compile_for_host
 
 __all__ = ["descend", "gram", "require_compiled"]
@@ -39,7 +39,12 @@ def _library() -> ctypes.CDLL:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = root / "pmpd" / "quantize" / f"descent-{digest}.so"
     if not path.exists():
-        compile_for_host(_SOURCE, output=path)
+        try:
+            compile_for_host(_SOURCE, output=path)
+        except MissingExtraError:
+            raise
+        except PmpdError as error:
+            raise PmpdError(f"method guided needs compiled code: {error}; or take --method anyprecision") from None
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

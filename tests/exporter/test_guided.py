@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TINY_MODELS, plain_model, save_with_tokenizer
 
-from pmpd.exporter import ExportConfig, export_bundle
+from pmpd.exporter import Export, ExportConfig, export_bundle
 from pmpd.exporter.calibrate.guided import packed, unpacked
 from pmpd.exporter.calibrate.sweep import Visit, sweep
 from pmpd.exporter.quantize import AnyPrecision, Guided, native
@@ -247,6 +247,45 @@ def test_what_does_not_fit_is_said() -> None:
         Guided().quantize(weight, {"guided": np.full((16, 16), np.nan, np.float32)})
     with pytest.raises(PmpdError, match="one codebook a row, got 2 groups: use --groups 1"):
         Guided(groups=2)
+
+
+def test_wide_layers_of_many_codes_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).standard_normal((70, 32)).astype(np.float32)
+    whole = Guided().quantize(weight, {"guided": moments(32)})
+    seen: list[int] = []
+
+    def gram(codes: Array, H: Array, levels: int) -> Array:
+        seen.append(4 * codes.size * levels)
+        return once(codes, H, levels)
+
+    once = native.gram
+    monkeypatch.setattr(native, "gram", gram)
+    monkeypatch.setattr("pmpd.exporter.quantize.guided.SCRATCH", 1 << 14)
+    parts = Guided().quantize(weight, {"guided": moments(32)})
+    assert max(seen) <= 1 << 14
+    np.testing.assert_array_equal(parts.codes, whole.codes)
+
+
+@pytest.mark.parametrize("missing", ["a compiler", "one group"])
+def test_what_it_cannot_do_is_said_before_any_work(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The owl saw a tree and a ball. " * 40)
+    model = save_with_tokenizer(tmp_path / "model")
+    groups, message = (2, "use --groups 1") if missing == "one group" else (1, "ziglang is not installed")
+    if missing == "a compiler":
+
+        def compiler() -> None:
+            raise MissingExtraError("ziglang", "tune")
+
+        monkeypatch.setattr("pmpd.exporter.quantize.guided.require_compiled", compiler)
+    config = ExportConfig(
+        model=str(model), output=tmp_path / "bundle", method="guided", targets=(), calibration=text, groups=groups
+    )
+    with pytest.raises(PmpdError, match=message):
+        Export.prepare(config)
+    assert not list(tmp_path.glob("bundle*"))
 
 
 def test_an_export_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def compile_for_host(source: Path, *, output: Path) -> None:
     """
     host = host_target()
     if host is None:
-        raise PmpdError(f"no target is for this machine ({platform.machine()}, {sys.platform})")
+        raise PmpdError(f"nothing is compiled for {platform.machine()} on {sys.platform}, which is not a target")
     fast = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
     options = ["-std=c11", *fast, "-fPIC", *_WARNINGS]
     *compiler, _ = _compiler(find_target(host))
