@@ -85,7 +85,7 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     metavar="NAME",
     default="anyprecision",
     show_default=True,
-    help="How weights are quantized: anyprecision, or guided (slower, better at 3 bits and below; takes --calibration).",
+    help="How weights are quantized: anyprecision, or guided (slower, better below 4 bits; needs --calibration).",
 )
 @click.option(
     "--seed-precision",
