@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from pmpd.runtime.console.command import (
     FILE,
     Command,
     check_outputs,
+    first_interrupt,
     is_quiet,
     warn_unverified,
     write_result,
@@ -38,6 +39,7 @@ _REASONS = {
     "stop_id": "ended by the model",
     "stop_string": "ended by --stop",
     "length": "ended at the limit of new tokens",
+    None: "ended by Ctrl-C",
 }
 _EXAMPLES = (
     'pmpd-run demo-pmpd -p "Once upon a time" -n 100 --schedule static:3@16,2@32 --show-precision',
@@ -60,7 +62,7 @@ _EXAMPLES = (
     "--chat",
     is_flag=True,
     help="Hold a conversation, one message per line: /reset starts over, /system TEXT too, with other instructions; "
-    "/exit or Ctrl-D ends.",
+    "Ctrl-C ends an answer; /exit, Ctrl-D, or Ctrl-C at the prompt ends the command.",
 )
 @click.option("--system", metavar="TEXT", help="Instructions for the model, ahead of the conversation.")
 @click.option(
@@ -258,6 +260,7 @@ class _Session:
         self.colours, self.silent = colours, silent
         self.limit, self.schedule, self.stop_strings = max_new_tokens, schedule, stop
         self.text = ""  # of the last answer
+        self._interactive = False  # whether Ctrl-C ends an answer, and the prompt comes back
         self._template: dict[str, Any] = {"tools": tools, "variables": variables}
         self._start_over(system)
 
@@ -284,12 +287,12 @@ class _Session:
 
     def chat(self, first: str | None) -> None:
         """Answer messages until there are no more."""
-        interactive = sys.stdin is not None and sys.stdin.isatty()
-        if interactive:
+        self._interactive = sys.stdin is not None and sys.stdin.isatty()
+        if self._interactive:
             with suppress(ImportError):
                 import readline  # noqa: F401 - lets `input` edit the line and recall earlier ones
-            log.info("one message per line; /reset starts over, /system TEXT too; /exit or Ctrl-D ends")
-        while (message := _read_message(interactive) if first is None else first) is not None:
+            log.info("one message per line; /reset or /system TEXT starts over; Ctrl-C ends an answer, /exit the chat")
+        while (message := _read_message(self._interactive) if first is None else first) is not None:
             first = None
             match message.strip():
                 case "":
@@ -309,7 +312,7 @@ class _Session:
                     try:
                         self.answer(text)
                     except ContextLengthError as error:
-                        if not interactive:
+                        if not self._interactive:
                             raise
                         log.error("%s, or start over with /reset", error)
 
@@ -326,10 +329,13 @@ class _Session:
     def _show(self, tokens: Iterator[Token]) -> None:
         precisions = self.generator.bundle.manifest.precisions
         pieces = []
-        for token in tokens:
-            text = token.text or ""
-            pieces.append(text)
-            self._print(self._coloured(text, token.precision, precisions))
+        with first_interrupt() if self._interactive else nullcontext(lambda: False) as interrupted:
+            for token in tokens:
+                text = token.text or ""
+                pieces.append(text)
+                self._print(self._coloured(text, token.precision, precisions))
+                if interrupted():
+                    break
         self._print("\n")
         self.text = "".join(pieces)
         if not is_quiet():
@@ -354,8 +360,7 @@ class _Session:
         if trace.decode_tokens_per_second is not None:
             parts[1] += f" at {trace.decode_tokens_per_second:.1f}/s"
             parts.append(f"average {trace.average_bits:.2f} bits")
-        if trace.finish_reason is not None:
-            parts.append(_REASONS.get(trace.finish_reason, trace.finish_reason))
+        parts.append(_REASONS[trace.finish_reason])
         if self.colours:
             parts.append(" ".join(self._coloured(f"{bits}-bit", bits, precisions) for bits in precisions))
         return ", ".join(parts)

@@ -36,6 +36,7 @@ __all__ = [
     "check_outputs",
     "choose",
     "combine",
+    "first_interrupt",
     "is_quiet",
     "json_option",
     "list_option",
@@ -355,6 +356,29 @@ def _signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def first_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C only be noted, and yield whether it was; the next ends the command, as it does outside.
+
+    A noted interrupt raises nothing, so nothing that runs is left half done: ask for it between two steps.
+    """
+    noted = False
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        nonlocal noted
+        noted = True
+        signal.signal(number, signal.default_int_handler)
+
+    handles = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not if the parent ignores it
+    if handles:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        if handles:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _usage(error: click.UsageError, name: str | None) -> str:

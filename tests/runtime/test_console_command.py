@@ -209,6 +209,48 @@ def test_a_signal_that_arrives_in_a_finalizer_is_not_lost() -> None:
     assert err.splitlines()[-1] == "error: interrupted: run again to resume"
 
 
+NOTING = """
+import time, click
+from pmpd.runtime.console.command import Command, first_interrupt
+
+@click.command("tool", cls=Command)
+def tool():
+    with first_interrupt() as interrupted:
+        click.echo("ready")
+        while not interrupted():
+            time.sleep(0.01)
+        click.echo("noted")
+        STAY
+    click.echo("left")
+    time.sleep(60)
+
+tool([])
+"""
+
+
+@pytest.mark.interruptible
+@pytest.mark.parametrize(("stay", "then"), [("time.sleep(60)", "noted\n"), ("pass", "noted\nleft\n")])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_may_be_noted_and_the_second_ends(stay: str, then: str, second: signal.Signals) -> None:
+    with start_waiting(program=NOTING.replace("STAY", stay)) as process:
+        assert process.stdout is not None
+        process.send_signal(signal.SIGINT)
+        for line in then.splitlines(keepends=True):
+            assert process.stdout.readline() == line
+        process.send_signal(second)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (128 + second, "", "error: interrupted\n")
+
+
+@pytest.mark.interruptible
+def test_an_ignored_ctrl_c_is_not_noted() -> None:
+    with start_waiting(ignore=signal.SIGINT, program=NOTING.replace("STAY", "pass")) as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        out, _err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, "")
+
+
 def test_an_interrupt_that_a_library_makes_an_error_of_is_an_interrupt() -> None:
     """Code that is interrupted while it restores its own state fails in its own way (torch's vmap does)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ ANSWER = " She loved to play"  # four tokens at 4 bits
 COMMAND = [str(Path(sys.executable).with_name("pmpd-run"))]
 
 
-def run(*arguments: str | Path, given: str | None = None, terminal: bool = False) -> Result:
+def run(*arguments: str | Path | int, given: str | None = None, terminal: bool = False) -> Result:
     """Run the command in this process; an exception that would show a traceback fails the test."""
     result = CliRunner().invoke(
         main, [str(argument) for argument in arguments], input=given, color=terminal, prog_name="pmpd-run"
@@ -360,6 +361,97 @@ def test_text_streams_until_sigint_or_sigterm_ends_it(demo_bundle: Path, number:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert errors == b"error: interrupted\n"
+
+
+class Terminal:
+    """A chat in a pseudo-terminal that shows what the command prints, and not what is typed."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        import fcntl
+        import termios
+
+        self.outer, inner = os.openpty()
+        modes = termios.tcgetattr(inner)
+        modes[1] &= ~termios.OPOST
+        modes[3] &= ~termios.ECHO
+        termios.tcsetattr(inner, termios.TCSANOW, modes)
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments), "--chat"],
+            stdin=inner,
+            stdout=inner,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "TERM": "dumb"},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(inner)
+
+    def type(self, text: str) -> None:
+        os.write(self.outer, text.encode())
+
+    def until(self, pattern: str) -> str:
+        """Read until the pattern matches all that has been read, and return that."""
+        shown = ""
+        while re.fullmatch(pattern, shown, re.DOTALL) is None:
+            ready, _, _ = select.select([self.outer], [], [], 60)
+            assert ready, f"waited for {pattern!r} after {shown!r}"
+            shown += os.read(self.outer, 10_000).decode()
+        return shown
+
+    def end(self) -> str:
+        """Wait for the end, and return standard error."""
+        _, errors = self.process.communicate(timeout=60)
+        os.close(self.outer)
+        return errors.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.interruptible
+def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(chat_bundle: Path, tmp_path: Path) -> None:
+    template = TEMPLATE + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    endless = json.dumps({"eos_token_id": 4095})
+    bundle = variant(chat_bundle, tmp_path, chat_template__jinja=template, generation_config__json=endless)
+    trace = tmp_path / "trace.json"
+    chat = Terminal(bundle, "--schedule", "uniform:4", "--trace", trace)
+    chat.until("> ")
+    answers = []
+    for message in ("Hello.", "And then?"):
+        chat.type(f"{message}\n")
+        shown = chat.until(".{20,}")
+        chat.type("\x03")
+        answers.append((shown + chat.until(".*\n> ")).removesuffix("\n> "))
+    chat.type("/exit\n")
+    assert chat.process.wait(timeout=60) == 0
+    errors = chat.end()
+    assert errors.count("ended by Ctrl-C") == 2
+    assert "error" not in errors
+    # The partial answer is part of the conversation: the next answer is that of a fresh run over the same text.
+    document = json.loads(trace.read_text(encoding="utf-8"))
+    assert (document["text"], document["finish_reason"]) == (answers[1], None)
+    assert document["reused_tokens"] > 16  # the first message, 14 tokens, and its answer
+    history = f"[user] Hello. [assistant] {answers[0].strip()} [user] And then? [assistant]"
+    fresh = run(bundle, "--raw", "-p", history, "--schedule", "uniform:4", "-n", len(document["tokens"]), "-q")
+    assert fresh.stdout == f"{history}{answers[1]}\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.interruptible
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("answering", [False, True])
+def test_other_signals_and_ctrl_c_at_the_prompt_end_a_chat(
+    chat_bundle: Path, number: signal.Signals, answering: bool
+) -> None:
+    if answering and number == signal.SIGINT:
+        pytest.skip("ends the answer only")
+    chat = Terminal(chat_bundle, "-q")
+    chat.until("> ")
+    if answering:
+        chat.type("Hello.\n")
+        chat.until(".{10,}")
+    chat.process.send_signal(number)
+    chat.type("\n")  # readline sleeps over a signal that comes just before it waits for a key
+    errors = chat.end()
+    assert (chat.process.returncode, errors) == (128 + number, "error: interrupted\n")
 
 
 def test_bytes_that_are_no_text(demo_bundle: Path) -> None:
