@@ -9,6 +9,8 @@ What the mapping assumes:
 * cached keys and values are read as far as the text goes, rounded up to the granularity of programs; new ones are
   written. A prompt's attention goes head by head: keys and values of a head stay on chip if they fit the activation
   buffer. If not, its queries pass in parts that fit, and each part reads the keys and values that it sees;
+* in a layer with a sliding window of W tokens, a token reads and multiplies the keys and values of itself and of the
+  W - 1 before it, and those of one window are what must fit the activation buffer. New ones are written all the same;
 * heads that share a key/value head are rows of one product; of a prompt's causal attention, only what is seen is
   computed.
 """
@@ -272,17 +274,20 @@ class _Lowering:
         if longest > positions:
             raise PmpdError(f"{self.graph.path}: {longest:.0f} tokens are more than the model's context of {positions}")
         self.values[node.outputs[0]] = _Value(x.rows, heads * dim)
+        window = int(node.attributes.get("window", 0)) or np.inf  # positions that a token sees, itself included
         step = self.hardware.controller.length_granularity
         position = kv_heads * dim * self.kv_bits / 8  # bytes of a position's keys, and of its values
-        cached = np.ceil(np.asarray(self.past) / step) * step
+        cached = np.minimum(np.ceil(np.asarray(self.past) / step) * step, window - 1)
         # A token sees itself and what is before it: the mean over a prompt's tokens.
-        seen = cached + (x.rows + 1) / 2
+        seen = _sum_up_to(window, cached + 1, x.rows, x.rows) / x.rows
+        scores = x.rows * heads * seen
         rows = x.rows * (heads // kv_heads)
         room = self.hardware.buffers.activation_kib * 1024
-        head_bytes = 2 * (cached + x.rows) * dim * self.kv_bits / 8  # keys and values
+        head_bytes = 2 * np.minimum(cached + x.rows, window) * dim * self.kv_bits / 8  # keys and values
         parts = np.where(head_bytes <= room, 1.0, np.maximum(np.ceil(2 * rows * dim * self.byte / room), 1.0))
-        # Of n parts, part i sees i / n of the new tokens. The first read of those is that of the input.
-        read = parts * cached + (parts - 1) / 2 * x.rows
+        # Before its own tokens, part i of n (from 0) sees i / n of the new ones. The first read of those is that of the
+        # input.
+        read = _sum_up_to(window - 1, cached, x.rows, parts)
         off_chip = self._off_chip(x) * self.byte
         return [
             *([Load("activations", off_chip * x.width)] if np.any(off_chip) else []),
@@ -292,9 +297,19 @@ class _Lowering:
             Load("kv_cache", read * position),
             *self._products(rows, seen, dim, kv_heads, self.kv_bits, codebook=False),
             Sync(),
-            Special("softmax", x.rows * heads * seen),
+            # The factors of a softcap, before and behind its tanh, go into those of the scores and of the softmax.
+            *([Special("activation", scores)] if node.attributes.get("softcap") else []),
+            Special("softmax", scores),
             Load("kv_cache", read * position),
             *self._products(rows, dim, seen, kv_heads, self.kv_bits, codebook=False),
             *([Store("activations", off_chip * heads * dim)] if np.any(off_chip) else []),
             Sync(),
         ]
+
+
+def _sum_up_to(limit: float, first: Number, total: Number, count: Number) -> Number:
+    """Return the sum of ``min(first + i * total / count, limit)`` for i from 0 to ``count - 1``; `first` <= `limit`."""
+    step = total / count
+    excess = np.maximum(first + (count - 1) * step - limit, 0)  # of the last
+    beyond = np.ceil(excess / step)  # how many are above the limit
+    return count * first + (count - 1) / 2 * total - (beyond * excess - beyond * (beyond - 1) / 2 * step)

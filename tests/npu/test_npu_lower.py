@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,15 @@ class Reference:
     def rotary_tables(self, node: Any) -> list[str]:
         """The cosines and sines that such a node reads a row of for each token."""
         return list(node.input[5:7] if node.op_type == "GroupQueryAttention" else node.input[2:4])
+
+    @property
+    def attention_limits(self) -> list[tuple[float, float]]:
+        """The window of every layer in tokens, or infinity, and the softcap of its scores, or 0."""
+        limits = []
+        for node in self.nodes("GroupQueryAttention"):
+            attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+            limits.append((attributes.get("window") or inf, attributes.get("softcap", 0.0)))
+        return limits
 
     @property
     def product_nodes(self) -> list[Any]:
@@ -188,20 +197,23 @@ def test_operations_and_cache(name: str, tokens: int, past: int, folder: Path) -
     program = lower(graph, NPU, tokens=tokens, past=past)
     products = list(Reference(graph.path).products.values())
     cached = ceil(past / STEP) * STEP
-    seen = sum(cached + token + 1 for token in range(tokens))  # by all tokens
+    limits = Reference(graph.path).attention_limits
+    seen = sum(min(cached + token + 1, window) for window, _ in limits for token in range(tokens))  # by all tokens
     of_layers = tokens * sum(n * k for n, k in products[:-1])
     head = products[-1][0] * products[-1][1]  # of the last token only
-    attention = 2 * shape.layers * shape.attention_heads * dim * seen
+    attention = 2 * shape.attention_heads * dim * seen
     assert sum(each.macs for each in program.operators) == of_layers + head + attention
     steps = [step for each in program.operators for step in each.instructions]
-    position = shape.layers * 2 * shape.kv_heads * dim  # int8
-    assert _moved(steps, Load) == cached * position
-    assert _moved(steps, Store) == tokens * position
+    position = 2 * shape.kv_heads * dim  # int8
+    assert _moved(steps, Load) == sum(min(cached, window - 1) for window, _ in limits) * position
+    assert _moved(steps, Store) == tokens * shape.layers * position
     elements = {name: sum(s.elements for s in steps if isinstance(s, Special) and s.function == name) for name in KINDS}
-    assert elements["softmax"] == shape.layers * shape.attention_heads * seen
+    assert elements["softmax"] == shape.attention_heads * seen
     (down,) = {k for node, (_, k) in Reference(graph.path).products.items() if "down_proj" in node or "fc2" in node}
     reference = Reference(graph.path)
     capped = sum(node.op_type == "Tanh" for node in reference.graph.node) * products[-1][0]  # the last token's logits
+    # A softcap is for all layers' scores or for none.
+    capped += any(softcap for _, softcap in limits) * elements["softmax"]
     assert elements["activation"] == tokens * shape.layers * down + capped
     dims = {tensor.name: tensor.dims for tensor in reference.graph.initializer}
     rotated = 0  # elements of a token
@@ -310,6 +322,7 @@ def test_keys_and_values_of_a_prompt_take_room_on_chip(
     assert _moved(steps, Load) == (16 * cached_reads + 48 * new_reads) * position
 
 
+@pytest.mark.parametrize("name", ["llama-llama3-float16", "gemma2-uncapped"])
 @given(
     tokens=st.lists(st.integers(1, 40), min_size=3, max_size=3),
     past=st.lists(st.integers(0, 24), min_size=3, max_size=3),
@@ -317,9 +330,9 @@ def test_keys_and_values_of_a_prompt_take_room_on_chip(
     kv_bits=st.lists(st.sampled_from([4, 8, 16]), min_size=3, max_size=3),
 )
 def test_arrays_are_their_entries(
-    folder: Path, tokens: list[int], past: list[int], rows: list[int], kv_bits: list[int]
+    name: str, folder: Path, tokens: list[int], past: list[int], rows: list[int], kv_bits: list[int]
 ) -> None:
-    graph = Model.open(folder / "llama-llama3-float16").prefill
+    graph = Model.open(_export(name, folder / name)).prefill
     numbers = {"matrix_unit__rows": np.array(rows), "formats__kv_bits": np.array(kv_bits)}
     together = lower(graph, NPU.varied(**numbers), tokens=np.array(tokens), past=np.array(past))
     for i in range(3):
