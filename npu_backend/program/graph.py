@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,14 +52,22 @@ class OnnxGraph:
     initializers: Mapping[str, Initializer]
     inputs: tuple[str, ...]
 
+    @cached_property
+    def output_layer(self) -> tuple[Node, ...]:
+        """The product that gives the logits and a softcap behind it, last first; empty if the host computes them."""
+        nodes: list[Node] = []
+        wanted = LOGITS
+        for node in reversed(self.nodes):
+            if wanted in node.outputs:
+                nodes.append(node)
+                if node.op in _PRODUCTS:
+                    break
+                wanted = node.inputs[0]
+        return tuple(nodes)
+
     def without_output_layer(self) -> OnnxGraph:
-        """Return the graph without the product that gives the logits, and without a softcap behind it."""
-        needed, nodes = {LOGITS}, list(self.nodes)
-        while needed:
-            node = next(node for node in nodes if needed.intersection(node.outputs))
-            nodes.remove(node)
-            needed = set() if node.op in _PRODUCTS else set(node.inputs[:1])
-        return replace(self, nodes=tuple(nodes))
+        """Return the graph without its output layer."""
+        return replace(self, nodes=tuple(node for node in self.nodes if node not in self.output_layer))
 
 
 def read_graph(path: Path) -> OnnxGraph:

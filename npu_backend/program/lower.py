@@ -94,6 +94,7 @@ class _Lowering:
         self.kv_bits = FP16_BITS if fp16 else formats.kv_bits
         self.values: dict[str, _Value] = {"input_ids": _Value(tokens, 1)}
         self.counts = {"attention_mask"}  # values that the host computes
+        self.logits = {name for node in graph.output_layer for name in node.outputs}
 
     def program(self) -> Program:
         operators = []
@@ -117,8 +118,9 @@ class _Lowering:
         return Program(self.graph.path.name, self.tokens, self.past, tuple(operators))
 
     def _on_chip(self, node: Node) -> Number:
-        """Return the bytes of one token's activations that a node reads and writes."""
-        values = [self.values[name] for name in (*node.inputs, *node.outputs) if name in self.values]
+        """Return the bytes of one token's activations that a node reads and writes; logits leave as they come."""
+        names = [name for name in (*node.inputs, *node.outputs) if name not in self.logits]
+        values = [self.values[name] for name in names if name in self.values]
         return sum((value.width for value in values), start=0) * self.byte
 
     def _node(self, node: Node) -> list[Instruction]:
@@ -310,6 +312,6 @@ class _Lowering:
 def _sum_up_to(limit: float, first: Number, total: Number, count: Number) -> Number:
     """Return the sum of ``min(first + i * total / count, limit)`` for i from 0 to ``count - 1``; `first` <= `limit`."""
     step = total / count
-    excess = np.maximum(first + (count - 1) * step - limit, 0)  # of the last
-    beyond = np.ceil(excess / step)  # how many are above the limit
+    excess: Number = np.maximum(first + (count - 1) * step - limit, 0)  # of the last
+    beyond: Number = np.ceil(excess / step)  # how many are above the limit
     return count * first + (count - 1) / 2 * total - (beyond * excess - beyond * (beyond - 1) / 2 * step)

@@ -388,6 +388,18 @@ def test_activations_must_fit_on_chip(folder: Path) -> None:
             lower(graph, hardware, tokens=1, past=0, fp16=True)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_logits_take_no_room_on_chip(name: str, folder: Path) -> None:
+    """They are stored as they come, from the softcap where there is one: only the hidden state stays."""
+    model = Model.open(_export(name, folder / name))
+    for graph in model.decode[2], model.prefill:
+        for fp16 in False, True:
+            program = lower(graph, NPU, tokens=1, past=0, fp16=fp16)
+            (head,) = (i for i, each in enumerate(program.operators) if each.node == graph.output_layer[-1].name)
+            taken = [each.activation_bytes for each in program.operators[head:]]
+            assert taken == [48 * (2 if fp16 else 1)] + [0] * (3 if name == "gemma2" else 0)
+
+
 def test_a_graph_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match=r"a\.onnx is not an ONNX model .*: export again"):
