@@ -14,6 +14,7 @@ except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[eval]'`")
 
 from pmpd.runtime.console.command import (
+    FAILED,
     FILE,
     INTERRUPTED,
     Command,
@@ -29,8 +30,10 @@ from pmpd.runtime.console.command import (
     warn_unverified,
     write_result,
 )
+from pmpd.runtime.errors import PmpdError
 
 if TYPE_CHECKING:
+    from pmpd.eval.comparison.results import CompareResults
     from pmpd.eval.report.results import QualityResults
     from pmpd.eval.speed.results import SpeedResults
 
@@ -282,7 +285,9 @@ def speed(bundle: Path, json_file: Path | None, csv_file: Path | None, **options
     help="Make the peers' models of this checkpoint folder or GGUF file.  [default: the --reference]",
 )
 @json_option("the table, each repetition and each window,")
-def compare(bundle: Path, json_file: Path | None, **options: Any) -> None:
+def compare(
+    bundle: Path, json_file: Path | None, data: Path, limit: int, reference: str | None, **options: Any
+) -> None:
     """Compare a bundle with other programs on the same weights.
 
     Prints size, bytes per token, speed and perplexity of the unquantized model, of the bundle at each precision, and of
@@ -291,21 +296,28 @@ def compare(bundle: Path, json_file: Path | None, **options: Any) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from pmpd.eval.comparison.compare import CompareSettings
     from pmpd.eval.comparison.compare import compare as measure
+    from pmpd.eval.speed.speed import SpeedSettings
     from pmpd.runtime import Bundle
 
     check_outputs(json_file)
-    settings = CompareSettings(**options)
+    settings = CompareSettings(data=data, limit=limit, reference=reference, speed=SpeedSettings(**options))
     opened = Bundle.open(bundle, verify=True)
     warn_unverified(bundle, verified=opened.manifest.verified)
     results = measure(opened, settings, quiet=is_quiet())
     print_result(results.to_markdown(), json_file, results.to_json)
+    _fail_if_unfinished(results)
 
 
-def _fail_if_unfinished(results: QualityResults | SpeedResults) -> None:
-    """Fail with the exit code of the interrupt that cut the measurement short, if one did. The results are written."""
-    if results.unfinished:
-        code = 128 + results.interrupt.number if isinstance(results.interrupt, Terminated) else INTERRUPTED
-        raise Failure(f"interrupted: {results.progress}; missing: {', '.join(results.unfinished)}", code)
+def _fail_if_unfinished(results: QualityResults | SpeedResults | CompareResults) -> None:
+    """Fail as what ended the measurement early would have failed. The results are written."""
+    if not results.unfinished:
+        return
+    what, code = "interrupted: ", INTERRUPTED
+    if isinstance(results.cause, Terminated):
+        code = 128 + results.cause.number
+    elif isinstance(results.cause, PmpdError):
+        what, code = f"{results.cause}; ", FAILED
+    raise Failure(f"{what}{results.progress}; missing: {', '.join(results.unfinished)}", code)
 
 
 def _unescape(template: str | None) -> str | None:

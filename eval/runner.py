@@ -129,8 +129,8 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Quali
     first row; logits that a task compares with lie in temporary files (4 bytes x vocabulary x tokens). Unless `quiet`,
     the progress of each row is shown on stderr.
 
-    An interrupt (KeyboardInterrupt) after at least one schedule is measured ends the evaluation: the finished rows are
-    returned, with the names of the others as `unfinished` and the interrupt itself as `interrupt`.
+    An interrupt (KeyboardInterrupt) or a PmpdError after at least one schedule is measured ends the evaluation: the
+    finished rows are returned, with the names of the others as `unfinished` and the exception as `cause`.
 
     Raises:
         PmpdError: an option, schedule or record that does not fit, data without any usable item, no reference.
@@ -154,21 +154,21 @@ def evaluate(bundle: Bundle, settings: Settings, *, quiet: bool = True) -> Quali
     with tempfile.TemporaryDirectory(prefix="pmpd-eval-") as scratch:
         reference, baselines = _measure_reference(run, checkpoint, Path(scratch))
         rows = [reference]
-        interrupt: KeyboardInterrupt | None = None
+        cause: KeyboardInterrupt | PmpdError | None = None
         try:
             for row, accuracy, names in _measure_schedules(run, baselines):
                 rows.append(row)
                 kernels[accuracy] = names
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, PmpdError) as error:
             if len(rows) == 1:
                 raise
-            interrupt = error.with_traceback(None)
+            cause = error.with_traceback(None)
     return QualityResults(
         rows=tuple(rows),
         metrics=task.metrics,
         environment=_environment(run, checkpoint, kernels=kernels, skipped=skipped),
         unfinished=run.row_names[len(rows) :],
-        interrupt=interrupt,
+        cause=cause,
     )
 
 

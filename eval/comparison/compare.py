@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pmpd.eval.comparison.results import CompareResults
 from pmpd.eval.measure.reference import ReferenceCheckpoint
 from pmpd.eval.measure.scoring import Sample
-from pmpd.eval.report.results import QualityRow, count_text
+from pmpd.eval.report.results import FP, QualityResults, QualityRow, count_text
 from pmpd.eval.runner import Settings, evaluate, prepare, read_items
 from pmpd.eval.speed.contenders import Peer, parse_peers
 from pmpd.eval.speed.speed import SpeedSettings, measure_speed, prepare_speed, start_peer
@@ -28,36 +27,22 @@ class CompareSettings:
 
     Attributes:
         data: the text for perplexity, whose beginnings are also the prompts for speed.
-        schedules: the bundle's rows; default uniform at every precision.
         limit: windows of text.
-        reference: folder, alias or hub id of the floating-point model; default what the bundle was made from. The
-            peers' models are made of it, too.
-        peer_weights: another checkpoint folder or GGUF file to make the peers' models of.
-        kernels, prompt_tokens, max_new_tokens, repetitions, max_others, threads, require_fast_kernels, peers,
-            peer_python, peer_models: see `SpeedSettings`.
+        reference: folder, alias or hub id of the floating-point model; default what the bundle was made from.
+        speed: schedules, resources and peers, for perplexity too, and the turns. Here its default schedules are uniform
+            at every precision, and the default `peer_weights` is the floating-point model.
 
     Raises:
         PmpdError: a value out of range, or an unknown choice.
     """
 
     data: Path
-    schedules: tuple[str, ...] = ()
     limit: int = 16
     reference: str | None = None
-    kernels: Path | None = None
-    prompt_tokens: int = 128
-    max_new_tokens: int = 128
-    repetitions: int = 5
-    max_others: float | None = None
-    threads: int | None = None
-    require_fast_kernels: bool = False
-    peers: tuple[str, ...] = ()
-    peer_python: str = sys.executable
-    peer_models: Path | None = None
-    peer_weights: Path | None = None
+    speed: SpeedSettings = field(default_factory=SpeedSettings)
 
     def __post_init__(self) -> None:
-        _ = self.quality, self.speed  # they check their values
+        _ = self.quality  # it checks its values
 
     @property
     def quality(self) -> Settings:
@@ -65,46 +50,51 @@ class CompareSettings:
         return Settings(
             task="perplexity",
             data=self.data,
-            schedules=self.schedules,
-            kernels=self.kernels,
-            require_fast_kernels=self.require_fast_kernels,
             limit=self.limit,
             reference=self.reference,
-            threads=self.threads,
+            schedules=self.speed.schedules,
+            kernels=self.speed.kernels,
+            require_fast_kernels=self.speed.require_fast_kernels,
+            threads=self.speed.threads,
         )
-
-    @property
-    def speed(self) -> SpeedSettings:
-        """The settings of the speed measurement."""
-        shared = {field.name for field in fields(self)} & {field.name for field in fields(SpeedSettings)}
-        return SpeedSettings(**{name: getattr(self, name) for name in shared})
 
 
 def compare(bundle: Bundle, settings: CompareSettings, *, quiet: bool = True) -> CompareResults:
     """Measure speed, then perplexity; the peers' models are made first. Unless `quiet`, progress is shown on stderr.
 
-    Everything is checked before anything is measured. An interrupt ends it without results.
+    Everything is checked before anything is measured. An interrupt (KeyboardInterrupt) or a PmpdError after at least
+    one whole repetition of the speed ends the comparison: what is finished is returned, with what is not as
+    `unfinished` and the exception as `cause`.
 
     Raises:
-        PmpdError: an option that does not fit, data without a usable window, a contender that fails.
+        PmpdError: an option that does not fit, data without a usable window, a contender that fails before that.
         MissingExtraError: a package is missing.
     """
     checkpoint = ReferenceCheckpoint.find(bundle, settings.reference)
     task, schedules = prepare(bundle, settings.quality)
     items, _ = read_items(task, settings.quality)
     speed_settings = replace(
-        settings.speed, schedules=tuple(schedules), peer_weights=settings.peer_weights or checkpoint.path
+        settings.speed,
+        schedules=tuple(schedules),
+        peer_weights=settings.speed.peer_weights or checkpoint.path,
     )
     prepare_speed(bundle, speed_settings)
     texts = _texts(items, speed_settings.prompt_tokens + speed_settings.max_new_tokens)
+    peers = parse_peers(speed_settings.peers)
+    names = (FP, *schedules, *(peer.label for peer in peers))
+    quality = QualityResults(rows=(), metrics=task.metrics, environment={})
     speed = measure_speed(bundle, speed_settings, texts=texts, quiet=quiet)
-    if speed.interrupt:
-        raise speed.interrupt
-    quality = evaluate(bundle, replace(settings.quality, reference=str(checkpoint.path)), quiet=quiet)
-    if quality.interrupt:
-        raise quality.interrupt
-    rows = [_peer_row(peer, bundle, speed_settings, task, items, quiet=quiet) for peer in parse_peers(settings.peers)]
-    return CompareResults(speed=speed, quality=replace(quality, rows=(*quality.rows, *rows)))
+    cause = speed.cause
+    try:
+        if cause is None:
+            quality = evaluate(bundle, replace(settings.quality, reference=str(checkpoint.path)), quiet=quiet)
+            cause = quality.cause
+        for peer in peers if cause is None else ():
+            row = _peer_row(peer, bundle, speed_settings, task, items, quiet=quiet)
+            quality = replace(quality, rows=(*quality.rows, row))
+    except (KeyboardInterrupt, PmpdError) as error:
+        cause = error.with_traceback(None)
+    return CompareResults(speed=speed, quality=replace(quality, unfinished=names[len(quality.rows) :], cause=cause))
 
 
 def _texts(items: Sequence[Item], length: int) -> list[list[int]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
 from pmpd.eval.report.results import FP, QualityResults, QualityRow, count_text, format_number
 from pmpd.eval.speed.results import Ratio, SpeedResults, SpeedRow
 from pmpd.runtime.console.output import json_text, markdown_table
+from pmpd.runtime.errors import PmpdError
 
 __all__ = ["VERSION", "CompareResults", "Contender", "Pair"]
 
@@ -27,8 +28,8 @@ class Contender:
         step_bytes: bytes of weights that a decode step reads, without the KV cache.
         prefill_tps, decode_tps: tokens per second.
         peak_bytes: most memory that its process had resident while its speed was measured.
-        perplexity: decode perplexity.
-        difference: its perplexity minus that of fp, paired by window; None for fp.
+        perplexity: decode perplexity; None where an unfinished comparison has none.
+        difference: its perplexity minus that of fp, paired by window; None for fp, and without both.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Contender:
     prefill_tps: Estimate | None = None
     decode_tps: Estimate | None = None
     peak_bytes: int | None = None
-    perplexity: Estimate
+    perplexity: Estimate | None = None
     difference: Estimate | None = None
 
 
@@ -51,7 +52,7 @@ class Pair:
         bytes: bytes of weights that a step of ours reads, by those of the peer.
         decode: how many times as fast ours decodes; paired by repetition.
         prefill: the same for the prompt.
-        difference: perplexity of ours minus that of the peer; paired by window.
+        difference: perplexity of ours minus that of the peer; paired by window. None without both.
     """
 
     ours: str
@@ -59,7 +60,7 @@ class Pair:
     bytes: float | None
     decode: Estimate
     prefill: Estimate
-    difference: Estimate
+    difference: Estimate | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,33 +76,49 @@ class CompareResults:
     quality: QualityResults
 
     @property
+    def unfinished(self) -> tuple[str, ...]:
+        """What was not measured: repetitions of the speed, and perplexities."""
+        return (*self.speed.unfinished, *(f"perplexity of {name}" for name in self.quality.unfinished))
+
+    @property
+    def cause(self) -> KeyboardInterrupt | PmpdError | None:
+        """What ended the comparison early: Ctrl-C, a signal or a failure."""
+        return self.quality.cause
+
+    @property
+    def progress(self) -> str:
+        """How much of the comparison there is, for a message."""
+        return f"speed: {self.speed.progress}, perplexity: {self.quality.progress}"
+
+    @property
     def rows(self) -> list[Contender]:
-        """Fp, the schedules, the peers."""
-        fp, *others = self.quality.rows
+        """Fp, the schedules, the peers; of an unfinished comparison with what there is of each."""
         metric = self.quality.metrics[0]
-        rows = [Contender(name=FP, bits=fp.average_bits, perplexity=fp.metrics[metric.name])]
-        for row in others:
-            speed = self._speed(row.name)
-            rows.append(
-                Contender(
-                    name=row.name,
+        fp = next((row for row in self.quality.rows if row.name == FP), None)
+        rows = []
+        for name, row, speed in self._measured():
+            contender = Contender(name=name, bits=row.average_bits if row else None)
+            if speed:
+                contender = replace(
+                    contender,
                     bits=speed.bits,
                     model_bytes=speed.model_bytes,
                     step_bytes=_weight_bytes(row, speed),
                     prefill_tps=speed.prefill_tps,
                     decode_tps=speed.decode_tps,
                     peak_bytes=speed.peak_bytes,
-                    perplexity=row.metrics[metric.name],
-                    difference=metric.difference(row.samples, fp.samples),
                 )
-            )
+            if row and fp:
+                difference = None if row is fp else metric.difference(row.samples, fp.samples)
+                contender = replace(contender, perplexity=row.metrics[metric.name], difference=difference)
+            rows.append(contender)
         return rows
 
     @property
     def pairs(self) -> list[Pair]:
         """Each peer beside each uniform schedule."""
         metric = self.quality.metrics[0]
-        rows = [(row, self._speed(row.name)) for row in self.quality.rows if row.name != FP]
+        rows = [(row, speed) for _, row, speed in self._measured() if speed]
         pairs = []
         for theirs, peer in rows:
             for row, ours in rows:
@@ -116,13 +133,13 @@ class CompareResults:
                         bytes=read / theirs_read if read and theirs_read else None,
                         decode=ratio.decode,
                         prefill=ratio.prefill,
-                        difference=metric.difference(row.samples, theirs.samples),
+                        difference=metric.difference(row.samples, theirs.samples) if row and theirs else None,
                     )
                 )
         return pairs
 
     def to_json(self) -> str:
-        """Return ``{"rows", "pairs", "scores", "timings", "environment", "version"}`` as JSON text.
+        """Return JSON text with rows, pairs, scores, timings, facts, what is unfinished, environment and version.
 
         ``scores`` has the negative log-likelihood of each window by row, ``timings`` the seconds of each repetition.
         """
@@ -135,6 +152,7 @@ class CompareResults:
             },
             "timings": {row.name: [asdict(timing) for timing in row.timings] for row in self.speed.rows},
             "facts": {row.name: row.facts for row in self.speed.rows},
+            "unfinished": self.unfinished,
             "environment": {"speed": self.speed.environment, "quality": self.quality.environment},
             "version": VERSION,
         }
@@ -144,20 +162,23 @@ class CompareResults:
         """Return where it was measured, the table, notes on it, and the peers beside each precision."""
         e = self.speed.environment
         settings, metric = e["settings"], self.quality.metrics[0]
-        steps = metric.counted(self.quality.rows[0].samples)
-        windows = len(self.quality.rows[0].samples)
         head = (
             f"{e['bundle']['name']}: {settings['prompt_tokens']} prompt tokens, {settings['max_new_tokens']} decoded, "
             f"{count_text(settings['repetitions'], 'repetition')}, {count_text(e['threads'], 'thread')} of "
-            f"{e['cpu']['model']}; perplexity over {count_text(windows, 'window')} of "
-            f"{self.quality.environment['data']['name']}, {steps}"
+            f"{e['cpu']['model']}"
         )
+        if self.quality.rows:
+            samples = self.quality.rows[0].samples
+            head += (
+                f"; perplexity over {count_text(len(samples), 'window')} of "
+                f"{self.quality.environment['data']['name']}, {metric.counted(samples)}"
+            )
         parts = [head, markdown_table([_HEADER, *map(_cells, self.rows)]), "\n".join(self._notes())]
         if pairs := self.pairs:
             cells = [
                 [
                     *(pair.ours, pair.peer, format_number(pair.bytes, 2), pair.decode.text(2), pair.prefill.text(2)),
-                    pair.difference.text(metric.digits, sign=True),
+                    pair.difference.text(metric.digits, sign=True) if pair.difference else "–",
                 ]
                 for pair in pairs
             ]
@@ -168,8 +189,11 @@ class CompareResults:
             )
         return "\n\n".join(parts)
 
-    def _speed(self, name: str) -> SpeedRow:
-        return next(row for row in self.speed.rows if row.name == name)
+    def _measured(self) -> list[tuple[str, QualityRow | None, SpeedRow | None]]:
+        """Return the name, the perplexity and the speed of fp (it has no speed), the schedules and the peers."""
+        scored = {row.name: row for row in self.quality.rows}
+        speeds = {row.name: row for row in self.speed.rows}
+        return [(name, scored.get(name), speeds.get(name)) for name in (*scored, *self.quality.unfinished)]
 
     def _notes(self) -> Iterator[str]:
         yield f"{PLUS_MINUS}: over repetitions for speed, over windows of text for perplexity (differences are paired)."
@@ -189,9 +213,11 @@ _HEADER = [
 ]
 
 
-def _weight_bytes(row: QualityRow, speed: SpeedRow) -> float | None:
+def _weight_bytes(row: QualityRow | None, speed: SpeedRow) -> float | None:
     """Return the bytes of weights that a step reads: the bundle's from the manifest, a peer's as it says."""
-    return speed.facts.get("step_bytes") if speed.peer else row.step_bytes
+    if speed.peer:
+        return speed.facts.get("step_bytes")
+    return row.step_bytes if row else None
 
 
 def _cells(row: Contender) -> list[str]:
@@ -206,6 +232,6 @@ def _cells(row: Contender) -> list[str]:
         row.decode_tps.text(1) if row.decode_tps else "–",
         row.prefill_tps.text(1) if row.prefill_tps else "–",
         format_number(row.peak_bytes and row.peak_bytes / 1e6, 0),
-        row.perplexity.text(2),
+        row.perplexity.text(2) if row.perplexity else "–",
         row.difference.text(2, sign=True) if row.difference else "–",
     ]

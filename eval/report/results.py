@@ -9,6 +9,7 @@ from typing import Any, Self
 from pmpd.eval.measure.scoring import Metric, Sample
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate, weighted_mean
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
+from pmpd.runtime.errors import PmpdError
 
 __all__ = ["FP", "VERSION", "QualityResults", "QualityRow", "count_text", "format_number"]
 
@@ -72,15 +73,15 @@ class QualityResults:
         rows: the floating-point one first.
         metrics: the columns.
         environment: where and with what it was measured.
-        unfinished: names of the rows that an interrupted evaluation did not measure.
-        interrupt: what interrupted it, Ctrl-C or a signal.
+        unfinished: names of the rows that were not measured, because something ended the evaluation early.
+        cause: what did: Ctrl-C, a signal or a failure.
     """
 
     rows: tuple[QualityRow, ...]
     metrics: tuple[Metric, ...]
     environment: Mapping[str, Any]
     unfinished: tuple[str, ...] = ()
-    interrupt: KeyboardInterrupt | None = None
+    cause: KeyboardInterrupt | PmpdError | None = None
 
     @property
     def schedules(self) -> tuple[QualityRow, ...]:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
 from pmpd.eval.report.results import count_text, format_number
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
+from pmpd.runtime.errors import PmpdError
 
 __all__ = ["VERSION", "Ratio", "SpeedResults", "SpeedRow", "Timing"]
 
@@ -109,15 +110,15 @@ class SpeedResults:
         rows: the bundle's, then the peers'.
         switch_cost: time that a switch of precision adds to a step, as a share of the step, by row that measured it.
         environment: where and with what it was measured.
-        unfinished: repetitions that an interrupted measurement did not finish.
-        interrupt: what interrupted it, Ctrl-C or a signal.
+        unfinished: repetitions that were not measured, because something ended the measurement early.
+        cause: what did: Ctrl-C, a signal or a failure.
     """
 
     rows: tuple[SpeedRow, ...]
     switch_cost: Mapping[str, Estimate]
     environment: Mapping[str, Any]
     unfinished: tuple[str, ...] = ()
-    interrupt: KeyboardInterrupt | None = None
+    cause: KeyboardInterrupt | PmpdError | None = None
 
     @property
     def progress(self) -> str:

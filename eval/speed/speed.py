@@ -148,7 +148,7 @@ def measure_speed(
     decoded. Default random ones.
 
     Raises:
-        PmpdError: an option that does not fit, or a contender that fails.
+        PmpdError: an option that does not fit, or a contender that fails before there is a whole repetition.
     """
     plan = prepare_speed(bundle, settings)
     texts = texts or _random_texts(bundle.manifest.architecture.vocab_size, settings)
@@ -159,7 +159,7 @@ def measure_speed(
             for peer in parse_peers(settings.peers)
         ]
         lines = [*_our_lines(stack, plan, bundle, settings), *peers]
-        unfinished, interrupt = _take_turns(lines, texts, settings, quiet=quiet)
+        unfinished, cause = _take_turns(lines, texts, settings, quiet=quiet)
     environment = {
         **describe_machine(),
         "threads": _resources(settings)["threads"],
@@ -178,7 +178,7 @@ def measure_speed(
         switch_cost=_switch_costs(lines),
         environment=environment,
         unfinished=unfinished,
-        interrupt=interrupt,
+        cause=cause,
     )
 
 
@@ -266,10 +266,11 @@ def _random_texts(vocab_size: int, settings: SpeedSettings) -> list[list[int]]:
 
 def _take_turns(
     lines: Sequence[_Line], texts: Sequence[Sequence[int]], settings: SpeedSettings, *, quiet: bool
-) -> tuple[tuple[str, ...], KeyboardInterrupt | None]:
+) -> tuple[tuple[str, ...], KeyboardInterrupt | PmpdError | None]:
     """Run every line once to warm up, then once per repetition; each repetition starts with another line.
 
-    An interrupt after at least one whole repetition ends it: the names of the others are returned, and the interrupt.
+    An interrupt or a failure after at least one whole repetition ends it: the names of the others are returned, and
+    the exception.
     """
     prompt, steps = settings.prompt_tokens, settings.max_new_tokens
     turns = [(n, lines[(n + i) % len(lines)]) for n in range(settings.repetitions + 1) for i in range(len(lines))]
@@ -283,7 +284,7 @@ def _take_turns(
                 attempts.append(line.process.run(prompt=list(ids[:prompt]), **request))
             if repetition:
                 line.answers.append(min(attempts, key=lambda answer: answer["other_load"] or 0.0))
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, PmpdError) as error:
         finished = min(len(line.answers) for line in lines)
         if not finished:
             raise

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from pmpd.eval.cli import main
+from pmpd.eval.measure.models import Forced, Scheduled
 from pmpd.eval.speed import speed
-from pmpd.eval.speed.contenders import peers
+from pmpd.eval.speed.contenders import Process, peers
 from pmpd.eval.speed.contenders.peers import weights_name
 from pmpd.runtime import PmpdError
+from pmpd.runtime.console.command import Terminated
 
 # Takes a fixed time, and finds all tokens equally likely; notes what it is asked.
 FAKE = """
@@ -22,7 +25,8 @@ from pathlib import Path
 
 class Fake:
     def __init__(self, options):
-        self.folder, vocab = Path(options["folder"]), 4096 if options["variant"] == "Q4_0" else 1000
+        self.folder, self.variant = Path(options["folder"]), options["variant"]
+        vocab = 1000 if self.variant == "Q2_K" else 4096
         self.facts = {"version": "fake 1.0", "model_bytes": 9_000_000, "step_bytes": 8_000_000, "cache_bytes": 1000,
                       "vocab_size": vocab}
 
@@ -32,6 +36,8 @@ class Fake:
 
     def logits(self, *, prompt, answer):
         self.note("logits", prompt, answer)
+        if self.variant == "Q8_0":
+            raise ValueError("no logits")
         return [[7.0] * 4096 for _ in answer[1:]]
 
     def note(self, *what):
@@ -102,6 +108,104 @@ def test_size_speed_and_perplexity_in_one_table(demo_bundle: Path, data: Path, t
     assert asked[1] == ["run", context[12:20], context[20:24]]
     assert "| llama.cpp Q4_0 | 4.00 | 9.0 | 8.0 | 4.0 | 16.0 |" in " ".join(result.stdout.split())
     assert "4096.00" in result.stdout
+
+
+def measure_two(demo_bundle: Path, data: Path, folder: Path, variants: str) -> tuple[Result, dict[str, Any]]:
+    """Compare two schedules and peers in two repetitions; return also the JSON, empty if none was written."""
+    report = folder / "c.json"
+    result = run(
+        demo_bundle, "--data", data, "--limit", 1, "--prompt-tokens", 8, "--max-new-tokens", 4, "--repetitions", 2,
+        "--schedule", "uniform:4", "--schedule", "uniform:2", "--threads", 1, "--json", report, "-q",
+        "--peer", f"llama.cpp:{variants}", "--peer-models", folder / "models",
+    )  # fmt: skip
+    return result, json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+
+
+def test_a_peer_that_fails_late_loses_only_its_own_figures(demo_bundle: Path, data: Path, tmp_path: Path) -> None:
+    result, document = measure_two(demo_bundle, data, tmp_path, "Q4_0,Q8_0")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: llama.cpp Q8_0: ValueError: no logits; speed: 2 of 2 repetitions are finished, "
+        "perplexity: 4 of 5 rows are finished; missing: perplexity of llama.cpp Q8_0\n"
+    )
+    assert document["unfinished"] == ["perplexity of llama.cpp Q8_0"]
+    *others, failed = document["rows"]
+    assert all(row["perplexity"] for row in others)
+    assert (failed["name"], failed["perplexity"], failed["difference"]) == ("llama.cpp Q8_0", None, None)
+    assert failed["decode_tps"]["value"] == pytest.approx(4)
+    assert failed["step_bytes"] == 8_000_000
+    pair = document["pairs"][-1]
+    assert (pair["ours"], pair["peer"], pair["difference"]) == ("uniform:2", "llama.cpp Q8_0", None)
+    assert pair["decode"]["value"] > 0
+    assert "| llama.cpp Q8_0 | 8.00 | 9.0 | 8.0 | 4.0 | 16.0 |" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    (
+        "turn",
+        "missing",
+    ),  # four turns to warm up, four a repetition: two schedules, the switching between them, the peer
+    [
+        (6, None),
+        (
+            10,
+            ["repetition 2", *[f"perplexity of {name}" for name in ("fp", "uniform:4", "uniform:2", "llama.cpp Q4_0")]],
+        ),
+        (12, ["perplexity of llama.cpp Q4_0"]),
+    ],
+)
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(), 130), (Terminated(15), 143)])
+def test_an_interrupt_keeps_what_is_finished(
+    interrupt: KeyboardInterrupt,
+    code: int,
+    turn: int,
+    missing: list[str] | None,
+    demo_bundle: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns, run_turn = iter(range(100)), Process.run
+
+    def interrupted(self: Process, **request: object) -> dict[str, Any]:
+        if next(turns) == turn:
+            raise interrupt
+        return run_turn(self, **request)
+
+    monkeypatch.setattr(Process, "run", interrupted)
+    result, document = measure_two(demo_bundle, data, tmp_path, "Q4_0")
+    assert result.exit_code == code
+    if missing is None:
+        assert (result.stdout, result.stderr, document) == ("", "error: interrupted: nothing was written\n", {})
+        return
+    assert document["unfinished"] == missing
+    assert result.stderr.startswith("error: interrupted: speed: ")
+    assert result.stderr.endswith(f"missing: {', '.join(missing)}\n")
+    assert [row["name"] for row in document["rows"]] == ["fp", "uniform:4", "uniform:2", "llama.cpp Q4_0"]
+    assert [bool(row["perplexity"]) for row in document["rows"]] == [
+        f"perplexity of {row['name']}" not in missing for row in document["rows"]
+    ]
+    assert {len(timings) for timings in document["timings"].values()} == {1 if "repetition 2" in missing else 2}
+    assert "| llama.cpp Q4_0 |" in result.stdout
+
+
+@pytest.mark.parametrize(("schedule", "finished"), [(4, []), (2, ["fp", "uniform:4"])])
+def test_a_schedule_that_fails_keeps_the_rows_before_it(
+    schedule: int, finished: list[str], demo_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force = Scheduled.force
+
+    def failing(self: Scheduled, prompt: Any, answer: Any) -> Forced:
+        if self._schedule.precision(0) == schedule:
+            raise PmpdError("logits are not finite")
+        return force(self, prompt, answer)
+
+    monkeypatch.setattr(Scheduled, "force", failing)
+    result, document = measure_two(demo_bundle, data, tmp_path, "Q4_0")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: logits are not finite; speed: 2 of 2 repetitions are finished, ")
+    assert list(document["scores"]) == finished
+    assert all(row["decode_tps"] for row in document["rows"] if row["name"] != "fp")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from pmpd.eval import Settings, evaluate
 from pmpd.eval.cli import main
 from pmpd.eval.measure.models import Forced, Scheduled
-from pmpd.runtime import Bundle
+from pmpd.runtime import Bundle, PmpdError
 from pmpd.runtime.console.command import Terminated
 
 
@@ -23,16 +23,19 @@ def data(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture(params=[(KeyboardInterrupt(), 130), (Terminated(15), 143)], ids=["Ctrl-C", "SIGTERM"])
-def interrupt(request: pytest.FixtureRequest) -> tuple[KeyboardInterrupt, int]:
-    """An interrupt, and the exit code that it leads to."""
+@pytest.fixture(
+    params=[(KeyboardInterrupt(), 130), (Terminated(15), 143), (PmpdError("not finite"), 1)],
+    ids=["Ctrl-C", "SIGTERM", "failure"],
+)
+def interrupt(request: pytest.FixtureRequest) -> tuple[BaseException, int]:
+    """What cuts an evaluation short, and the exit code that it leads to."""
     exception, code = request.param
     return exception, code
 
 
 @pytest.fixture(params=[2, 0], ids=["after one schedule", "before any"])
 def patience(
-    request: pytest.FixtureRequest, interrupt: tuple[KeyboardInterrupt, int], monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, interrupt: tuple[BaseException, int], monkeypatch: pytest.MonkeyPatch
 ) -> int:
     """Interrupted at 3 bits, or at 4."""
     force = Scheduled.force
@@ -49,7 +52,7 @@ def patience(
 def test_finished_rows_are_kept(demo_bundle: Path, data: Path, patience: int) -> None:
     settings = Settings(task="perplexity", data=data, max_new_tokens=4, limit=2, threads=1)
     if not patience:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((KeyboardInterrupt, PmpdError)):
             evaluate(Bundle.open(demo_bundle), settings)
         return
     results = evaluate(Bundle.open(demo_bundle), settings)
@@ -58,7 +61,7 @@ def test_finished_rows_are_kept(demo_bundle: Path, data: Path, patience: int) ->
 
 
 def test_the_command_writes_them_and_says_so(
-    demo_bundle: Path, data: Path, tmp_path: Path, patience: int, interrupt: tuple[KeyboardInterrupt, int]
+    demo_bundle: Path, data: Path, tmp_path: Path, patience: int, interrupt: tuple[BaseException, int]
 ) -> None:
     report = tmp_path / "r.json"
     arguments = [str(demo_bundle), "--task", "perplexity", "--data", str(data), "--max-new-tokens", "4", "--limit", "2"]
@@ -68,5 +71,6 @@ def test_the_command_writes_them_and_says_so(
     if patience:
         assert "| uniform:4 |" in result.stdout
         assert json.loads(report.read_text(encoding="utf-8"))["unfinished"] == ["uniform:3", "uniform:2"]
-        assert "interrupted: 2 of 4 rows are finished" in result.stderr
+        assert "2 of 4 rows are finished" in result.stderr
+        assert result.stderr.startswith("error: not finite; " if interrupt[1] == 1 else "error: interrupted: ")
         assert "uniform:3, uniform:2" in result.stderr

@@ -151,16 +151,28 @@ def test_a_schedule_written_in_two_ways_is_one_row(demo_bundle: Path) -> None:
     assert list(plan) == ["uniform:4", "uniform:2", "static:4@0,2@3", "switching"]
 
 
-@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(), 130), (Terminated(15), 143)])
-def test_an_interrupt_keeps_whole_repetitions(
-    interrupt: KeyboardInterrupt, code: int, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cause", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: "),
+        (Terminated(15), 143, "interrupted: "),
+        (PmpdError("a peer died"), 1, "a peer died; "),
+    ],
+)
+def test_an_interrupt_or_a_failure_keeps_whole_repetitions(
+    cause: BaseException,
+    code: int,
+    message: str,
+    demo_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report, turns = tmp_path / "s.json", iter(range(100))
     run_turn = Process.run
 
     def interrupted(self: Process, **request: object) -> dict[str, object]:
         if next(turns) == 7:  # in the second repetition: with "switching" three rows take turns, first to warm up
-            raise interrupt
+            raise cause
         return run_turn(self, **request)
 
     monkeypatch.setattr(Process, "run", interrupted)
@@ -169,7 +181,7 @@ def test_an_interrupt_keeps_whole_repetitions(
         "--schedule", "uniform:4", "--schedule", "uniform:2", "--json", report,
     )  # fmt: skip
     assert result.exit_code == code
-    assert "interrupted: 1 of 3 repetitions are finished" in result.stderr
+    assert f"{message}1 of 3 repetitions are finished" in result.stderr
     document = json.loads(report.read_text(encoding="utf-8"))
     assert document["unfinished"] == ["repetition 2", "repetition 3"]
     assert [len(row["timings"]) for row in document["rows"]] == [1, 1, 1]
