@@ -85,7 +85,8 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     metavar="NAME",
     default="anyprecision",
     show_default=True,
-    help="How weights are quantized: anyprecision, or guided (slower, better below 4 bits; needs --calibration).",
+    help="How weights are quantized: anyprecision, or guided (slower, better below 4 bits; needs --calibration). To "
+    "compare with: rtn or hqq, which take no --calibration.",
 )
 @click.option(
     "--seed-precision",

@@ -3,7 +3,9 @@
 from pmpd.exporter.quantize.anyprecision import AnyPrecision
 from pmpd.exporter.quantize.base import Method, NestedCodes
 from pmpd.exporter.quantize.guided import Guided
+from pmpd.exporter.quantize.hqq import Hqq
+from pmpd.exporter.quantize.rtn import Rtn
 
-__all__ = ["METHODS", "AnyPrecision", "Guided", "Method", "NestedCodes"]
+__all__ = ["METHODS", "AnyPrecision", "Guided", "Hqq", "Method", "NestedCodes", "Rtn"]
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (AnyPrecision, Guided)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (AnyPrecision, Guided, Rtn, Hqq)}

@@ -1,4 +1,4 @@
-"""Quantization methods: the contract of one, and what it returns. Each method is in another file."""
+"""Quantization methods: the contract of one, its options, and what it returns. Each method is in another file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Method", "NestedCodes"]
+from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.format.bitplanes import MAX_PRECISION
+
+__all__ = ["Method", "MethodOptions", "NestedCodes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,3 +88,34 @@ class Method(Protocol):
             pmpd.runtime.errors.PmpdError: a weight or a statistic that cannot be quantized with.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """What every method is made with. A method that subclasses this has its options checked.
+
+    Attributes:
+        precisions: bits of the codebooks to make, each 1 to `parent`.
+        parent: bits of the codes, 1 to 8.
+        seed: bits of the first clustering, 1 to `parent`; most methods have none.
+        groups: G, runs of columns per row; each has its own codebook.
+
+    Raises:
+        PmpdError: a value out of its range, or a precision that is listed twice.
+    """
+
+    precisions: tuple[int, ...] = (4, 3, 2)
+    parent: int = 4
+    seed: int = 2
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.parent <= MAX_PRECISION:
+            raise PmpdError(f"parent precision must be 1 to {MAX_PRECISION} bits, got {self.parent}")
+        for name, bits in (("seed precision", self.seed), *(("precision", p) for p in self.precisions)):
+            if not 1 <= bits <= self.parent:
+                raise PmpdError(f"{name} must be 1 to {self.parent} bits (the parent precision), got {bits}")
+        if not self.precisions or len(set(self.precisions)) < len(self.precisions):
+            raise PmpdError(f"precisions must be one or more, without repeats, got {list(self.precisions)}")
+        if self.groups < 1:
+            raise PmpdError(f"groups must be 1 or more, got {self.groups}")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pmpd.exporter.calibrate.fisher import squared_gradients
-from pmpd.exporter.quantize import AnyPrecision, Method, NestedCodes, anyprecision
+from pmpd.exporter.quantize import AnyPrecision, Method, NestedCodes, anyprecision, tiles
 from pmpd.exporter.quantize.kmeans import GRID
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bitplanes import dequantize, group_size, pack
@@ -203,7 +203,7 @@ def test_rows_and_tiles_are_independent(monkeypatch: pytest.MonkeyPatch) -> None
     assert (some.codes == whole.codes[rows]).all()
     assert all((some.codebooks[p] == whole.codebooks[p][rows]).all() for p in (4, 3, 2))
     monkeypatch.setattr(anyprecision, "TILE", 1)
-    monkeypatch.setattr(anyprecision, "MAX_THREADS", 1)
+    monkeypatch.setattr(tiles, "MAX_THREADS", 1)
     one_by_one = quantizer.quantize(weight, fisher(importance))
     assert (one_by_one.codes == whole.codes).all()
     assert all((one_by_one.codebooks[p] == whole.codebooks[p]).all() for p in (4, 3, 2))
@@ -262,6 +262,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     quantizer = AnyPrecision()
     with pytest.raises(ValueError, match=re.escape("weight must be a matrix [N, K], got [3]")):
         quantizer.quantize(np.ones(3), {})
+    with pytest.raises(ValueError, match=re.escape("weight must be a matrix [N, K], got [3, 0]")):
+        quantizer.quantize(np.ones((3, 0)), {})
     with pytest.raises(ValueError, match=re.escape("sensitivity must be [2, 3] as the weight, got [3, 2]")):
         quantizer.quantize(np.ones((2, 3)), fisher(np.ones((3, 2))))
 
