@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pmpd.runtime.console.command import (
     print_result,
     warn_unverified,
 )
-from pmpd.runtime.console.output import json_text
+from pmpd.runtime.console.output import json_text, markdown_table
 from pmpd.runtime.format.targets import MACHINES
 
 if TYPE_CHECKING:
@@ -201,9 +202,13 @@ def main(
     for line in export.describe():
         log.info(line)
     manifest = export.run()
-    if not skeleton:
+    if manifest.quality is not None:
+        log.info("quality   on %s\n%s", manifest.quality.heading, markdown_table(manifest.quality.rows()))
+    elif not skeleton:
+        log.info("quality   not measured (--no-verify)")
         warn_unverified(config.output, verified=manifest.verified)
-    document = {"bundle": str(config.output), "verification": manifest.verification}
+    quality = None if manifest.quality is None else asdict(manifest.quality)
+    document = {"bundle": str(config.output), "verification": manifest.verification, "quality": quality}
     print_result(str(config.output), json_file, lambda: json_text(document))
 
 

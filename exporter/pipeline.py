@@ -33,6 +33,7 @@ from pmpd.exporter.source.tokenizer import copy_text_files
 from pmpd.exporter.verify.agreement import Check, require_passed
 from pmpd.exporter.verify.bundle import Verification, summarize
 from pmpd.exporter.verify.float_graph import FloatGraph
+from pmpd.exporter.verify.quality import Sample, logits_nbytes
 from pmpd.exporter.verify.texts import text_ids
 from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.console.progress import track
@@ -127,11 +128,13 @@ class Export:
         """Estimated peak of resident memory in bytes.
 
         That is the libraries and the largest layer as floats, a few times over; in the verification the checkpoint
-        too (a folder's is mapped from its files); in the calibration the weights and their sensitivities in float32.
+        too (a folder's is mapped from its files) and the logits of two models; in the calibration the weights and their
+        sensitivities in float32.
         """
         largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.layers)
         calibrating = 12 * self.outline.parameters if self.config.calibration else 0
-        return int(700e6 + max(12 * largest + self.checkpoint.tensor_nbytes, calibrating))
+        logits = 2 * logits_nbytes(self.outline.family.shape.vocab_size) if self.config.verify else 0
+        return int(700e6 + max(12 * largest + self.checkpoint.tensor_nbytes + logits, calibrating))
 
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
@@ -175,9 +178,8 @@ class Export:
             card.unlink(missing_ok=True)  # of an earlier run; it lists the other files
             manifest = outline.manifest(workspace.path, workspace.files(), kernels=kernels)
             bundle = Bundle(workspace.path, manifest)
-            checks = self._verify(bundle, workspace) if config.verify else []
-            verification = {check.name: check.to_json() for check in checks}
-            manifest = replace(manifest, verified=config.verify, verification=verification)
+            if config.verify:
+                manifest = self._verify(bundle, workspace)
             card.write_text(model_card(manifest, name=config.output.name), encoding="utf-8")
             manifest = replace(manifest, files=manifest.files | {CARD: file_entry(card)})
             (workspace.path / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -242,10 +244,12 @@ class Export:
         ids = text_ids(workspace.path, self.outline.family.shape)
         return basis_of(FloatGraph(self.checkpoint, self.outline.family).hidden(ids), directions)
 
-    def _verify(self, bundle: Bundle, workspace: Workspace) -> list[Check]:
-        checks = []
+    def _verify(self, bundle: Bundle, workspace: Workspace) -> Manifest:
+        """Return the bundle's manifest with what was checked and measured."""
+        checks: list[Check] = []
         try:
-            verification = Verification(bundle, self.checkpoint, self.outline.family, self.plan)
+            sample = Sample.of(bundle, self.checkpoint, self.config)
+            verification = Verification(bundle, self.checkpoint, self.outline.family, self.plan, sample)
             for check in track(verification, step="verify", total=len(verification)):
                 require_passed(check)
                 log.debug("verified  %s: %s", check.name, check)
@@ -258,11 +262,16 @@ class Export:
                 f"{error}; {workspace.folder} keeps the quantized weights ({byte_text(self.plan.size)}) for the next "
                 "run of this export: delete it if there will be none"
             ) from None
-        log.info("verified  %s", summarize(checks, self.config.precisions))
+        log.info("verified  %s", summarize(checks))
         for check in checks:
             if check.warning:
                 log.warning("%s", check.warning)
-        return checks
+        return replace(
+            bundle.manifest,
+            verified=True,
+            verification={check.name: check.to_json() for check in checks},
+            quality=verification.quality,
+        )
 
 
 def _fingerprint(outline: Outline, checkpoint: Checkpoint) -> str:

@@ -26,12 +26,12 @@ from pmpd.runtime.console.command import (
     warn_unverified,
     write_result,
 )
-from pmpd.runtime.console.output import json_text
+from pmpd.runtime.console.output import byte_text, json_text, markdown_table
 from pmpd.runtime.console.palette import shade_of
 from pmpd.runtime.errors import ContextLengthError, PmpdError, one_line
 
 if TYPE_CHECKING:
-    from pmpd.runtime import Generator, NodeKernel, Sampling, Token, Tokenizer
+    from pmpd.runtime import Generator, Manifest, NodeKernel, Sampling, Token, Tokenizer
 
 log = logging.getLogger("pmpd.runtime")
 
@@ -45,6 +45,7 @@ _EXAMPLES = (
     'pmpd-run demo-pmpd -p "Once upon a time" -n 100 --schedule static:3@16,2@32 --show-precision',
     'pmpd-run chat-pmpd -p "What is the capital of France?"',
     'pmpd-run chat-pmpd --chat --system "Answer in one sentence."',
+    "pmpd-run demo-pmpd --info",
 )
 
 
@@ -149,6 +150,7 @@ _EXAMPLES = (
 @click.option("--require-fast-kernels", is_flag=True, help="Fail if any product would run without a fast kernel.")
 @click.option("--show-kernels", is_flag=True, help="Print which kernels ran, how often and how long.")
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of the weights first.")
+@click.option("--info", is_flag=True, help="Print what the bundle is and what each precision costs, and stop.")
 @click.version_option(package_name="pmpd")
 def main(
     bundle: Path,
@@ -170,6 +172,7 @@ def main(
     require_fast_kernels: bool,
     show_kernels: bool,
     verify: bool,
+    info: bool,
     **options: Any,
 ) -> None:
     """Generate text with the model in the folder BUNDLE.
@@ -178,6 +181,8 @@ def main(
     """
     if kernels is not None and no_kernels:
         raise click.UsageError("--kernels and --no-kernels exclude each other")
+    if info and (chat or json_file is not None or prompt is not None):
+        raise click.UsageError("--info answers nothing: leave out --prompt, --chat and --json")
     if chat and raw:
         raise click.UsageError("--chat and --raw exclude each other")
     for option, value in (("--system", system), ("--tools", tools), ("--thinking", thinking)):
@@ -187,12 +192,15 @@ def main(
     from pmpd.runtime.decode.sampling import left_out
 
     check_outputs(json_file)
-    text = "" if chat else _read_prompt(prompt)
+    text = "" if chat or info else _read_prompt(prompt)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     chosen = {name: value for name in names if (value := options.pop(name)) is not None}
     sampling = Sampling(**chosen)
     opened = Bundle.open(bundle, verify=verify)
     warn_unverified(bundle, verified=opened.manifest.verified)
+    if info:
+        click.echo("\n".join(_info(opened.manifest)))
+        return
     if preset == "model":
         sampling = replace(Sampling.from_config(opened.generation_config), **chosen)
         if others := left_out(opened.generation_config):
@@ -388,6 +396,24 @@ def _read_tools(file: Path) -> list[dict[str, Any]]:
     if not isinstance(tools, list) or not tools or not all(isinstance(tool, dict) for tool in tools):
         raise PmpdError(f'{file} is not a JSON list of functions, [{{"name": …, "parameters": …}}, …]')
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _info(manifest: Manifest) -> Iterator[str]:
+    """Yield what `--info` prints, line by line."""
+    model, source, quality = manifest.architecture, manifest.source, manifest.quality
+    size = sum(entry.size for entry in manifest.files.values())
+    kernels = f"{', '.join(manifest.kernels)}: {manifest.accuracy}" if manifest.kernels else "none"
+    name, producer = one_line(f"{source.model}: {model.family}"), one_line(manifest.producer)
+    yield f"model     {name}, {model.parameters / 1e6:,.1f} M parameters, {model.layers} layers"
+    yield f"bundle    {byte_text(size)}, context {manifest.context_length}, made by {producer}"
+    yield f"bits      {'/'.join(map(str, manifest.precisions))}, prefill at {manifest.prefill_precision}"
+    yield f"schedule  {manifest.schedule}"
+    yield f"kernels   {kernels}"
+    if quality is None:
+        yield "quality   not measured"
+    else:
+        yield f"quality   on {quality.heading}"
+        yield markdown_table(quality.rows())
 
 
 def _kernel_lines(nodes: list[NodeKernel]) -> Iterator[str]:

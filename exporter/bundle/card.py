@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pmpd.runtime.console.output import markdown_table
 from pmpd.runtime.format.manifest import Manifest
 
 __all__ = ["CARD", "model_card", "skeleton_card"]
@@ -27,6 +28,9 @@ def model_card(manifest: Manifest, *, name: str) -> str:
     warnings = "".join(f"\n**{result['warning']}**\n" for result in checks.values() if "warning" in result)
     if not manifest.verified:
         verification = "**Nothing: it was exported with `--no-verify`.**"
+    quality = "**Not measured: it was exported with `--no-verify`.**"
+    if manifest.quality is not None:
+        quality = f"On {manifest.quality.heading}:\n\n{markdown_table(manifest.quality.rows())}"
     kernels = (
         f"{', '.join(manifest.kernels)} ({manifest.accuracy})" if manifest.kernels else "none: portable graphs, slow"
     )
@@ -72,6 +76,10 @@ for token in generator.stream(tokenizer.encode("Once upon a time"), max_new_toke
 The graphs run in stock ONNX Runtime: the operator `pmpd::BitplaneMatMul` carries its definition in standard operators.
 Kernels are native code that the commands above load and run; `pmpd-run --no-kernels` and `Generator(kernels=False)` do
 without.
+
+## What each precision costs
+
+{quality}
 
 ## What was checked at export
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["MEAN_KL", "REMEDY", "Check", "Distance", "Figure", "compare", "require_passed", "same_tokens"]
+__all__ = ["MEAN_KL", "REMEDY", "Check", "Distance", "Figure", "compare", "require_passed"]
 
 Doubles = npt.NDArray[np.float64]
 
@@ -130,19 +130,19 @@ def compare(
             MEAN_KL: Figure(distance.mean_kl, FLOOR_FACTOR * floor.mean_kl + LEAST_DISTANCE),
             "largest 1 - cosine": Figure(distance.angle, FLOOR_FACTOR * floor.angle + LEAST_DISTANCE),
         },
-        note="; ".join(text for text in (same_tokens(distance), note) if text),
+        note="; ".join(text for text in (_same_tokens(distance), note) if text),
     )
-
-
-def same_tokens(distance: Distance) -> str:
-    """Return a phrase that says at how many positions both agree on the most likely token."""
-    return f"same most likely token at {distance.same_token} of {distance.positions} positions"
 
 
 def require_passed(check: Check) -> None:
     """Raise PmpdError if a check failed."""
     if not check.passed:
         raise PmpdError(f"verification failed, {check.name}: {check}; {REMEDY}")
+
+
+def _same_tokens(distance: Distance) -> str:
+    """Return a phrase that says at how many positions both agree on the most likely token."""
+    return f"same most likely token at {distance.same_token} of {distance.positions} positions"
 
 
 def _row_distance(logits: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> tuple[float, float, bool]:

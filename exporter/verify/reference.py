@@ -7,7 +7,7 @@ from anywhere: from the checkpoint, or dequantized from a bundle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,14 @@ __all__ = ["reference_logits"]
 
 
 def reference_logits(
-    config: Mapping[str, Any], tensor: Callable[[str], torch.Tensor], ids: Sequence[int]
+    config: Mapping[str, Any], tensor: Callable[[str], torch.Tensor], ids: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """Return transformers' float32 logits ``[len(ids), V]`` for a text.
+    """Return transformers' float32 logits ``[B, T, V]`` for a batch of texts.
 
     Args:
         config: the model's `config.json`.
         tensor: gives a parameter by its name in transformers (``model.layers.0.self_attn.q_proj.weight``).
-        ids: token ids.
+        ids: token ids ``[B, T]``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def reference_logits(
             module.register_forward_pre_hook(_loader(name, tensor))
             module.register_forward_hook(_unload)
     with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+        logits: torch.Tensor = model(torch.from_numpy(ids), use_cache=False).logits
     return logits.float().numpy()
 
 

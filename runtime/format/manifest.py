@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from pmpd.runtime.errors import BundleError, one_line, unknown_choice
 from pmpd.runtime.format.bitplanes import MAX_PRECISION
+from pmpd.runtime.format.quality import Quality
 from pmpd.runtime.format.tensor import DTYPE_SIZES, Tensor, check_tensors, coarse_codebooks
 from pmpd.runtime.format.typed_json import build, parse_object
 from pmpd.runtime.format.version1 import upgrade as upgrade_1
@@ -208,6 +209,7 @@ class Manifest:
         accuracy: how these kernels compute by default, one of `ACCURACIES`.
         skeleton: a skeleton has the graphs and the tensor table of a bundle without the weight files: it can be studied
             but not run.
+        quality: what each precision costs; None where it was not measured.
     """
 
     producer: str
@@ -229,6 +231,7 @@ class Manifest:
     kernels: dict[str, str] = field(default_factory=dict)
     accuracy: str = "exact"
     skeleton: bool = False
+    quality: Quality | None = None
 
     def __post_init__(self) -> None:
         bits = (*self.precisions, self.prefill_precision, self.parent_precision)
@@ -249,6 +252,7 @@ class Manifest:
         self._check_files()
         self._check_graphs()
         self._check_cache()
+        self._check_quality()
         check_tensors(self.tensors, self.precisions)
 
     def _check_schedules(self) -> None:
@@ -271,6 +275,16 @@ class Manifest:
             raise BundleError(
                 f"bundle.json: the KV cache of {cache.layers} layers and {cache.heads} heads of {cache.head_dim} does "
                 f"not fit the architecture, {model.layers} layers and {model.kv_heads} heads of {model.head_dim}: "
+                "export the model again"
+            )
+
+    def _check_quality(self) -> None:
+        if self.quality is None:
+            return
+        measured = [quality.precision for quality in self.quality.precisions]
+        if measured != list(self.precisions):
+            raise BundleError(
+                f"bundle.json: quality was measured at {measured!s:.60} bits, the bundle has {list(self.precisions)}: "
                 "export the model again"
             )
 
@@ -347,6 +361,8 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of `bundle.json`, in the newest version."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        if self.quality is None:
+            del document["quality"]  # readers that do not know the field refuse it
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod

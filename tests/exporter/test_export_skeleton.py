@@ -99,7 +99,7 @@ def test_it_is_the_real_export_without_weights(kind: str, options: dict[str, Any
     bare = export_skeleton(ExportConfig(model=str(model), output=tmp_path / "bare", **options))
     for graph in real.graphs:
         assert (tmp_path / "bare" / graph.file).read_bytes() == (tmp_path / "real" / graph.file).read_bytes()
-    differences = {"files", "verified", "verification", "skeleton"}
+    differences = {"files", "verified", "verification", "skeleton", "quality"}
     ours, theirs = vars(bare).copy(), vars(real).copy()
     assert {name for name in ours if ours[name] != theirs[name]} == differences
     assert bare.tensors == real.tensors

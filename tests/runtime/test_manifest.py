@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from pmpd.runtime import BundleError, Manifest
 from pmpd.runtime.format.manifest import Architecture, FileEntry, Graph, KvContract, Source, Tensor, contained_name
+from pmpd.runtime.format.quality import PrecisionQuality, Quality
 
 Document = dict[str, Any]
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -118,6 +120,42 @@ def test_the_text_of_version_3_is_fixed() -> None:
 def test_a_manifest_of_version_2_is_upgraded() -> None:
     text = (GOLDEN / "v2-bundle.json").read_text(encoding="utf-8")
     assert Manifest.from_json(text) == manifest()
+
+
+def with_quality() -> Manifest:
+    rows = (
+        PrecisionQuality(precision=bits, kl=0.5 / bits, kl_ci95=0.01, top1=0.25 * bits, perplexity=20.0)
+        for bits in (3, 2)
+    )
+    return replace(manifest(), quality=Quality(text="a text", tokens=512, perplexity=18.5, precisions=tuple(rows)))
+
+
+def test_quality_survives_the_round_trip() -> None:
+    assert Manifest.from_json(with_quality().to_json()) == with_quality()
+    assert Manifest.from_json(json.dumps(json.loads(with_quality().to_json()) | {"quality": None})) == manifest()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda q: q.pop("tokens"), "quality has no field 'tokens'"),
+        (lambda q: q.update(tokens=0), "quality of 0 tokens"),
+        (lambda q: q.update(perplexity=math.inf), "of perplexity inf"),
+        (lambda q: q.update(text="\x1b[31m"), r"quality was measured on '\x1b[31m', which is not a plain name"),
+        (lambda q: q.update(text="x" * 101), "which is not a plain name"),
+        (lambda q: q["precisions"].pop(), "quality was measured at [3] bits, the bundle has [3, 2]"),
+        (lambda q: q["precisions"][0].update(kl=math.nan), "quality at 3 bits is nan, 0.01, 0.75, 20.0"),
+        (lambda q: q["precisions"][1].update(kl=-0.1), "quality at 2 bits is -0.1"),
+        (lambda q: q["precisions"][1].update(top1=1.5), "quality at 2 bits is 0.25, 0.01, 1.5"),
+        (lambda q: q["precisions"][1].update(kl=1), "kl must be float, got 1"),
+    ],
+)
+def test_a_quality_that_cannot_be_is_refused(edit: Callable[[Document], object], message: str) -> None:
+    changed = json.loads(with_quality().to_json())
+    edit(changed["quality"])
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_json(json.dumps(changed))
+    assert message in str(caught.value)
 
 
 def test_a_role_that_version_2_does_not_know_is_refused_there() -> None:

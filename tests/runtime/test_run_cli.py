@@ -16,7 +16,9 @@ from typing import IO
 import pytest
 from click.testing import CliRunner, Result
 
+from pmpd.runtime import Bundle
 from pmpd.runtime.cli import main
+from pmpd.runtime.console.output import markdown_table
 from pmpd.runtime.console.palette import shades
 from pmpd.runtime.format.bundle import sha256_of
 
@@ -54,6 +56,26 @@ def test_text_on_stdout_and_statistics_on_stderr(demo_bundle: Path) -> None:
     warning, last = result.stderr.splitlines()
     assert "many times slower" in warning  # the bundle has no kernels
     assert re.fullmatch(statistics, last)
+
+
+def test_info_says_what_the_bundle_is_and_what_it_costs(demo_bundle: Path) -> None:
+    result = run(demo_bundle, "--info", given="not read")
+    assert (result.exit_code, result.stderr) == (0, "")
+    quality = Bundle.open(demo_bundle).manifest.quality
+    assert quality is not None
+    assert result.stdout.endswith(f"quality   on {quality.heading}\n{markdown_table(quality.rows())}\n")
+    for line in "model     demo: llama, 6.0 M parameters, 5 layers", "bits      4/3/2, prefill at 4", "kernels   none":
+        assert f"{line}\n" in result.stdout
+    assert "--info answers nothing" in error_of(run(demo_bundle, "--info", "-p", "x"), code=2)
+
+
+def test_info_of_an_older_bundle_whose_names_hold_control_characters(tmp_path: Path) -> None:
+    bundle = shutil.copytree(Path(__file__).parents[1] / "golden" / "v3-llama", tmp_path / "bundle")
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["source"]["model"], manifest["producer"] = "a\x1b[31m", "b\nc"
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    lines = run(bundle, "--info").stdout.splitlines()
+    assert (lines[0][:16], lines[1][-12:], lines[-1]) == ("model     a [31m", " made by b c", "quality   not measured")
 
 
 @pytest.mark.parametrize("arguments", [[], ["-p", "-"]])
