@@ -87,7 +87,7 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     default="anyprecision",
     show_default=True,
     help="How weights are quantized: anyprecision, or guided (slower, better below 4 bits; needs --calibration). To "
-    "compare with: rtn or hqq, which take no --calibration.",
+    "compare with: gptq, which needs --calibration; rtn or hqq, which take none.",
 )
 @click.option(
     "--seed-precision",

@@ -4,6 +4,8 @@ First forward through the blocks, all of the text through one block after the ot
 last block to the first, each computed once more with gradients. So only one block's activations are in memory at a
 time, beside what goes from block to block, which is `tokens * hidden size` numbers a block.
 
+Where inputs alone are wanted, the way forward is all there is.
+
 Blocks are called with what the model of transformers calls them with, which is recorded, so this knows no architecture.
 """
 
@@ -17,10 +19,13 @@ import torch
 
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["Progress", "Visit", "sweep"]
+__all__ = ["Progress", "Visit", "VisitInputs", "sweep", "sweep_inputs"]
 
 # Takes a layer's name in the block, its inputs [B, T, K] and the gradients at its outputs [B, T, N], of a batch.
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]
+# Takes a layer's name in the block and its inputs [B, T, K], of a batch.
+VisitInputs = Callable[[str, torch.Tensor], None]
+_Watch = Callable[[str, torch.Tensor, torch.Tensor], None]  # name, inputs and outputs
 Progress = Callable[[Iterable[int], int], Iterable[int]]
 
 
@@ -46,13 +51,10 @@ def sweep(
     Raises:
         PmpdError: batches of fewer than two tokens, or a loss that is not finite.
     """
-    for number, ids in enumerate(batches, 1):
-        if ids.shape[1] < 2:
-            raise PmpdError(f"calibration batch {number} has sequences of one token: a next-token loss needs two")
     with _frozen(model):
         network = _Network(model)
         blocks = network.blocks
-        runs = [_Run(network, ids) for ids in batches]
+        runs = _runs(network, batches)
         for index in progress(range(len(blocks)), len(blocks)):
             with _of_dtype(blocks[index], dtype), torch.no_grad():
                 for run in runs:
@@ -60,9 +62,32 @@ def sweep(
         for number, run in enumerate(runs, 1):
             run.loss(network, number)
         for index in progress(reversed(range(len(blocks))), len(blocks)):
-            with _of_dtype(blocks[index], dtype), _watched(blocks[index], visit(index)):
+            with _of_dtype(blocks[index], dtype), _watched(blocks[index], _with_gradients(visit(index))):
                 for run in runs:
                     run.backward(blocks[index], index, dtype)
+
+
+def sweep_inputs(
+    model: torch.nn.Module,
+    batches: Sequence[torch.Tensor],
+    visit: Callable[[int], VisitInputs],
+    *,
+    dtype: torch.dtype,
+    progress: Progress = lambda blocks, total: blocks,
+) -> None:
+    """Visit all linear layers of all blocks with what a text gives them, from the first block to the last.
+
+    Arguments and errors as those of `sweep`, but that nothing is computed backwards.
+    """
+    with _frozen(model), torch.no_grad():
+        network = _Network(model)
+        blocks = network.blocks
+        runs = _runs(network, batches)
+        for index in progress(range(len(blocks)), len(blocks)):
+            with _of_dtype(blocks[index], dtype), _watched(blocks[index], _without_outputs(visit(index))):
+                for run in runs:
+                    run.forward(blocks[index], index, dtype)
+                    del run.states[0]  # nobody comes back for it
 
 
 class _StandIn(torch.nn.Module):
@@ -162,6 +187,14 @@ class _Run:
         self.gradient = x.grad
 
 
+def _runs(network: _Network, batches: Sequence[torch.Tensor]) -> list[_Run]:
+    """Put each batch before the first block."""
+    for number, ids in enumerate(batches, 1):
+        if ids.shape[1] < 2:
+            raise PmpdError(f"calibration batch {number} has sequences of one token: a next-token loss needs two")
+    return [_Run(network, ids) for ids in batches]
+
+
 def _call(block: torch.nn.Module, x: torch.Tensor, options: Mapping[str, Any], dtype: torch.dtype) -> torch.Tensor:
     """Return what a block hands to the next."""
     returned = block(x.to(dtype), **{name: _converted(option, dtype) for name, option in options.items()})
@@ -176,21 +209,31 @@ def _converted(option: Any, dtype: torch.dtype) -> Any:
     return option.to(dtype) if isinstance(option, torch.Tensor) and option.is_floating_point() else option
 
 
+def _without_outputs(visit: VisitInputs) -> _Watch:
+    """Return what hands a layer's name and inputs on."""
+    return lambda name, inputs, _: visit(name, inputs)
+
+
+def _with_gradients(visit: Visit) -> _Watch:
+    """Return what waits for the gradients at a layer's outputs, and hands them on with its inputs."""
+
+    def watch(name: str, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: visit(name, inputs, gradient))  # type: ignore[no-untyped-call]
+
+    return watch
+
+
 @contextmanager
-def _watched(block: torch.nn.Module, visit: Visit) -> Iterator[None]:
-    """Hand inputs and output gradients of the block's linear layers to `visit` while the block runs."""
+def _watched(block: torch.nn.Module, watch: _Watch) -> Iterator[None]:
+    """Hand names, inputs and outputs of the block's linear layers to `watch` while the block runs."""
 
-    def watch(name: str) -> Callable[..., None]:
-        def forward(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x = inputs[0].detach()
-            output.register_hook(lambda gradient: visit(name, x, gradient))  # type: ignore[no-untyped-call]
-
-        return forward
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, inputs, output: watch(name, inputs[0].detach(), output)
 
     with ExitStack() as stack:
         for name, module in block.named_modules():
             if isinstance(module, torch.nn.Linear):
-                stack.callback(module.register_forward_hook(watch(name)).remove)
+                stack.callback(module.register_forward_hook(hook(name)).remove)
         yield
 
 

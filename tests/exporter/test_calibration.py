@@ -262,8 +262,8 @@ def test_a_method_and_the_calibration_must_fit(sign: type[Method], calibrated: E
     monkeypatch.setattr(Sign, "needs", frozenset())
     with pytest.raises(PmpdError, match="method sign uses no calibration text: leave out --calibration"):
         replace(calibrated, method="sign")
-    with pytest.raises(PmpdError, match="unknown method 'gptq': choose one of"):
-        replace(calibrated, method="gptq")
+    with pytest.raises(PmpdError, match="unknown method 'awq': choose one of"):
+        replace(calibrated, method="awq")
 
 
 def test_every_method_needs_statistics_that_there_are() -> None:
