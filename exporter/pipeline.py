@@ -9,6 +9,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from pmpd.exporter.bundle.layers import LinearLayer, checkpoint_shapes, plain_te
 from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.bundle.workspace import Workspace, bytes_on_disk
 from pmpd.exporter.calibrate.collect import collect_statistics
+from pmpd.exporter.calibrate.store import StatisticsStore
 from pmpd.exporter.config import DEFAULT_METHOD, ExportConfig, ResolvedConfig
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
@@ -196,25 +198,15 @@ class Export:
             log.warning("kernels   skipped, the bundle will run slowly: %s, then export again with --overwrite", error)
 
     def _quantize(self, workspace: Workspace) -> None:
-        config, checkpoint = self.config, self.checkpoint
+        checkpoint = self.checkpoint
         if _PLAIN not in workspace.done:
             workspace.write(_PLAIN, plain_tensors(self.outline.network, checkpoint))
         left = [layer for layer in self.plan.layers if layer.name not in workspace.done]
         if not left:
             return
-        statistics = None
-        if config.calibration is not None:
-            statistics = collect_statistics(config, config.calibration, checkpoint, self.plan.linears)
+        statistics = self.statistics()
         for layer in track(left, step="quantize", total=len(left)):
-            method, parts = self._method(layer), []
-            for part, name in enumerate(layer.weight_names):
-                no_product = layer is self.plan.embedding
-                known = {} if statistics is None or no_product else statistics.of(layer, part)
-                try:
-                    parts.append(method.quantize(layer.part_weight(part, checkpoint.tensor(name)), known))
-                except PmpdError as error:
-                    raise PmpdError(f"tensor {name!r}: {error}") from None
-            quantized = NestedCodes.stack(parts)
+            quantized = self.quantized(layer, statistics)
             tensors = layer.tensors(quantized, checkpoint)
             if isinstance(layer.module, BitplaneLogits):
                 basis = self._basis(workspace, layer.module.basis.shape[0])
@@ -222,7 +214,36 @@ class Export:
                 tensors = chain(tensors, coarse)
             workspace.write(layer.name, tensors)
 
-    def _method(self, layer: LinearLayer) -> Method:
+    def statistics(self) -> StatisticsStore | None:
+        """Return the statistics that the method uses, from the user's cache or computed now; None without calibration.
+
+        Raises:
+            PmpdError: as `collect_statistics`.
+        """
+        if self.config.calibration is None:
+            return None
+        return collect_statistics(self.config, self.config.calibration, self.checkpoint, self.plan.linears)
+
+    def quantized(self, layer: LinearLayer, statistics: StatisticsStore | None, **options: Any) -> NestedCodes:
+        """Return a layer of the plan, quantized part by part.
+
+        Args:
+            options: of the method, other than an export has.
+
+        Raises:
+            PmpdError: a weight is not finite, or statistics are damaged.
+        """
+        method, parts = self._method(layer, **options), []
+        for part, name in enumerate(layer.weight_names):
+            no_product = layer is self.plan.embedding
+            known = {} if statistics is None or no_product else statistics.of(layer, part)
+            try:
+                parts.append(method.quantize(layer.part_weight(part, self.checkpoint.tensor(name)), known))
+            except PmpdError as error:
+                raise PmpdError(f"tensor {name!r}: {error}") from None
+        return NestedCodes.stack(parts)
+
+    def _method(self, layer: LinearLayer, **options: Any) -> Method:
         """Return what quantizes a layer.
 
         Raises:
@@ -230,14 +251,15 @@ class Export:
         """
         config = self.config
         # Statistics are of products, and a table has none: its rows are clustered as they are.
-        return METHODS[DEFAULT_METHOD if layer is self.plan.embedding else config.method](
-            precisions=layer.precisions,
-            parent=layer.parent,
+        settings: dict[str, Any] = {
+            "precisions": layer.precisions,
+            "parent": layer.parent,
             # A layer with one precision is best clustered at it, one that is read coarsely at what all rows are read
             # at; the others must have room to be cut.
-            seed=min(config.seed_precision, layer.parent) if layer.module.nested else layer.precisions[-1],
-            groups=layer.module.groups,
-        )
+            "seed": min(config.seed_precision, layer.parent) if layer.module.nested else layer.precisions[-1],
+            "groups": layer.module.groups,
+        }
+        return METHODS[DEFAULT_METHOD if layer is self.plan.embedding else config.method](**settings | options)
 
     def _basis(self, workspace: Workspace, directions: int) -> npt.NDArray[np.float32]:
         """Return the directions that the output layer's inputs have, measured on a text of our own."""

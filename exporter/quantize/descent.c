@@ -4,29 +4,60 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 256 };
+/* Of a tile of H. A tile of 256 KB stays in the second cache, a line's sums in registers. */
+enum { TALL = 512, WIDE = 128, LANES = 16 };
 
-/* gram[r][a][b] = sum of H[j][k] over the columns j of code a and k of code b, of each row r.
- * codes [R][K]; H [K][K]; gram [R][L][L]; sums [R][L][K] is scratch: rows of H added up by code. */
-void pmpd_gram(const uint8_t *codes, const float *H, double *gram, float *sums, int64_t R, int64_t K, int64_t L) {
-  memset(sums, 0, sizeof(float) * R * L * K);
-  /* A block of columns at a time, whose sums stay in the cache. */
-  for (int64_t start = 0; start < K; start += BLOCK) {
-    int64_t end = start + BLOCK < K ? start + BLOCK : K;
-    for (int64_t j = 0; j < K; j++)
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* Sort columns [n] by code: `order` [n] lists those of code c from ends[c] to ends[c + 1]. */
+static void sort_by_code(const uint8_t *codes, int64_t n, int64_t L, uint16_t *order, uint16_t *ends) {
+  uint16_t next[257] = {0};
+  for (int64_t j = 0; j < n; j++) next[codes[j] + 1]++;
+  for (int64_t c = 0; c < L; c++) next[c + 1] += next[c];
+  memcpy(ends, next, sizeof(uint16_t) * (L + 1));
+  for (int64_t j = 0; j < n; j++) order[next[codes[j]]++] = (uint16_t)j;
+}
+
+/* Add n lines of a tile to sum [WIDE]. */
+static void add_lines(float *sum, const float *tile, const uint16_t *lines, int64_t n) {
+  Lanes total[WIDE / LANES];
+  memcpy(total, sum, sizeof total);
+  for (int64_t i = 0; i < n; i++) {
+    const Lanes *line = (const Lanes *)(tile + lines[i] * WIDE);
+    for (int v = 0; v < WIDE / LANES; v++) total[v] += line[v];
+  }
+  memcpy(sum, total, sizeof total);
+}
+
+/* sums[r][a][k] = sum of H[j][k] over the columns j of code a, of each row r.
+ * gram[r][a][b] = sum of sums[r][a][k] over the columns k of code b.
+ * codes [R][K]; H [K][K]; sums [R][L][W], where W is K rounded up to WIDE; gram [R][L][L].
+ *
+ * H is read tile by tile. A tile stays in the cache while all rows add up its lines by code, in registers. */
+void pmpd_sums(const uint8_t *codes, const float *H, float *sums, double *gram, int64_t R, int64_t K, int64_t L) {
+  static _Thread_local float tile[TALL * WIDE];
+  int64_t W = (K + WIDE - 1) / WIDE * WIDE;
+  memset(sums, 0, sizeof(float) * R * L * W);
+  memset(gram, 0, sizeof(double) * R * L * L);
+  for (int64_t left = 0; left < K; left += WIDE) {
+    int64_t wide = K - left < WIDE ? K - left : WIDE;
+    for (int64_t top = 0; top < K; top += TALL) {
+      int64_t tall = K - top < TALL ? K - top : TALL;
+      for (int64_t j = 0; j < tall; j++) memcpy(tile + j * WIDE, H + (top + j) * K + left, sizeof(float) * wide);
       for (int64_t r = 0; r < R; r++) {
-        float *sum = sums + (r * L + codes[r * K + j]) * K;
-        const float *h = H + j * K;
-        for (int64_t k = start; k < end; k++) sum[k] += h[k];
+        uint16_t order[TALL], ends[257];
+        sort_by_code(codes + r * K + top, tall, L, order, ends);
+        for (int64_t a = 0; a < L; a++)
+          add_lines(sums + (r * L + a) * W + left, tile, order + ends[a], ends[a + 1] - ends[a]);
+      }
+    }
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t a = 0; a < L; a++) {
+        const float *sum = sums + (r * L + a) * W + left;
+        double *row = gram + (r * L + a) * L;
+        for (int64_t k = 0; k < wide; k++) row[codes[r * K + left + k]] += sum[k];
       }
   }
-  memset(gram, 0, sizeof(double) * R * L * L);
-  for (int64_t r = 0; r < R; r++)
-    for (int64_t a = 0; a < L; a++) {
-      double *row = gram + (r * L + a) * L;
-      const float *sum = sums + (r * L + a) * K;
-      for (int64_t k = 0; k < K; k++) row[codes[r * K + k]] += sum[k];
-    }
 }
 
 /* One pass of coordinate descent over the columns: each weight takes the parent code of least loss, all others fixed.

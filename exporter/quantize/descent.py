@@ -39,6 +39,7 @@ class Rows:
         parent: P, bits of the codes.
         codes: uint8 ``[R, K]``.
         codebooks: by precision p, float32 ``[R, 2**p]`` of values that float16 holds.
+        norms: what the losses would be if all codebooks were zeros, ``[R]``.
     """
 
     weight: Floats
@@ -47,11 +48,19 @@ class Rows:
     codes: npt.NDArray[np.uint8]
     codebooks: Mapping[int, Floats]
 
+    def __post_init__(self) -> None:
+        self._target = _product(self.weight, self.H)  # [R, K]
+        self.norms: Doubles = np.einsum("rk,rk->r", self.weight, self._target, dtype=np.float64)
+        self._add_up()
+
     def losses(self) -> Doubles:
         """Return each row's loss at each precision, ``[p, R]``."""
-        errors = self._errors()
-        losses: Doubles = np.einsum("prk,prk->pr", errors, _product(errors, self.H), dtype=np.float64)
-        return losses.clip(0)
+        losses = []
+        for p, book in self.codebooks.items():
+            matrix, right = self._system(p)
+            quadratic = np.einsum("ra,rab,rb->r", book, matrix, book, dtype=np.float64)
+            losses.append(quadratic - 2 * np.einsum("ra,ra->r", right, book, dtype=np.float64) + self.norms)
+        return np.stack(losses).clip(0)
 
     def descend(self, importance: Floats, *, rounds: int, passes: int) -> None:
         """Lower the sum of the losses, each times its `importance` ``[p, R]``.
@@ -60,39 +69,47 @@ class Rows:
         """
         self._fit()
         for _ in range(rounds):
-            gradient = _product(self._errors(), self.H)  # [p, R, K]
             values = np.stack([self._expanded(p) for p in self.codebooks])  # [p, R, 2**P]
+            gradient = self._gradient(values)
             codes = self.codes.copy()
             for _ in range(passes):
                 if not native.descend(codes, self.H, values, importance, gradient):
                     break
             self.codes = codes
+            self._add_up()
             self._fit()
 
-    def _errors(self) -> Floats:
-        """Return what quantization changes at each precision, ``[p, R, K]``."""
-        values = [np.take_along_axis(book, self.codes >> (self.parent - p), 1) for p, book in self.codebooks.items()]
-        return np.stack(values) - self.weight
+    def _add_up(self) -> None:
+        """Add up what the losses and their gradients are made of, by parent code."""
+        levels = 2**self.parent
+        self._lines, self._pairs = native.sums(self.codes, self.H, levels)  # [R, levels, K], [R, levels, levels]
+        rows = zip(self.codes, self._target, strict=True)
+        self._right = np.stack([np.bincount(c, t, levels) for c, t in rows])  # [R, levels]
 
     def _expanded(self, p: int) -> Floats:
         """Return what each parent code stands for at p bits, ``[R, 2**P]``."""
         return np.repeat(self.codebooks[p], 2 ** (self.parent - p), axis=1)
 
+    def _gradient(self, values: Floats) -> Floats:
+        """Return the product of H with what quantization changes, ``[p, R, K]``."""
+        products = np.matmul(values.swapaxes(0, 1), self._lines)  # [R, p, K]
+        return np.ascontiguousarray((products - self._target[:, None]).swapaxes(0, 1))
+
+    def _system(self, p: int) -> tuple[Doubles, Doubles]:
+        """Return the least-squares problem of the codebooks: ``[R, 2**p, 2**p]`` and ``[R, 2**p]``."""
+        rows, run = len(self.codes), 2 ** (self.parent - p)
+        matrix = self._pairs.reshape(rows, 2**p, run, 2**p, run).sum((2, 4))
+        return matrix, self._right.reshape(rows, 2**p, run).sum(2)
+
     def _fit(self) -> None:
         """Solve for the codebooks of all precisions."""
-        levels = 2**self.parent
-        gram = native.gram(self.codes, self.H, levels)  # [R, levels, levels]
-        target = _product(self.weight, self.H)  # [R, K]
-        pairs = zip(self.codes, target, strict=True)
-        sums: Doubles = np.stack([np.bincount(c, t, levels) for c, t in pairs]).astype(np.float64)  # [R, levels]
-        self.codebooks = {p: self._solved(gram, sums, p) for p in self.codebooks}
+        self.codebooks = {p: self._solved(p) for p in self.codebooks}
 
-    def _solved(self, gram: Doubles, sums: Doubles, p: int) -> Floats:
-        rows, run = len(gram), 2 ** (self.parent - p)
-        matrix = gram.reshape(rows, 2**p, run, 2**p, run).sum((2, 4))  # [R, 2**p, 2**p]
+    def _solved(self, p: int) -> Floats:
+        matrix, right = self._system(p)
         ridge = RIDGE * matrix.diagonal(0, 1, 2).mean(1)  # [R]
         matrix += ridge[:, None, None] * np.eye(2**p)
-        right = sums.reshape(rows, 2**p, run).sum(2) + ridge[:, None] * self.codebooks[p]
+        right += ridge[:, None] * self.codebooks[p]
         return np.linalg.solve(matrix, right[..., None])[..., 0].astype(np.float16).astype(np.float32)
 
 

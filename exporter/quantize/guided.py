@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pmpd.exporter.quantize.anyprecision import MAX_THREADS, AnyPrecision
 from pmpd.exporter.quantize.base import NestedCodes
 from pmpd.exporter.quantize.descent import Rows
-from pmpd.exporter.quantize.native import require_compiled
+from pmpd.exporter.quantize.native import require_compiled, sums_nbytes
 from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import PmpdError
 
@@ -85,7 +85,7 @@ class Guided:
         """
         if "guided" not in statistics:
             return self.start.quantize(weight)
-        tile = max(1, min(TILE, SCRATCH // (4 * 2**self.parent * weight.shape[1])))
+        tile = max(1, min(TILE, SCRATCH // sums_nbytes(2**self.parent, weight.shape[1])))
         H = self._damped(statistics["guided"], weight.shape[1])
         sensitivity = np.broadcast_to(H.diagonal(), weight.shape)
         codes = self.start.quantize(weight, {"fisher": sensitivity})
@@ -113,8 +113,7 @@ class Guided:
         rows = Rows(weight, H, self.parent, start.codes, books)
         before = rows.losses()
         # Of rows without an error at some precision, a change there costs as much as one of a whole weight elsewhere.
-        scale = np.einsum("rk,rk->r", weight, weight @ H, dtype=np.float64)
-        importance = (1 / (before + 1e-9 * scale + 1e-30)).astype(np.float32)  # [p, R]
+        importance = (1 / (before + 1e-9 * rows.norms + 1e-30)).astype(np.float32)  # [p, R]
         rows.descend(importance, rounds=self.rounds, passes=self.passes)
         better = ((importance * rows.losses()).sum(0) < (importance * before).sum(0))[:, None]  # [R, 1]
         codebooks = {p: np.where(better, book, books[p]).astype(np.float16) for p, book in rows.codebooks.items()}

@@ -17,9 +17,10 @@ import numpy.typing as npt
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.tvm_kernels.library.link import compile_for_host
 
-__all__ = ["descend", "gram", "require_compiled"]
+__all__ = ["descend", "require_compiled", "sums", "sums_nbytes"]
 
 _SOURCE = Path(__file__).with_name("descent.c")
+_WIDE = 128  # as in the C code
 Floats = npt.NDArray[np.float32]
 
 
@@ -50,7 +51,7 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         raise PmpdError(f"cannot load {path} ({error}): delete it and export again") from None
     library.pmpd_descend.restype = ctypes.c_int64
-    library.pmpd_gram.restype = None
+    library.pmpd_sums.restype = None
     return library
 
 
@@ -62,13 +63,31 @@ def _processor() -> bytes:
     return platform.processor().encode()
 
 
-def gram(codes: npt.NDArray[np.uint8], H: Floats, levels: int) -> npt.NDArray[np.float64]:
-    """Return the sums of ``H [K, K]`` over all pairs of codes ``[R, K]`` of each row: ``[R, levels, levels]``."""
+def sums_nbytes(levels: int, columns: int) -> int:
+    """Return the bytes of what `sums` returns for a row, but for the smaller part."""
+    return 4 * levels * _padded(columns)
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // _WIDE) * _WIDE
+
+
+def sums(codes: npt.NDArray[np.uint8], H: Floats, levels: int) -> tuple[Floats, npt.NDArray[np.float64]]:
+    """Add up H by code.
+
+    Args:
+        codes: ``[R, K]``, below `levels`.
+        H: symmetric ``[K, K]``.
+
+    Returns:
+        The lines of H added up by each row's codes, ``[R, levels, K]``, and its elements added up by pairs of them,
+        ``[R, levels, levels]``.
+    """
     R, K = codes.shape
-    sums = np.empty((R, levels, K), dtype=np.float32)
-    result = np.empty((R, levels, levels), dtype=np.float64)
-    _library().pmpd_gram(*_addresses(codes, H, result, sums), *map(ctypes.c_int64, (R, K, levels)))
-    return result
+    lines = np.empty((R, levels, _padded(K)), dtype=np.float32)
+    pairs = np.empty((R, levels, levels), dtype=np.float64)
+    _library().pmpd_sums(*_addresses(codes, H, lines, pairs), *map(ctypes.c_int64, (R, K, levels)))
+    return lines[:, :, :K], pairs
 
 
 def descend(codes: npt.NDArray[np.uint8], H: Floats, values: Floats, weight: Floats, gradient: Floats) -> int:
