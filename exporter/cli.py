@@ -40,6 +40,12 @@ _EXAMPLES = (
 )
 
 
+def _calibration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Path | str | None:
+    from pmpd.exporter.config import OWN_TEXT
+
+    return value if value in (None, OWN_TEXT) else Path(value)
+
+
 def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
     try:
         return tuple(int(item) for item in value.split(","))
@@ -127,9 +133,10 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
 )
 @click.option(
     "--calibration",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Text (.txt, .jsonl, .jsonl.gz) that tells which weights matter most; improves 3 bits and below.",
+    callback=_calibration,
+    metavar="FILE|own",
+    help="Text (.txt, .jsonl, .jsonl.gz) that tells which weights matter most, or own: text that the model writes "
+    "itself. Improves 3 bits and below.",
 )
 @click.option(
     "--calibration-samples",

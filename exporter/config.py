@@ -14,11 +14,20 @@ from pmpd.runtime.format.manifest import ACCURACIES
 from pmpd.runtime.schedule.registry import parse_schedule
 from pmpd.tvm_kernels.targets import find_target, host_target
 
-__all__ = ["DEFAULT_EMBEDDING_PRECISION", "DEFAULT_HEAD_PRECISION", "DEFAULT_METHOD", "ExportConfig", "ResolvedConfig"]
+__all__ = [
+    "DEFAULT_EMBEDDING_PRECISION",
+    "DEFAULT_HEAD_PRECISION",
+    "DEFAULT_METHOD",
+    "OWN_TEXT",
+    "ExportConfig",
+    "ResolvedConfig",
+]
 
 DEFAULT_HEAD_PRECISION = 6
 DEFAULT_EMBEDDING_PRECISION = 6
 DEFAULT_METHOD = "anyprecision"
+OWN_TEXT = "own"
+"""In the place of a calibration text: what the model writes itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,7 @@ class ResolvedConfig:
     groups: int
     schedule: str
     context_length: int | None
-    calibration: Path | None
+    calibration: Path | str | None
     calibration_samples: int
     calibration_length: int
     targets: tuple[str, ...]
@@ -63,7 +72,7 @@ class ResolvedConfig:
         document["model"] = published_name(self.model)
         document["precisions"] = list(self.precisions)
         document["targets"] = list(self.targets)
-        document["calibration"] = self.calibration and self.calibration.name
+        document["calibration"] = getattr(self.calibration, "name", self.calibration)
         return document
 
 
@@ -88,7 +97,7 @@ class ExportConfig:
         groups: codebooks per row.
         schedule: the bundle's default schedule; default uniform at the highest precision.
         context_length: longest text in tokens; default what the checkpoint allows.
-        calibration: text whose gradients weight the clustering; default none, all weights count alike.
+        calibration: text whose statistics the method uses, or `OWN_TEXT`; default none, all weights count alike.
         calibration_samples: sequences of that text.
         calibration_length: tokens of each sequence.
         targets: machines to build kernels for; default this one, if TVM and a compiler are installed.
@@ -115,7 +124,7 @@ class ExportConfig:
     groups: int = 1
     schedule: str | None = None
     context_length: int | None = None
-    calibration: Path | None = None
+    calibration: Path | str | None = None
     calibration_samples: int = 64
     calibration_length: int = 256
     targets: tuple[str, ...] | None = None
@@ -161,13 +170,18 @@ class ExportConfig:
             raise PmpdError(unknown_choice("accuracy", self.accuracy, ACCURACIES))
         if self.accuracy == "int8" and self.groups > 1:
             raise PmpdError(f"groups {self.groups}: int8 kernels take one codebook per row: use --accuracy exact")
-        if self.calibration is not None and not self.calibration.is_file():
-            raise PmpdError(f"calibration text {self.calibration} is not a file")
+        if isinstance(self.calibration, str) and self.calibration != OWN_TEXT:
+            raise PmpdError(f"calibration text must be a path or {OWN_TEXT!r}, got {self.calibration!r}")
+        if isinstance(self.calibration, Path) and not self.calibration.is_file():
+            raise PmpdError(
+                f"calibration text {self.calibration} is not a file: give another with --calibration, or {OWN_TEXT}, "
+                "which is text that the model writes itself"
+            )
         if self.method not in METHODS:
             raise PmpdError(unknown_choice("method", self.method, METHODS))
         method = METHODS[self.method]
         if self.calibration is None and method.requires:
-            raise PmpdError(f"method {self.method} needs a calibration text: add --calibration FILE")
+            raise PmpdError(f"method {self.method} needs a calibration text: add --calibration {OWN_TEXT}, or a file")
         if self.calibration is not None and not method.needs:
             raise PmpdError(f"method {self.method} uses no calibration text: leave out --calibration")
 

@@ -301,7 +301,7 @@ def _fingerprint(outline: Outline, checkpoint: Checkpoint) -> str:
     config = outline.config
     # What does not change the weights is not part of it, so that another choice of it reuses them.
     choices = config.to_json() | dict.fromkeys(("targets", "accuracy", "schedule", "prefill"))
-    text = config.calibration and sha256_of(config.calibration)
+    text = sha256_of(config.calibration) if isinstance(config.calibration, Path) else config.calibration
     table = [asdict(tensor) for tensor in outline.plan.tensors.values()]
     return fingerprint(choices, text, checkpoint.identity(), table, code_digest(WEIGHTS_CODE), version("pmpd"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,12 +10,15 @@ import torch
 from pmpd.exporter.bundle.fingerprint import CALIBRATION_CODE, code_digest, fingerprint
 from pmpd.exporter.bundle.layers import LinearLayer
 from pmpd.exporter.calibrate.batches import calibration_batches
+from pmpd.exporter.calibrate.own_text import beginnings, write_text
 from pmpd.exporter.calibrate.store import StatisticsStore
+from pmpd.exporter.calibrate.sweep import fast_dtype, of_dtype
 from pmpd.exporter.config import ResolvedConfig
 from pmpd.exporter.documents import read_documents
 from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.reference import load_model
+from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bundle import sha256_of
 
@@ -23,9 +26,9 @@ __all__ = ["collect_statistics"]
 
 
 def collect_statistics(
-    config: ResolvedConfig, text: Path, checkpoint: Checkpoint, layers: Sequence[LinearLayer]
+    config: ResolvedConfig, text: Path | str, checkpoint: Checkpoint, layers: Sequence[LinearLayer]
 ) -> StatisticsStore:
-    """Return the statistics of a model on a calibration text that the method of an export needs.
+    """Return the statistics of a model on a text, a file or `OWN_TEXT`, that the method of an export needs.
 
     What is not in the user's cache is computed, for which the model is in memory in float32.
 
@@ -41,18 +44,24 @@ def collect_statistics(
 
     def load() -> tuple[torch.nn.Module, list[torch.Tensor]]:
         tokenizer = checkpoint.tokenizer()
+        if not isinstance(text, Path):
+            model, starts = load_model(checkpoint), beginnings(tokenizer, checkpoint.config.get("bos_token_id"))
+            with of_dtype(model, fast_dtype()):
+                return model, write_text(model, starts, samples=samples, length=length, progress=_track)
         if tokenizer is None:
-            raise PmpdError(
-                f"{checkpoint.path} has no tokenizer for the calibration text: export without --calibration"
-            )
+            raise PmpdError(f"{checkpoint.path} has no tokenizer for the calibration text: take --calibration own")
         ids = tokenizer("\n\n".join(read_documents(text)))["input_ids"]
         batches = calibration_batches(ids, samples, length)
         return load_model(checkpoint), batches
 
-    identity = (checkpoint.identity(), sha256_of(text), samples, length, shapes)
+    identity = (checkpoint.identity(), sha256_of(text) if isinstance(text, Path) else text, samples, length, shapes)
     return StatisticsStore.collect(
         METHODS[config.method].needs,
         key=fingerprint(*identity, code_digest(CALIBRATION_CODE)),
         shapes=shapes,
         load=load,
     )
+
+
+def _track(steps: Iterable[int], total: int) -> Iterator[int]:
+    return track(steps, step="write text", total=total)

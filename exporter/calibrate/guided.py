@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from pmpd.exporter.bundle.layers import LinearLayer, select
-from pmpd.exporter.calibrate.sweep import Progress, Visit, sweep
+from pmpd.exporter.calibrate.sweep import Progress, Visit, fast_dtype, sweep
 
-__all__ = ["Guided", "fast_dtype", "packed", "unpacked"]
+__all__ = ["Guided", "packed", "unpacked"]
 
 BATCH = 8
 """Sequences that run side by side."""
@@ -74,12 +74,6 @@ class Guided:
         moments = unpacked(array)
         columns = layer.module.columns
         return moments if columns is None else select(select(moments, columns, axis=0), columns, axis=1)
-
-
-def fast_dtype() -> torch.dtype:
-    """Return bfloat16 where the processor computes with it, or float32."""
-    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return torch.bfloat16 if has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def packed(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

@@ -10,8 +10,7 @@ import numpy.typing as npt
 import torch
 
 from pmpd.exporter.bundle.layers import LinearLayer, select
-from pmpd.exporter.calibrate.guided import fast_dtype
-from pmpd.exporter.calibrate.sweep import Progress, VisitInputs, sweep_inputs
+from pmpd.exporter.calibrate.sweep import Progress, VisitInputs, fast_dtype, sweep_inputs
 
 __all__ = ["Moments"]
 

@@ -56,13 +56,13 @@ def sweep(
         blocks = network.blocks
         runs = _runs(network, batches)
         for index in progress(range(len(blocks)), len(blocks)):
-            with _of_dtype(blocks[index], dtype), torch.no_grad():
+            with of_dtype(blocks[index], dtype), torch.no_grad():
                 for run in runs:
                     run.forward(blocks[index], index, dtype)
         for number, run in enumerate(runs, 1):
             run.loss(network, number)
         for index in progress(reversed(range(len(blocks))), len(blocks)):
-            with _of_dtype(blocks[index], dtype), _watched(blocks[index], _with_gradients(visit(index))):
+            with of_dtype(blocks[index], dtype), _watched(blocks[index], _with_gradients(visit(index))):
                 for run in runs:
                     run.backward(blocks[index], index, dtype)
 
@@ -84,7 +84,7 @@ def sweep_inputs(
         blocks = network.blocks
         runs = _runs(network, batches)
         for index in progress(range(len(blocks)), len(blocks)):
-            with _of_dtype(blocks[index], dtype), _watched(blocks[index], _without_outputs(visit(index))):
+            with of_dtype(blocks[index], dtype), _watched(blocks[index], _without_outputs(visit(index))):
                 for run in runs:
                     run.forward(blocks[index], index, dtype)
                     del run.states[0]  # nobody comes back for it
@@ -238,9 +238,9 @@ def _watched(block: torch.nn.Module, watch: _Watch) -> Iterator[None]:
 
 
 @contextmanager
-def _of_dtype(block: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Convert a block's weights for as long as it is needed."""
-    kept = {parameter: parameter.data for parameter in block.parameters()}
+def of_dtype(module: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Convert a module's weights for as long as it is needed."""
+    kept = {parameter: parameter.data for parameter in module.parameters()}
     for parameter in kept:
         parameter.data = parameter.data.to(dtype)
     try:
@@ -248,6 +248,12 @@ def _of_dtype(block: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameter, data in kept.items():
             parameter.data = data
+
+
+def fast_dtype() -> torch.dtype:
+    """Return bfloat16 where the processor computes with it, or float32."""
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return torch.bfloat16 if has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 @contextmanager

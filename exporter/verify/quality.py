@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -131,7 +132,7 @@ def _texts(
     tokenizer: Tokenizer, checkpoint: Checkpoint, config: ResolvedConfig
 ) -> Iterator[tuple[str, list[npt.NDArray[np.int64]]]]:
     """Yield texts, best first: what each is, and its tokens as runs of neighbours."""
-    if config.calibration is not None:
+    if isinstance(config.calibration, Path):
         encode: Any = checkpoint.tokenizer()  # as calibration reads it: only then the same tokens were used
         ids = np.array(encode("\n\n".join(read_documents(config.calibration)))["input_ids"], dtype=np.int64)
         used = calibration_batches(range(len(ids)), config.calibration_samples, config.calibration_length)

@@ -256,7 +256,7 @@ def test_a_registered_method_gets_the_statistics_it_needs(
 
 
 def test_a_method_and_the_calibration_must_fit(sign: type[Method], calibrated: ExportConfig, monkeypatch: Any) -> None:
-    with pytest.raises(PmpdError, match="method sign needs a calibration text: add --calibration FILE"):
+    with pytest.raises(PmpdError, match="method sign needs a calibration text: add --calibration own, or a file"):
         replace(calibrated, method="sign", calibration=None)
     monkeypatch.setattr(Sign, "requires", frozenset())
     monkeypatch.setattr(Sign, "needs", frozenset())
