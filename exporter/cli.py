@@ -41,9 +41,9 @@ _EXAMPLES = (
 
 
 def _calibration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Path | str | None:
-    from pmpd.exporter.config import OWN_TEXT
+    from pmpd.exporter.config import calibration_text
 
-    return value if value in (None, OWN_TEXT) else Path(value)
+    return calibration_text(value)
 
 
 def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:

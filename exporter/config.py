@@ -21,6 +21,7 @@ __all__ = [
     "OWN_TEXT",
     "ExportConfig",
     "ResolvedConfig",
+    "calibration_text",
 ]
 
 DEFAULT_HEAD_PRECISION = 6
@@ -28,6 +29,11 @@ DEFAULT_EMBEDDING_PRECISION = 6
 DEFAULT_METHOD = "anyprecision"
 OWN_TEXT = "own"
 """In the place of a calibration text: what the model writes itself."""
+
+
+def calibration_text(argument: str | None) -> Path | str | None:
+    """Return what an option's argument stands for: a file, `OWN_TEXT`, or nothing."""
+    return argument if argument in (None, OWN_TEXT) else Path(argument)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import torch
 from pmpd.eval.data.records import read_records
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
 from pmpd.exporter.bundle.layers import LinearLayer
-from pmpd.exporter.config import ExportConfig
+from pmpd.exporter.config import ExportConfig, calibration_text
 from pmpd.exporter.pipeline import Export
 from pmpd.exporter.quantize import METHODS, NestedCodes
 from pmpd.exporter.source.reference import load_model
@@ -232,7 +232,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 )
 @click.argument("model", metavar="CHECKPOINT")
 @click.option("--data", required=True, type=FILE, metavar="FILE", help="The text to compare on.")
-@click.option("--calibration", type=FILE, metavar="FILE", help="Text for the statistics.")
+@click.option("--calibration", metavar="FILE|own", help="Text for the statistics, or own: what the model writes.")
 @click.option("--calibration-samples", type=click.IntRange(1), default=64, show_default=True, help="Samples of it.")
 @click.option(
     "--method", "methods", multiple=True, default=("anyprecision", "guided"), metavar="NAME[:OPTION=VALUE;…]",
@@ -246,7 +246,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 def main(
     model: str,
     data: Path,
-    calibration: Path | None,
+    calibration: str | None,
     calibration_samples: int,
     methods: tuple[str, ...],
     precisions: str,
@@ -264,7 +264,7 @@ def main(
             [Choice.parse(method) for method in methods],
             data,
             limit=limit,
-            calibration=calibration,
+            calibration=calibration_text(calibration),
             calibration_samples=calibration_samples,
             precisions=tuple(int(bits) for bits in precisions.split(",")),
             parent=parent,

@@ -35,17 +35,18 @@ def beginnings(tokenizer: Any, bos: int | None) -> list[list[int]]:
         bos: the model's start token, or None.
     """
     tokens = (bos, getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None), 0)
-    found = [[next(int(token) for token in tokens if token is not None)]]
+    starts = [[next(int(token) for token in tokens if token is not None)]]
     if getattr(tokenizer, "chat_template", None):
         question = [{"role": "user", "content": _MARK}]
         try:
-            before, mark, _ = tokenizer.apply_chat_template(question, tokenize=False).partition(_MARK)
+            rendered: str = tokenizer.apply_chat_template(question, tokenize=False)
         except Exception as error:  # templates raise what they like
             log.debug("own text: the chat template does not take a question alone (%s)", one_line(error))
-            return found
-        if before and mark:
-            found.append(tokenizer(before, add_special_tokens=False)["input_ids"])
-    return found
+            return starts
+        before = rendered.partition(_MARK)[0]
+        if 0 < len(before) < len(rendered):
+            starts.append(tokenizer(before, add_special_tokens=False)["input_ids"])
+    return starts
 
 
 @torch.no_grad()

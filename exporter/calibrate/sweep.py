@@ -19,7 +19,7 @@ import torch
 
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["Progress", "Visit", "VisitInputs", "sweep", "sweep_inputs"]
+__all__ = ["Progress", "Visit", "VisitInputs", "fast_dtype", "of_dtype", "sweep", "sweep_inputs"]
 
 # Takes a layer's name in the block, its inputs [B, T, K] and the gradients at its outputs [B, T, N], of a batch.
 Visit = Callable[[str, torch.Tensor, torch.Tensor], None]

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from pmpd.exporter.quantize.base import MethodOptions, NestedCodes
 from pmpd.exporter.quantize.kmeans import GRID, SortedRows
-from pmpd.exporter.quantize.tiles import MAX_THREADS, Books, Codes, Floats, Tile, checked, quantize_tiles
+from pmpd.exporter.quantize.tiles import Books, Codes, Floats, Tile, checked, quantize_tiles
 from pmpd.runtime.format.bitplanes import group_size
 
-__all__ = ["MAX_THREADS", "AnyPrecision"]
+__all__ = ["AnyPrecision"]
 
 TILE = 1 << 17
 """Weights that a thread works on at once, with some 15 MB of temporaries."""

@@ -19,14 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pmpd.exporter.quantize import native
+from pmpd.exporter.quantize.moments import RIDGE
+from pmpd.exporter.quantize.tiles import Floats
 
 __all__ = ["Rows"]
 
-Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-
-RIDGE = 1e-6
-"""Pulls a codebook to what it was, by this share of its mean diagonal: what no weight refers to stays."""
 
 
 @dataclass

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pmpd.exporter.quantize.anyprecision import MAX_THREADS, AnyPrecision
+from pmpd.exporter.quantize.anyprecision import AnyPrecision
 from pmpd.exporter.quantize.base import NestedCodes
 from pmpd.exporter.quantize.descent import Rows
+from pmpd.exporter.quantize.moments import damped, one_thread_each
 from pmpd.exporter.quantize.native import require_compiled, sums_nbytes
+from pmpd.exporter.quantize.tiles import MAX_THREADS, Floats
 from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import PmpdError
 
@@ -25,8 +25,6 @@ TILE = 64
 
 SCRATCH = 1 << 26
 """Bytes that the sums over codes of a thread's rows may take: many codes and columns leave fewer rows."""
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,7 @@ class Guided:
         if "guided" not in statistics:
             return self.start.quantize(weight)
         tile = max(1, min(TILE, SCRATCH // sums_nbytes(2**self.parent, weight.shape[1])))
-        H = self._damped(statistics["guided"], weight.shape[1])
+        H = damped(statistics["guided"], weight.shape[1], self.damping)
         sensitivity = np.broadcast_to(H.diagonal(), weight.shape)
         codes = self.start.quantize(weight, {"fisher": sensitivity})
 
@@ -95,18 +93,8 @@ class Guided:
             books = {p: book[rows] for p, book in codes.codebooks.items()}
             return self._improved(weight[rows].astype(np.float32), H, NestedCodes(codes.codes[rows], books))
 
-        with _one_thread_each(min(available_threads(), MAX_THREADS)) as pool:
+        with one_thread_each(min(available_threads(), MAX_THREADS)) as pool:
             return NestedCodes.stack(list(pool.map(improved, range(0, len(weight), tile))))
-
-    def _damped(self, H: npt.NDArray[np.floating], K: int) -> Floats:
-        if H.shape != (K, K):
-            raise ValueError(f"statistics must be [{K}, {K}] for weights of {K} columns, got {list(H.shape)}")
-        if not np.isfinite(H).all():
-            raise PmpdError("the statistics are not finite: delete those of this model and export again")
-        mean = H.diagonal().mean(dtype=np.float64)
-        scaled = H.astype(np.float32) / np.float32(mean if mean > 0 else 1.0)
-        scaled[np.diag_indices(K)] += np.float32(self.damping)
-        return scaled
 
     def _improved(self, weight: Floats, H: Floats, start: NestedCodes) -> NestedCodes:
         books = {p: book[:, 0].astype(np.float32) for p, book in start.codebooks.items()}
@@ -119,16 +107,3 @@ class Guided:
         codebooks = {p: np.where(better, book, books[p]).astype(np.float16) for p, book in rows.codebooks.items()}
         codes = np.where(better, rows.codes, start.codes)
         return NestedCodes(codes, {p: book[:, None] for p, book in codebooks.items()})
-
-
-@contextmanager
-def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of threads that compute alone: a product may depend on how many threads torch splits it for."""
-    import torch  # not at the top: a skeleton needs the names of methods alone, and no torch
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ from pmpd.exporter.quantize.tiles import Floats
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bitplanes import group_size
 
-__all__ = ["damped", "feedback", "fitted", "one_thread_each"]
+__all__ = ["RIDGE", "damped", "feedback", "fitted", "one_thread_each"]
 
 RIDGE = 1e-6
 """Pulls a codebook to what it was, by this share of its mean diagonal: what no weight refers to stays."""
