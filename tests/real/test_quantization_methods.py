@@ -1,4 +1,4 @@
-"""Quantization methods side by side on layers of SmolLM2: ``pytest -s`` prints the table of `quantize/README.md`."""
+"""Quantization methods side by side on layers of SmolLM2: ``pytest -s -m slow`` prints the table of `quantize/README.md`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def errors(weight: Array, nested: NestedCodes, parent: int, H: Array) -> dict[in
     return result
 
 
+@pytest.mark.slow
 def test_methods_side_by_side(model: Any, texts: dict[str, list[torch.Tensor]]) -> None:
     from pmpd.exporter.calibrate.guided import unpacked
 
