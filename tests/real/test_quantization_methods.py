@@ -1,4 +1,7 @@
-"""Quantization methods side by side on layers of SmolLM2: ``pytest -s -m slow`` prints the table of `quantize/README.md`."""
+"""Quantization methods side by side on layers of SmolLM2.
+
+``pytest -s -m slow`` prints the table of `quantize/README.md`.
+"""
 
 from __future__ import annotations
 
