@@ -47,10 +47,13 @@ def _calibration(_context: click.Context, _parameter: click.Parameter, value: st
 
 
 def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    from pmpd.exporter.config import parse_bits
+    from pmpd.runtime.errors import PmpdError
+
     try:
-        return tuple(int(item) for item in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of bits like 4,3,2") from None
+        return parse_bits(value)
+    except PmpdError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command(

@@ -22,6 +22,7 @@ __all__ = [
     "ExportConfig",
     "ResolvedConfig",
     "calibration_text",
+    "parse_bits",
 ]
 
 DEFAULT_HEAD_PRECISION = 6
@@ -29,6 +30,18 @@ DEFAULT_EMBEDDING_PRECISION = 6
 DEFAULT_METHOD = "anyprecision"
 OWN_TEXT = "own"
 """In the place of a calibration text: what the model writes itself."""
+
+
+def parse_bits(argument: str) -> tuple[int, ...]:
+    """Read precisions, such as ``4,3,2``.
+
+    Raises:
+        PmpdError: that is not what it is.
+    """
+    try:
+        return tuple(int(bits) for bits in argument.split(","))
+    except ValueError:
+        raise PmpdError(f"{argument!r} is not a list of bits like 4,3,2") from None
 
 
 def calibration_text(argument: str | None) -> Path | str | None:

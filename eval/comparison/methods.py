@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from pmpd.eval.data.records import read_records
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
 from pmpd.exporter.bundle.layers import LinearLayer
-from pmpd.exporter.config import ExportConfig, calibration_text
+from pmpd.exporter.config import ExportConfig, calibration_text, parse_bits
 from pmpd.exporter.pipeline import Export
 from pmpd.exporter.quantize import METHODS, NestedCodes
 from pmpd.exporter.source.reference import load_model
@@ -32,36 +33,38 @@ from pmpd.runtime.errors import PmpdError, unknown_choice
 
 __all__ = ["Choice", "MethodScores", "Windows", "compare_methods", "main", "table"]
 
+_OF_THE_EXPORT = {"precisions", "parent", "groups"}  # options that all methods of a comparison share
 WINDOW = 512
 """Tokens of a window of text; those of its second half are scored."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A method and its options, as ``name`` or ``name:option=value,option=value``."""
+    """A method and its options, as ``name`` or ``name:option=number;option=number``."""
 
     name: str
-    options: Mapping[str, Any]
+    options: Mapping[str, float]
 
     @classmethod
     def parse(cls, text: str) -> Choice:
         """Read a choice.
 
         Raises:
-            PmpdError: no such method, or what follows is no list of options.
+            PmpdError: there is no such method, it has no such option, or what follows is not a list of options.
         """
         name, _, listed = text.partition(":")
         if name not in METHODS:
             raise PmpdError(unknown_choice("method", name, METHODS))
-        options = {}
+        options: dict[str, float] = {}
+        known = [option for option in signature(METHODS[name]).parameters if option not in _OF_THE_EXPORT]
         for option in filter(None, listed.split(";")):
-            key, equals, value = option.partition("=")
-            try:
+            key, _, value = option.partition("=")
+            if key not in known:
+                raise PmpdError(unknown_choice(f"option of method {name}", key, known))
+            with suppress(ValueError, SyntaxError):
                 options[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                equals = ""
-            if not equals:
-                raise PmpdError(f"method {text!r}: {option!r} is no option: write name=value, several with ; between")
+            if not isinstance(options.get(key), int | float):
+                raise PmpdError(f"method {text!r}: {key} must be a number, got {value!r}: write {name}:{key}=1")
         return cls(name, options)
 
     def __str__(self) -> str:
@@ -166,6 +169,8 @@ def compare_methods(
 
 
 def _prepare(model: str, choice: Choice, options: Mapping[str, Any]) -> Export:
+    if not METHODS[choice.name].needs:
+        options = {**options, "calibration": None}
     config = ExportConfig(model=model, output=Path(f"{choice.name}-unused"), method=choice.name, targets=(), **options)
     return Export.prepare(config)
 
@@ -235,7 +240,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 @click.option("--calibration", metavar="FILE|own", help="Text for the statistics, or own: what the model writes.")
 @click.option("--calibration-samples", type=click.IntRange(1), default=64, show_default=True, help="Samples of it.")
 @click.option(
-    "--method", "methods", multiple=True, default=("anyprecision", "guided"), metavar="NAME[:OPTION=VALUE;…]",
+    "--method", "methods", multiple=True, default=("anyprecision", "guided"), metavar="NAME[:OPTION=NUMBER;…]",
     help="A method with its options, such as guided:damping=0.3. Repeatable; the first is what the others are compared "
     "with.  [default: anyprecision, guided]",
 )  # fmt: skip
@@ -266,7 +271,7 @@ def main(
             limit=limit,
             calibration=calibration_text(calibration),
             calibration_samples=calibration_samples,
-            precisions=tuple(int(bits) for bits in precisions.split(",")),
+            precisions=parse_bits(precisions),
             parent=parent,
         )
     )

@@ -48,8 +48,11 @@ def test_a_ratio_has_the_interval_of_paired_differences() -> None:
     ("text", "message"),
     [
         ("squash", "unknown method 'squash'"),
-        ("guided:damping", "'damping' is no option: write name=value"),
-        ("guided:damping=a b", "'damping=a b' is no option: write name=value"),
+        ("guided:damping", "damping must be a number, got '': write guided:damping=1"),
+        ("guided:damping=a b", "damping must be a number, got 'a b'"),
+        ("guided:damping='a'", "damping must be a number"),
+        ("guided:damp=1", "unknown option of method guided 'damp'"),
+        ("guided:parent=8", "unknown option of method guided 'parent'"),
     ],
 )
 def test_choices_that_are_none(text: str, message: str) -> None:
@@ -61,3 +64,24 @@ def test_a_choice_reads_as_it_is_written() -> None:
     choice = Choice.parse("guided:damping=0.3;rounds=1")
     assert choice.options == {"damping": 0.3, "rounds": 1}
     assert str(choice) == "guided:damping=0.3;rounds=1"
+
+
+def test_precisions_that_are_none(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a b c")
+    result = CliRunner().invoke(main, ["demo", "--data", str(text), "--precisions", "4,x"])
+    assert result.exit_code == 1
+    assert "'4,x' is not a list of bits like 4,3,2" in result.output
+
+
+@pytest.mark.full
+def test_methods_with_and_without_statistics_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a girl with a red ball and a small dog named Max. " * 80)
+    options = ["--limit", "2", "--precisions", "3", "--calibration", str(text), "--calibration-samples", "2"]
+    methods = ["--method", "rtn", "--method", "anyprecision"]
+    result = CliRunner().invoke(main, ["demo", "--data", str(text), *options, *methods])
+    assert result.exit_code == 0, result.output
+    assert "| rtn | 3 |" in result.output
+    assert "| anyprecision | 3 |" in result.output
