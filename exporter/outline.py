@@ -106,11 +106,11 @@ class Outline:
         phase: Phase = "prefill" if graph.phase == "prefill" else "decode"
         # A prompt's graph computes the output layer once: it reads all of it.
         coarse = coarse_bits(self.config, self.family) if phase == "decode" else None
-        network = _network(self.config, self.family, graph.precision, coarse=coarse)
+        network = _network(self.config, self.family, int(graph.precision), coarse=coarse)
         model = build_graph(network, phase=phase, producer=_producer())
         for name, value in model.graph.initializers.items():
             if name in self.plan.tensors:
-                value.const_value = external_tensor(self.plan.tensors[name], planes=graph.precision)
+                value.const_value = external_tensor(self.plan.tensors[name], planes=int(graph.precision))
         return model
 
     def write_graphs(self, folder: Path) -> None:

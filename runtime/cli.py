@@ -354,12 +354,12 @@ class _Session:
             # Colours are decided here, not by click, which drops them wherever the output is not a terminal.
             click.echo(text, nl=False, color=True if self.colours else None)
 
-    def _coloured(self, text: str, precision: int, precisions: tuple[int, ...]) -> str:
+    def _coloured(self, text: str, precision: float, precisions: tuple[float, ...]) -> str:
         if not self.colours or precision not in precisions:
             return text
         return click.style(text, fg=shade_of(precision, precisions).terminal)
 
-    def _statistics(self, precisions: tuple[int, ...]) -> str:
+    def _statistics(self, precisions: tuple[float, ...]) -> str:
         trace = self.generator.trace
         prompt = f"prompt {trace.prompt_tokens} tokens"
         if trace.prefill_tokens_per_second is not None:

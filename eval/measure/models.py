@@ -21,7 +21,7 @@ class Answer:
     """A greedy answer: token ids, the bits each was computed with, and seconds; token 0 is the prefill's."""
 
     ids: tuple[int, ...]
-    precisions: tuple[int, ...]
+    precisions: tuple[float, ...]
     seconds: tuple[float, ...]
     prefill_seconds: float
 
@@ -37,7 +37,7 @@ class Forced:
     """
 
     logits: npt.NDArray[np.float32]
-    precisions: tuple[int, ...]
+    precisions: tuple[float, ...]
     prefill_seconds: float
 
 
@@ -57,7 +57,7 @@ class ModelUnderTest(Protocol):
         ...
 
 
-def precision_runs(plan: Plan, steps: int) -> Iterator[tuple[int, int, int]]:
+def precision_runs(plan: Plan, steps: int) -> Iterator[tuple[int, int, float]]:
     """Split decode steps 0 to `steps` - 1 into runs of one precision: (first step, end, bits)."""
     for precision, run in groupby(range(steps), key=plan.precision):
         indices = list(run)
@@ -107,7 +107,7 @@ class Scheduled:
         prefilled = generator.prefill(prompt)
         seconds = time.perf_counter() - begin
         plan = generator.begin(self._schedule, prefilled)
-        logits, precisions = [], [generator.bundle.manifest.prefill_precision]
+        logits, precisions = list[npt.NDArray[np.float32]](), [generator.bundle.manifest.prefill_precision]
         for start, end, bits in _forced_runs(plan, len(answer) - 1):
             logits.append(generator.decode(answer[start:end], precision=bits))
             precisions += [bits] * (end - start)
@@ -116,7 +116,7 @@ class Scheduled:
         return Forced(logits=np.concatenate(logits), precisions=tuple(precisions), prefill_seconds=seconds)
 
 
-def _forced_runs(plan: Plan, steps: int) -> Iterator[tuple[int, int, int]]:
+def _forced_runs(plan: Plan, steps: int) -> Iterator[tuple[int, int, float]]:
     """Return runs of steps that one call can compute: an adaptive plan is asked again after each step."""
     if not isinstance(plan, AdaptivePlan):
         return precision_runs(plan, steps)

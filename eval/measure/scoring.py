@@ -33,8 +33,8 @@ class Sample:
     reference: tuple[str, ...] = ()
     prompt_tokens: int
     output_tokens: int
-    precisions: tuple[int, ...]
-    segments: tuple[tuple[int, str], ...] = ()
+    precisions: tuple[float, ...]
+    segments: tuple[tuple[float, str], ...] = ()
     seconds: tuple[float, ...] = ()
     prefill_seconds: float
     scores: Mapping[str, float]

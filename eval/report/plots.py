@@ -218,7 +218,7 @@ def _seconds_by_position(row: QualityRow) -> list[float]:
     return seconds
 
 
-def _smooth(seconds: Sequence[float], bits: Sequence[int]) -> list[float]:
+def _smooth(seconds: Sequence[float], bits: Sequence[float]) -> list[float]:
     """Return at each step the mean of the nine steps around it that have its precision: a switch stays sharp."""
     smooth: list[float] = []
     for _, run in groupby(range(len(seconds)), key=bits.__getitem__):

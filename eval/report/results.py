@@ -50,7 +50,7 @@ class QualityRow:
         metrics: Sequence[Metric],
         *,
         accuracy: str | None = None,
-        bytes_at: Mapping[int, float] | None = None,
+        bytes_at: Mapping[float, float] | None = None,
     ) -> Self:
         """Make a row of its samples; `bytes_at` are the bytes that a decode step reads at each precision."""
         bits = [precision for sample in samples for precision in sample.precisions[1:]]

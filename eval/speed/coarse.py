@@ -76,7 +76,7 @@ def bytes_read(manifest: Manifest, finished: float) -> float:
 
 
 def compare(
-    engine: Engine, prompts: Sequence[Sequence[int]], *, tokens: int, precision: int, margins: Sequence[float] = ()
+    engine: Engine, prompts: Sequence[Sequence[int]], *, tokens: int, precision: float, margins: Sequence[float] = ()
 ) -> Comparison:
     """Continue prompts greedily with `tokens` tokens each, in both ways.
 
@@ -114,7 +114,12 @@ def compare(
 
 
 def _continue(
-    conversation: Conversation, prompt: Sequence[int], tokens: int, precision: int, margin: float, seconds: list[float]
+    conversation: Conversation,
+    prompt: Sequence[int],
+    tokens: int,
+    precision: float,
+    margin: float,
+    seconds: list[float],
 ) -> list[int]:
     """Return the greedy continuation of a prompt; add the time of each step."""
     conversation.reset()
@@ -131,7 +136,7 @@ def _variations(
     conversation: Conversation,
     prompt: Sequence[int],
     text: Sequence[int],
-    precision: int,
+    precision: float,
     margin: float,
 ) -> Iterator[tuple[float, float]]:
     """Yield, for each step of a text, the total variation distance that a margin makes, and the share finished."""
@@ -174,7 +179,7 @@ def _prompts(bundle: Bundle, files: Sequence[Path], count: int) -> list[list[int
 @click.option("--text", "texts", multiple=True, type=click.Path(exists=True, path_type=Path), help="Text for prompts.")
 @click.option("--tokens", default=20_000, show_default=True, type=click.IntRange(2), help="Tokens in all.")
 @click.option("--length", default=200, show_default=True, type=click.IntRange(2), help="Tokens of each text.")
-@click.option("--precision", type=int, help="Bits of the other layers.  [default: the highest]")
+@click.option("--precision", type=float, help="Bits of the other layers.  [default: the highest]")
 @click.option("--margins", default="", metavar="LIST", help="Margins whose distributions to compare, such as 0,4,8.")
 @click.option("--threads", type=click.IntRange(1), help="Threads.  [default: all processors]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result to this file.")
@@ -183,7 +188,7 @@ def main(
     texts: tuple[Path, ...],
     tokens: int,
     length: int,
-    precision: int | None,
+    precision: float | None,
     margins: str,
     threads: int | None,
     json_file: Path | None,

@@ -61,7 +61,7 @@ class SpeedRow:
     name: str
     peer: bool
     bits: float | None
-    precisions: tuple[int, ...]
+    precisions: tuple[float, ...]
     model_bytes: int
     step_bytes: float | None
     prefill_tps: Estimate
@@ -76,7 +76,7 @@ class SpeedRow:
     timings: tuple[Timing, ...]
 
     @property
-    def uniform(self) -> int | None:
+    def uniform(self) -> float | None:
         """The precision of a uniform schedule."""
         return self.precisions[0] if len(set(self.precisions)) == 1 else None
 

@@ -105,12 +105,12 @@ class _Line:
     name: str
     process: Process
     accuracy: str = ""
-    precisions: tuple[int, ...] = ()
+    precisions: tuple[float, ...] = ()
     peer: Peer | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
 
 
-def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[int, ...]]:
+def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[float, ...]]:
     """Return the bits of each decode step, by the name of the row: the full text of the schedule.
 
     Raises:
@@ -126,7 +126,7 @@ def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[in
     if settings.peers and settings.peer_weights is None:
         ModelShape.of(manifest)
     names = settings.schedules or (*(f"uniform:{p}" for p in manifest.precisions), manifest.schedule)
-    mixed: dict[str, tuple[int, ...]] = {}
+    mixed: dict[str, tuple[float, ...]] = {}
     for name in names:
         schedule = parse_schedule(name, manifest.precisions)
         mixed[str(schedule)] = step_precisions(schedule, steps)
@@ -191,7 +191,7 @@ def _resources(settings: SpeedSettings) -> dict[str, int]:
 
 
 def _our_lines(
-    stack: ExitStack, plan: Mapping[str, tuple[int, ...]], bundle: Bundle, settings: SpeedSettings
+    stack: ExitStack, plan: Mapping[str, tuple[float, ...]], bundle: Bundle, settings: SpeedSettings
 ) -> Iterator[_Line]:
     """Start a process for each accuracy; yield its lines."""
     accuracies = tuple(dict.fromkeys(settings.accuracies)) or (bundle.manifest.accuracy,)
@@ -299,13 +299,13 @@ def _disturbed(answer: Mapping[str, Any], settings: SpeedSettings) -> bool:
     return settings.max_others is not None and 100 * (answer["other_load"] or 0.0) > settings.max_others
 
 
-def switch_cost(precisions: Sequence[int], seconds: Sequence[float]) -> float | None:
+def switch_cost(precisions: Sequence[float], seconds: Sequence[float]) -> float | None:
     """Return the time that a switch of precision adds to a step, as a share of it; None without any to compare.
 
     At each precision the median of the steps that follow a switch is compared with that of the others; the mean over
     precisions counts.
     """
-    steps: dict[tuple[int, bool], list[float]] = defaultdict(list)
+    steps: dict[tuple[float, bool], list[float]] = defaultdict(list)
     for (before, bits), duration in zip(pairwise(precisions), seconds[1:], strict=True):
         steps[bits, before != bits].append(duration)
     costs = [

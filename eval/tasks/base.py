@@ -124,7 +124,7 @@ class Task(ABC):
             scored_steps=steps,
         )
 
-    def _segments(self, answer: Answer) -> Iterator[tuple[int, str]]:
+    def _segments(self, answer: Answer) -> Iterator[tuple[float, str]]:
         """Split the answer's text where the precision changes."""
         bits = answer.precisions
         done = ""

@@ -127,7 +127,7 @@ class Verification:
         floor = Distance.of(graph.logits(self.ids, noisy=True), logits)
         return compare("float32 graph against transformers", logits, unquantized, floor=floor)
 
-    def _precision(self, precision: int, meter: QualityMeter) -> Iterator[Check]:
+    def _precision(self, precision: float, meter: QualityMeter) -> Iterator[Check]:
         """Check the decode graph of a precision, in its portable form and with every kernel library.
 
         Noise is run with the exact kernels of the best target, if there are any, after their nodes have passed: it

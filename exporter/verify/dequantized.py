@@ -32,7 +32,7 @@ class DequantizedWeights:
     that of the parts that nobody has asked for yet. A tied embedding is what the output layer is, and decoded twice.
     """
 
-    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, plan: WeightPlan, precision: int) -> None:
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, plan: WeightPlan, precision: float) -> None:
         self._bundle, self._checkpoint, self._plan, self._precision = bundle, checkpoint, plan, precision
         self._tied = plan.embedding is None
         self._layers: dict[str, LinearLayer] = {}  # by the names of their parts
@@ -62,7 +62,8 @@ class DequantizedWeights:
         return _HEAD if self._tied and name == _EMBEDDING else name
 
     def _decode(self, layer: LinearLayer) -> dict[str, npt.NDArray[np.float32]]:
-        bits = self._precision if layer.module.nested else layer.parent
+        read = self._bundle.manifest.planes
+        bits = read(layer.name, self._precision) if layer.module.nested else layer.parent
         planes = self._bundle.tensor(self._plan.planes(layer.name), planes=bits)
         codebook = self._bundle.tensor(self._plan.codebook(layer.name, bits))
         N, K = layer.module.out_features, layer.module.in_features

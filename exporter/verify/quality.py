@@ -88,7 +88,7 @@ class QualityMeter:
         self._perplexity = _perplexity([self._nll(log_p, at) for at, log_p in _log_softmax(unquantized)])
         self._rows: list[PrecisionQuality] = []
 
-    def measure(self, precision: int, logits: Floats) -> PrecisionQuality:
+    def measure(self, precision: float, logits: Floats) -> PrecisionQuality:
         """Measure the logits ``[W, L, V]`` of a precision."""
         divergences, same, nll = [], [], []
         for (at, log_p), (_, log_q) in zip(_log_softmax(self._unquantized), _log_softmax(logits), strict=True):

@@ -24,9 +24,9 @@ class Model:
 
     name: str
     context_length: int
-    prefill_precision: int
+    prefill_precision: float
     prefill: OnnxGraph
-    decode: dict[int, OnnxGraph]
+    decode: dict[float, OnnxGraph]
     has_output_layer: bool = True
 
     def without_output_layer(self) -> Model:

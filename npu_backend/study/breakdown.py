@@ -92,7 +92,7 @@ class PhaseBreakdown:
     """
 
     phase: str
-    precision: int
+    precision: float
     tokens: int
     first_past: int
     last_past: int
@@ -156,7 +156,7 @@ def phases(
 
 
 def _phase(
-    run: Run, by: Grouping, precision: int, steps: tuple[int, ...], *, place: int | None = None
+    run: Run, by: Grouping, precision: float, steps: tuple[int, ...], *, place: int | None = None
 ) -> PhaseBreakdown:
     """Measure a run: means, or its entry at `place`."""
     shape = np.shape(run.seconds)

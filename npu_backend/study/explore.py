@@ -218,7 +218,7 @@ class _Task:
 
     model: Model
     prompt: int
-    lengths: Mapping[int, tuple[Column, Column]]
+    lengths: Mapping[float, tuple[Column, Column]]
 
     @property
     def entries(self) -> int:
@@ -277,7 +277,7 @@ def _varied(hardware: Hardware, points: Mapping[str, Column]) -> Hardware:
     return hardware.varied(**{axis.replace(".", "__"): values[:, None] for axis, values in points.items()})
 
 
-def _lengths(precisions: npt.NDArray[np.int64], prompt: int, granularity: int) -> dict[int, tuple[Column, Column]]:
+def _lengths(precisions: npt.NDArray[np.object_], prompt: int, granularity: int) -> dict[float, tuple[Column, Column]]:
     """Return contexts by precision, the longest of each program, and how many steps run it."""
     contexts = {}
     for bits in sorted(set(precisions.tolist()), reverse=True):

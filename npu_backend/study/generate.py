@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,16 +31,16 @@ class Generation:
     Attributes:
         prompt: tokens of the prompt.
         tokens: new tokens; the first comes from prefill, each other from a decode step.
-        precisions: bits of every decode step, ``[tokens - 1]``.
+        precisions: bits of every decode step, ``[tokens - 1]``, ints and mixes.
         prefill: the run of the prompt.
         decode: a run per precision, for the steps at it, in order.
     """
 
     prompt: int
     tokens: int
-    precisions: npt.NDArray[np.int64]
+    precisions: npt.NDArray[np.object_]
     prefill: Run
-    decode: dict[int, Run]
+    decode: dict[float, Run]
 
     @cached_property
     def steps(self) -> npt.NDArray[np.float64]:
@@ -82,7 +83,7 @@ class Generation:
         """The first decode step at each precision."""
         return tuple(int(np.argmax(self.precisions == precision)) for precision in self.decode)
 
-    def find(self, step: int) -> tuple[int, int]:
+    def find(self, step: int) -> tuple[float, int]:
         """Return the precision of decode step `step`, from 0, and its place in the run at that precision.
 
         Raises:
@@ -90,10 +91,10 @@ class Generation:
         """
         if not 0 <= step < len(self.precisions):
             raise PmpdError(f"there is no decode step {step}: they are 0 to {len(self.precisions) - 1}")
-        precision = int(self.precisions[step])
+        precision: float = self.precisions[step]
         return precision, int((self.precisions[:step] == precision).sum())
 
-    def _by_step(self, values: dict[int, Number]) -> npt.NDArray[np.float64]:
+    def _by_step(self, values: Mapping[float, Number]) -> npt.NDArray[np.float64]:
         result = np.zeros(len(self.precisions))
         for precision, value in values.items():
             result[self.precisions == precision] = value
@@ -136,7 +137,7 @@ def generate(
     return Generation(prompt, tokens, precisions, run(model.prefill, prompt, np.zeros(1)), decode)
 
 
-def plan(model: Model, *, prompt: int, tokens: int, schedule: Schedule | None) -> npt.NDArray[np.int64]:
+def plan(model: Model, *, prompt: int, tokens: int, schedule: Schedule | None) -> npt.NDArray[np.object_]:
     """Return the bits of every decode step of a generation, 16 for the float16 model.
 
     Raises:
@@ -152,15 +153,15 @@ def plan(model: Model, *, prompt: int, tokens: int, schedule: Schedule | None) -
             f"{model.context_length}: give fewer"
         )
     if schedule is None:
-        return np.full(tokens - 1, FP16_BITS)
-    precisions = np.array(step_precisions(schedule, tokens - 1))
+        return np.full(tokens - 1, FP16_BITS, dtype=object)
+    precisions = np.array(step_precisions(schedule, tokens - 1), dtype=object)
     for precision in precisions.tolist():
         if precision not in model.decode:
             raise PmpdError(f"{model.name} has no graph at {precision} bits: it has {sorted(model.decode)}")
     return precisions
 
 
-def decode_graph(model: Model, precision: int) -> OnnxGraph:
+def decode_graph(model: Model, precision: float) -> OnnxGraph:
     """Return the graph of decode steps at `precision`: for the float16 model the one at the highest."""
     return model.decode[max(model.decode) if precision == FP16_BITS else precision]
 

@@ -227,7 +227,7 @@ def _phases(
     return tuple({phase.title: phase for phase in breakdowns}.values())
 
 
-def _rates(generation: Generation) -> dict[int, float]:
+def _rates(generation: Generation) -> dict[float, float]:
     """Decode steps a second at each precision."""
     return {bits: 1 / float(np.mean(run.seconds)) for bits, run in generation.decode.items()}
 

@@ -31,12 +31,12 @@ SHADES = (
 
 
 def shades(count: int) -> tuple[Shade, ...]:
-    """Return `count` shades, 1 to 8, spread from cool to warm: those of precisions from high to low."""
+    """Return `count` shades from cool to warm, for precisions from high to low; of more than 8 some come twice."""
     last = len(SHADES) - 1
     return tuple(SHADES[round(i * last / max(count - 1, 1))] for i in range(count))
 
 
-def shade_of(precision: int, precisions: Collection[int]) -> Shade:
+def shade_of(precision: float, precisions: Collection[float]) -> Shade:
     """Return the shade of one of several precisions."""
     ordered = sorted(set(precisions), reverse=True)
     return shades(len(ordered))[ordered.index(precision)]

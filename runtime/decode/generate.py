@@ -63,7 +63,7 @@ class Generator:
         *,
         threads: int | None = None,
         context_length: int | None = None,
-        precisions: Sequence[int] | None = None,
+        precisions: Sequence[float] | None = None,
         tokenizer: Tokenizer | None = None,
         kernels: bool | str | Path = True,
         accuracy: str | None = None,
@@ -157,7 +157,7 @@ class Generator:
         """Return the schedule's plan for the prompt that was prefilled and gave `logits` ``[V]``."""
         return self.sequence.begin(schedule, logits)
 
-    def decode(self, ids: Sequence[int], *, precision: int) -> npt.NDArray[np.float32]:
+    def decode(self, ids: Sequence[int], *, precision: float) -> npt.NDArray[np.float32]:
         """Append tokens at `precision` bits; return the logits ``[len(ids), V]`` of every position.
 
         Raises:
@@ -167,7 +167,7 @@ class Generator:
         """
         return self.sequence.decode(ids, precision=precision)
 
-    def decode_step(self, token_id: int, *, precision: int) -> npt.NDArray[np.float32]:
+    def decode_step(self, token_id: int, *, precision: float) -> npt.NDArray[np.float32]:
         """Append one token at `precision` bits; return the logits ``[V]`` that follow it. Raises as `decode` does."""
         with self.sequence.exclusive():
             return self.sequence.step(token_id, precision=precision).copy()

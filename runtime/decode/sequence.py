@@ -71,7 +71,7 @@ class Sequence:
             del self._prefill
 
     @property
-    def precisions(self) -> tuple[int, ...]:
+    def precisions(self) -> tuple[float, ...]:
         """The decode precisions that are loaded."""
         return tuple(self._decode)
 
@@ -108,7 +108,7 @@ class Sequence:
             last: npt.NDArray[np.float32] = logits[-1]
             return last
 
-    def decode(self, ids: abc.Sequence[int], *, precision: int) -> npt.NDArray[np.float32]:
+    def decode(self, ids: abc.Sequence[int], *, precision: float) -> npt.NDArray[np.float32]:
         """Append tokens at `precision` bits; return the logits ``[len(ids), V]`` of every position.
 
         Raises:
@@ -120,7 +120,7 @@ class Sequence:
             self.check(ids)
             return self._append(ids, self._runner(precision).run)
 
-    def step(self, token_id: int, *, precision: int, margin: float = math.inf) -> npt.NDArray[np.float32]:
+    def step(self, token_id: int, *, precision: float, margin: float = math.inf) -> npt.NDArray[np.float32]:
         """Append one token at `precision` bits; return logits ``[V]`` that the next step overwrites.
 
         Those within `margin` of the best are exact. With a finite margin a bundle whose output layer is computed coarse
@@ -161,7 +161,7 @@ class Sequence:
             return f"make it larger (context_length up to {longest}) or shorten the text"
         return "shorten the text (this is all the model allows)"
 
-    def _runner(self, precision: int) -> GraphRunner:
+    def _runner(self, precision: float) -> GraphRunner:
         if precision not in self._decode:
             raise PmpdError(unknown_choice("precision", precision, self._decode))
         return self._decode[precision]

@@ -23,7 +23,7 @@ class Token:
 
     id: int
     index: int
-    precision: int
+    precision: float
     seconds: float
     text: str | None = None
 

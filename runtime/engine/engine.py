@@ -55,7 +55,7 @@ class Engine:
         *,
         device: str = "cpu",
         threads: int | None = None,
-        precisions: Sequence[int] | None = None,
+        precisions: Sequence[float] | None = None,
         kernels: bool | str | Path = True,
         accuracy: str | None = None,
         require_fast_kernels: bool = False,

@@ -245,7 +245,7 @@ def portable_kernels(manifest: Manifest, graph: Graph) -> list[NodeKernel]:
             graph=graph.file,
             node=planes.layer or "",
             op=MATMUL,
-            bits=planes.shape_at(graph.precision)[0],
+            bits=manifest.shape_at(planes, graph.precision)[0],
             n=planes.shape[1],
             k=None,
             kernel=PORTABLE,

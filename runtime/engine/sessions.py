@@ -64,7 +64,7 @@ def open_session(
     weights = []
     with _load_errors(path):
         for tensor in bundle.manifest.tensors_at(graph.precision):
-            view = bundle.tensor(tensor, planes=graph.precision)
+            view = bundle.tensor(tensor, planes=bundle.manifest.shape_at(tensor, graph.precision)[0])
             weights.append(device.wrap(view).value)
             options.add_initializer(tensor.name, weights[-1])
         session = ort.InferenceSession(path, options, providers=device.providers)

@@ -88,7 +88,10 @@ def check_graph(manifest: Manifest, graph: Graph, path: Path) -> None:
         raise BundleError(f"{path} cannot be read ({error.strerror}): copy the bundle again") from None
     content = read_graph_file(data, path)
     listed = {tensor.name: tensor for tensor in manifest.tensors}
-    wanted = {tensor.name: _initializer(tensor, graph.precision) for tensor in manifest.tensors_at(graph.precision)}
+    wanted = {
+        tensor.name: _initializer(tensor, manifest.shape_at(tensor, graph.precision))
+        for tensor in manifest.tensors_at(graph.precision)
+    }
     for name in sorted(listed.keys() & content.others):
         raise _disagreement(path, name, "an initializer of bundle.json and another value of the graph have this name")
     for name, initializer in content.initializers.items():
@@ -103,9 +106,8 @@ def check_graph(manifest: Manifest, graph: Graph, path: Path) -> None:
         raise _disagreement(path, name, "the graph does not read it")
 
 
-def _initializer(tensor: Tensor, precision: int) -> Initializer:
-    """Return a tensor as a graph of some precision has to name it."""
-    shape = tensor.shape_at(precision)
+def _initializer(tensor: Tensor, shape: tuple[int, ...]) -> Initializer:
+    """Return a tensor as a graph that reads `shape` of it has to name it."""
     length = tensor.length // tensor.shape[0] * shape[0]
     return Initializer(tensor.name, tensor.dtype, shape, External(tensor.file, tensor.offset, length))
 

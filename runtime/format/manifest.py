@@ -14,11 +14,13 @@ from typing import Any, Self
 
 from pmpd.runtime.errors import BundleError, one_line, unknown_choice
 from pmpd.runtime.format.bitplanes import MAX_PRECISION
+from pmpd.runtime.format.precision import check_mixes, is_precision
 from pmpd.runtime.format.quality import Quality
 from pmpd.runtime.format.tensor import DTYPE_SIZES, Tensor, check_tensors, coarse_codebooks
 from pmpd.runtime.format.typed_json import build, parse_object
 from pmpd.runtime.format.version1 import upgrade as upgrade_1
 from pmpd.runtime.format.version2 import upgrade as upgrade_2
+from pmpd.runtime.format.version3 import upgrade as upgrade_3
 
 __all__ = [
     "ACCURACIES",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 FORMAT = "pmpd-bundle"
-VERSION = 3
+VERSION = 4
 MANIFEST_NAME = "bundle.json"
 # How kernels compute: `exact` in float; `int8` with codebook entries and activations rounded to 8 bits.
 ACCURACIES = ("exact", "int8")
@@ -42,7 +44,7 @@ PHASES = ("prefill", "decode")
 ACTIVATIONS = ("float32", "float16")
 _KV_DTYPES = ("float16", "float32")
 DEVICES = ("cpu", "cuda")
-_UPGRADES = (upgrade_1, upgrade_2)  # from each version to the next
+_UPGRADES = (upgrade_1, upgrade_2, upgrade_3)  # from each version to the next
 # A reader's memory and time must not depend on what a manifest claims. Each limit is far above any model of today.
 MAX_MANIFEST_BYTES = 64 << 20  # one of 40 layers has 200 kB
 MAX_HASHED_BYTES = 1 << 30  # of all files but weights, which are hashed at every opening: a tokenizer has up to 40 MB
@@ -151,14 +153,14 @@ class Graph:
     Attributes:
         file: its file in the bundle.
         phase: ``prefill`` or ``decode``.
-        precision: bits that it reads of every nested layer.
+        precision: bits that it reads of every nested layer, or a mix.
         activations: data type of activations and logits.
         device: where it runs; a graph for one device need not run on another.
     """
 
     file: str
     phase: str
-    precision: int
+    precision: int | float
     activations: str = "float32"
     device: str = "cpu"
 
@@ -193,7 +195,7 @@ class Manifest:
         source: where the weights came from.
         architecture: the shape of the transformer.
         context_length: the longest text in tokens.
-        precisions: bits that the bundle decodes at, high to low.
+        precisions: bits that the bundle decodes at, high to low; one with decimals is a mix.
         parent_precision: bits of the nested codes.
         prefill_precision: bits that a prompt is read at.
         schedules: precision-switching schedules by name, as text (``static:3@16,2@32``).
@@ -210,15 +212,16 @@ class Manifest:
         skeleton: a skeleton has the graphs and the tensor table of a bundle without the weight files: it can be studied
             but not run.
         quality: what each precision costs; None where it was not measured.
+        mixes: for each precision that is a mix, as text, how many planes it reads of each nested layer.
     """
 
     producer: str
     source: Source
     architecture: Architecture
     context_length: int
-    precisions: tuple[int, ...]
+    precisions: tuple[int | float, ...]
     parent_precision: int
-    prefill_precision: int
+    prefill_precision: int | float
     schedules: dict[str, str]
     default_schedule: str
     kv_cache: KvContract
@@ -232,11 +235,15 @@ class Manifest:
     accuracy: str = "exact"
     skeleton: bool = False
     quality: Quality | None = None
+    mixes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        bits = (*self.precisions, self.prefill_precision, self.parent_precision)
-        if not all(1 <= number <= MAX_PRECISION for number in bits):
-            raise BundleError(f"bundle.json: precisions must be 1 to {MAX_PRECISION} bits: export the model again")
+        read = {*self.precisions, self.prefill_precision, *(graph.precision for graph in self.graphs)}
+        if not all(map(is_precision, (*read, self.parent_precision))):
+            raise BundleError(
+                f"bundle.json: precisions must be 1 to {MAX_PRECISION} bits, with two decimals at most: "
+                "export the model again"
+            )
         if not self.precisions or list(self.precisions) != sorted(set(self.precisions), reverse=True):
             raise BundleError(f"precisions must fall from high to low without repeats, got {list(self.precisions)}")
         if not 1 <= self.context_length <= _MAX_NUMBER:
@@ -250,10 +257,11 @@ class Manifest:
                 raise BundleError(f"bundle.json lists {len(entries):,} {what}: this is more than {_MAX_ENTRIES:,}")
         self._check_schedules()
         self._check_files()
+        check_mixes(self.mixes, read, self.tensors)
         self._check_graphs()
         self._check_cache()
         self._check_quality()
-        check_tensors(self.tensors, self.precisions)
+        check_tensors(self.tensors, lambda layer: {self.planes(layer, precision) for precision in read})
 
     def _check_schedules(self) -> None:
         """Check the form only; what a schedule means is checked where one is used (`pmpd.runtime.schedule`)."""
@@ -334,7 +342,7 @@ class Manifest:
         """The text of the default schedule."""
         return self.schedules[self.default_schedule]
 
-    def graph(self, phase: str, precision: int, *, device: str = "cpu") -> Graph:
+    def graph(self, phase: str, precision: float, *, device: str = "cpu") -> Graph:
         """Return the graph of a phase and precision, or raise BundleError."""
         for graph in self.graphs:
             if (graph.phase, graph.precision, graph.device) == (phase, precision, device):
@@ -343,13 +351,22 @@ class Manifest:
             f"the bundle has no {phase} graph at {precision} bits for {device}: it has {list(self.precisions)}"
         )
 
-    def tensors_at(self, precision: int) -> tuple[Tensor, ...]:
-        """Return the tensors that a graph of some precision reads: all but the codebooks of other precisions."""
-        nested = {tensor.layer for tensor in self.tensors if tensor.nested}
+    def planes(self, layer: str, precision: float) -> int:
+        """Return how many planes a graph of some precision reads of a nested layer."""
+        return precision if isinstance(precision, int) else self.mixes[str(precision)][layer]
+
+    def shape_at(self, tensor: Tensor, precision: float) -> tuple[int, ...]:
+        """Return the shape that a graph of some precision reads of a tensor: of nested planes the first ones."""
+        return tensor.shape_at(self.planes(tensor.layer or "", precision)) if tensor.nested else tensor.shape
+
+    def tensors_at(self, precision: float) -> tuple[Tensor, ...]:
+        """Return the tensors that a graph of some precision reads: all but codebooks for other numbers of planes."""
+        nested = {tensor.layer or "" for tensor in self.tensors if tensor.nested}
+        read = {layer: self.planes(layer, precision) for layer in nested}
         return tuple(
             tensor
             for tensor in self.tensors
-            if tensor.role != "codebook" or tensor.layer not in nested or tensor.bits == precision
+            if tensor.role != "codebook" or read.get(tensor.layer or "", tensor.bits) == tensor.bits
         )
 
     @cached_property

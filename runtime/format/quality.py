@@ -25,7 +25,7 @@ class PrecisionQuality:
         perplexity: of the text.
     """
 
-    precision: int
+    precision: int | float
     kl: float
     kl_ci95: float
     top1: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -86,9 +86,9 @@ class Tensor:
             return f"of {self.bits} bits must be {dtype} {form}, got {self.dtype} {list(self.shape)}"
         return "cannot be nested" if self.nested and self.role != "planes" else None
 
-    def shape_at(self, precision: int) -> tuple[int, ...]:
-        """Return the shape that a graph of some precision reads: of nested planes ``[P, N, S]`` the first p."""
-        return (precision, *self.shape[1:]) if self.nested else self.shape
+    def shape_at(self, planes: int) -> tuple[int, ...]:
+        """Return the shape that a graph reads that takes so many planes: of nested ones ``[P, N, S]`` the first."""
+        return (planes, *self.shape[1:]) if self.nested else self.shape
 
 
 def coarse_codebooks(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -100,8 +100,10 @@ def coarse_codebooks(tensors: Iterable[Tensor]) -> list[Tensor]:
     ]
 
 
-def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
-    """Check that a tensor table is whole: every layer has planes and a codebook for each precision it is read at.
+def check_tensors(tensors: Sequence[Tensor], read: Callable[[str], Collection[int]]) -> None:
+    """Check that a tensor table is whole: every layer has planes, and a codebook for each number that is read of them.
+
+    `read` says for a nested layer which numbers of its planes graphs read.
 
     Raises:
         BundleError: a tensor is listed twice, overlaps another, has other rows than its layer's planes or a codebook of
@@ -152,7 +154,7 @@ def check_tensors(tensors: Sequence[Tensor], precisions: Iterable[int]) -> None:
             )
     for layer, tensor in planes.items():
         stored = tensor.shape[0]
-        for bits in precisions if tensor.nested else (stored,):
+        for bits in sorted(read(layer or ""), reverse=True) if tensor.nested else (stored,):
             if bits > stored or (layer, "codebook", bits) not in parts:
                 raise BundleError(
                     f"layer {layer!r} cannot be read at {bits} bits: it has {stored} planes and "

@@ -34,8 +34,8 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
 def build(kind: Any, value: Any, where: str) -> Any:
     """Build a value of the annotated type `kind` from parsed JSON.
 
-    Dataclasses, ``tuple[X, ...]``, ``dict[str, X]``, ``X | None``, str, int, float, bool and Any are understood. A type
-    must match exactly: True is not an int, and 1 is not a float.
+    Dataclasses, ``tuple[X, ...]``, ``dict[str, X]``, ``X | None``, ``int | float``, str, int, float, bool and Any are
+    understood. A type must match exactly: True is not an int, and 1 is not a float.
 
     Raises:
         BundleError: a field is missing, unknown or mistyped, or the dataclass refuses its values.
@@ -43,8 +43,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
-    if origin is types.UnionType:  # X | None
-        return None if value is None else build(args[0], value, where)
+    if origin is types.UnionType:  # X | None, int | float
+        return value if type(value) in args else build(args[0], value, where)
     if is_dataclass(kind):
         return _dataclass(kind, value, where)
     if origin is tuple:

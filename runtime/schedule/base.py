@@ -35,7 +35,7 @@ class Prefill:
 class Plan(Protocol):
     """The precision of each decode step of one answer. It is asked once per step, in order."""
 
-    def precision(self, step: int) -> int:
+    def precision(self, step: int) -> float:
         """Return the precision of decode step `step`, in bits: one of its schedule's `precisions`."""
         ...
 
@@ -56,7 +56,7 @@ class Schedule(Protocol):
     """What a user names: it makes a plan for each prompt. Immutable, so that many answers may share it."""
 
     @property
-    def precisions(self) -> tuple[int, ...]:
+    def precisions(self) -> tuple[float, ...]:
         """Every precision that its plans may ask for, in bits."""
         ...
 

@@ -23,7 +23,7 @@ class ScheduleKind:
     """
 
     example: str
-    parse: Callable[[str, Sequence[int]], Schedule]
+    parse: Callable[[str, Sequence[float]], Schedule]
 
 
 KINDS = {
@@ -32,18 +32,19 @@ KINDS = {
 }
 
 
-def parse_schedule(text: str, precisions: Sequence[int]) -> Schedule:
+def parse_schedule(text: str, precisions: Sequence[float]) -> Schedule:
     """Read a schedule as users write it, for a model that has `precisions`.
 
-    ``uniform:P``, or just ``P``, decodes every token at P bits. ``static:P@STEP,…`` switches to P bits at decode step
-    STEP; where no precision is given for step 0, the highest one starts. (``static:3@0`` is therefore ``uniform:3``.)
+    ``uniform:P``, or just ``P``, decodes every token at P bits; P may be a mix, such as 3.25. ``static:P@STEP,…``
+    switches to P bits at decode step STEP; where no precision is given for step 0, the highest one starts.
+    (``static:3@0`` is therefore ``uniform:3``.)
 
     Raises:
         PmpdError: the text is not a schedule, a precision is not in the model, or the order breaks Eq. 3.
     """
     shown = one_line(repr(text), 100)
     kind, colon, arguments = text.strip().partition(":")
-    if not colon and re.fullmatch("[0-9]+", kind):
+    if not colon and re.fullmatch("[0-9.]+", kind):
         kind, arguments = "uniform", kind
     if kind not in KINDS:
         examples = [known.example for known in KINDS.values()]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Self
 
 from pmpd.runtime.errors import PmpdError, one_line
+from pmpd.runtime.format.precision import PRECISION, parse_precision
 from pmpd.runtime.schedule.base import Prefill, Schedule
 
 __all__ = ["StaticSchedule", "parse_static", "parse_uniform", "step_precisions"]
 
-_NUMBER = "([0-9]{1,9})"
+_STEP = "[0-9]{1,9}"
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class StaticSchedule:
         PmpdError: no switch at step 0, rising precisions, or starting points out of order.
     """
 
-    switches: tuple[tuple[int, int], ...]
+    switches: tuple[tuple[float, int], ...]
 
     def __post_init__(self) -> None:
         if fault := _fault(self.switches):
             raise PmpdError(f"schedule {self}: {fault}")
 
     @property
-    def precisions(self) -> tuple[int, ...]:
+    def precisions(self) -> tuple[float, ...]:
         """Every precision the schedule uses, high to low."""
         return tuple(precision for precision, _ in self.switches)
 
@@ -41,7 +42,7 @@ class StaticSchedule:
         """Return the schedule itself: the prompt changes nothing."""
         return self
 
-    def precision(self, step: int) -> int:
+    def precision(self, step: int) -> float:
         """Return the precision of decode step `step`, in bits."""
         return next(precision for precision, start in reversed(self.switches) if start <= step)
 
@@ -51,7 +52,7 @@ class StaticSchedule:
         return "static:" + ",".join(f"{precision}@{start}" for precision, start in self.switches)
 
 
-def step_precisions(schedule: Schedule, steps: int) -> tuple[int, ...]:
+def step_precisions(schedule: Schedule, steps: int) -> tuple[float, ...]:
     """Return the bits of the first `steps` decode steps, for callers that have no prompt to begin a plan with.
 
     Raises:
@@ -65,25 +66,24 @@ def step_precisions(schedule: Schedule, steps: int) -> tuple[int, ...]:
     return tuple(map(schedule.precision, range(steps)))
 
 
-def parse_uniform(text: str, precisions: Sequence[int]) -> StaticSchedule:
+def parse_uniform(text: str, precisions: Sequence[float]) -> StaticSchedule:
     """Read ``BITS``. Raises PmpdError with the reason alone."""
-    match = re.fullmatch(_NUMBER, text.strip())
-    if match is None:
+    if not re.fullmatch(PRECISION, text.strip()):
         raise PmpdError(f"{one_line(repr(text), 100)} does not fit the form uniform:BITS")
-    return StaticSchedule(((int(match[1]), 0),))
+    return StaticSchedule(((parse_precision(text.strip()), 0),))
 
 
-def parse_static(text: str, precisions: Sequence[int]) -> StaticSchedule:
+def parse_static(text: str, precisions: Sequence[float]) -> StaticSchedule:
     """Read ``BITS@STEP,BITS@STEP,…``; the highest precision starts where none is given for step 0.
 
     Raises PmpdError with the reason alone.
     """
-    switches = []
+    switches = list[tuple[float, int]]()
     for item in text.split(","):
-        match = re.fullmatch(f"{_NUMBER}@{_NUMBER}", item.strip())
+        match = re.fullmatch(f"({PRECISION})@({_STEP})", item.strip())
         if match is None:
             raise PmpdError(f"{one_line(repr(item), 100)} does not fit the form static:BITS@STEP,BITS@STEP,…")
-        switches.append((int(match[1]), int(match[2])))
+        switches.append((parse_precision(match[1]), int(match[2])))
     implied = switches[0][1] != 0
     if implied:
         switches.insert(0, (max(precisions), 0))
@@ -93,7 +93,7 @@ def parse_static(text: str, precisions: Sequence[int]) -> StaticSchedule:
     return StaticSchedule(tuple(switches))
 
 
-def _fault(switches: tuple[tuple[int, int], ...]) -> str | None:
+def _fault(switches: tuple[tuple[float, int], ...]) -> str | None:
     """Return why switch points are not a schedule, or None."""
     bits = [precision for precision, _ in switches]
     starts = [start for _, start in switches]

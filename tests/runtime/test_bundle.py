@@ -86,8 +86,8 @@ def test_tensors_are_read_only_views_of_one_mapping(demo_bundle: Path) -> None:
         (lambda p: (p / "bundle.json").write_bytes(b"\xff\xfe\x00garbage"), "is not UTF-8 text"),
         (lambda p: (p / "bundle.json").write_bytes(bytes(range(32, 127)) * 9), "not valid JSON"),
         (
-            lambda p: edit_manifest(p, lambda d: d.update(version=4)),
-            "has version 4, this runtime reads versions 1 to 3",
+            lambda p: edit_manifest(p, lambda d: d.update(version=5)),
+            "has version 5, this runtime reads versions 1 to 4",
         ),
         (lambda p: edit_manifest(p, lambda d: d.update(format="gguf")), "this is not a PMPD bundle"),
         (lambda p: edit_manifest(p, lambda d: d.pop("graphs")), "has no field 'graphs'"),

@@ -92,7 +92,7 @@ def manifest() -> Manifest:
 def old_document() -> Document:
     """The same manifest as version 1 had it, where names said what tensors were for."""
     old = document()
-    for name in ("schedules", "default_schedule", "verified", "skeleton"):
+    for name in ("schedules", "default_schedule", "verified", "skeleton", "mixes"):
         del old[name]
     for tensor in old["tensors"]:
         del tensor["role"], tensor["layer"], tensor["bits"]
@@ -109,12 +109,12 @@ def document() -> Document:
 def test_round_trip() -> None:
     assert Manifest.from_json(manifest().to_json()) == manifest()
     assert document()["format"] == "pmpd-bundle"
-    assert document()["version"] == 3
+    assert document()["version"] == 4
 
 
-def test_the_text_of_version_3_is_fixed() -> None:
-    text = (GOLDEN / "v2-bundle.json").read_text(encoding="utf-8")
-    assert manifest().to_json() == text.replace('"version": 2,', '"version": 3,')
+def test_the_text_of_version_4_is_fixed() -> None:
+    text = (GOLDEN / "v2-bundle.json").read_text(encoding="utf-8").replace('"version": 2,', '"version": 4,')
+    assert manifest().to_json() == text.removesuffix("\n}\n") + ',\n "mixes": {}\n}\n'
 
 
 def test_a_manifest_of_version_2_is_upgraded() -> None:
@@ -160,6 +160,7 @@ def test_a_quality_that_cannot_be_is_refused(edit: Callable[[Document], object],
 
 def test_a_role_that_version_2_does_not_know_is_refused_there() -> None:
     changed = coarse_document() | {"version": 2}
+    del changed["mixes"]
     with pytest.raises(BundleError, match=r"'head\.basis' has the role 'basis', which version 2 does not know"):
         Manifest.from_json(json.dumps(changed))
 
@@ -323,8 +324,8 @@ def drop(*path: str | int) -> Callable[[Document], None]:
     [
         (drop("format"), "does not say format 'pmpd-bundle'"),
         (change("format", to="gguf"), "does not say format 'pmpd-bundle'"),
-        (drop("version"), "has version None, this runtime reads versions 1 to 3"),
-        (change("version", to=4), "has version 4, this runtime reads versions 1 to 3: upgrade pmpd"),
+        (drop("version"), "has version None, this runtime reads versions 1 to 4"),
+        (change("version", to=5), "has version 5, this runtime reads versions 1 to 4: upgrade pmpd"),
         (change("version", to=True), "has version True"),
         (change("version", to=2.0), "has version 2.0"),
         (drop("default_schedule"), "bundle.json has no field 'default_schedule'"),

@@ -51,6 +51,14 @@ def test_a_number_alone_is_uniform() -> None:
     assert parse_schedule("static:3@0", (4, 3, 2)) == parse_schedule("3", (4, 3, 2))
 
 
+def test_a_mix_is_named_by_its_number() -> None:
+    schedule = parse_schedule("static:3.25@2,3@4", (4, 3.25, 3))
+    assert str(schedule) == "static:4@0,3.25@2,3@4"
+    assert step_precisions(schedule, 5) == (4, 4, 3.25, 3.25, 3)
+    assert str(parse_schedule("3.50", (4, 3.5))) == "uniform:3.5"
+    assert str(parse_schedule("4.0", (4, 3.5))) == "uniform:4"
+
+
 def test_a_static_schedule_is_its_own_plan() -> None:
     schedule = StaticSchedule(((4, 0), (2, 3)))
     assert schedule.begin(None) is schedule
@@ -99,6 +107,9 @@ def test_explicit_start_replaces_the_highest_precision() -> None:
         ("uniform:４", "schedule 'uniform:４': '４' does not fit the form uniform:BITS"),
         ("４", "unknown schedule '４'"),
         ("static:3@２", "'3@２' does not fit the form"),
+        ("4.", "'4.' does not fit the form uniform:BITS"),
+        ("uniform:3.125", "does not fit the form"),
+        ("3.25", "unknown precision '3.25': choose one of"),
         ("5", "schedule '5': unknown precision '5': choose one of 4, 3, 2"),
         ("static:4@8", "schedule 'static:4@8': precisions must fall"),
         ("static:4@8", "step 0 starts at 4 bits, the highest, as no precision is given for it"),

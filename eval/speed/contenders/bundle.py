@@ -16,16 +16,16 @@ __all__ = ["BundleContender", "load"]
 class _Steps:
     """A schedule as a list: the precision of each decode step."""
 
-    bits: Sequence[int]
+    bits: Sequence[float]
 
     @property
-    def precisions(self) -> tuple[int, ...]:
+    def precisions(self) -> tuple[float, ...]:
         return tuple(sorted(set(self.bits), reverse=True))
 
     def begin(self, prefill: Prefill) -> Self:
         return self
 
-    def precision(self, step: int) -> int:
+    def precision(self, step: int) -> float:
         return self.bits[step]
 
 
@@ -39,7 +39,7 @@ class BundleContender:
         library = self._generator.kernel_library
         self.facts: dict[str, Any] = {"kernels": library and library.info}
 
-    def run(self, *, prompt: Sequence[int], precisions: Sequence[int]) -> dict[str, Any]:
+    def run(self, *, prompt: Sequence[int], precisions: Sequence[float]) -> dict[str, Any]:
         """Time a prompt and a decode step at each of `precisions` after it, in seconds."""
         generator = self._generator
         generator.kernels(reset=True)
