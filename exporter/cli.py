@@ -36,6 +36,7 @@ log = logging.getLogger("pmpd.exporter")
 _EXAMPLES = (
     "pmpd-export --model demo --output demo-pmpd",
     "pmpd-export --model ./Phi-1.5 --precisions 4,3,2 --calibration stories.txt --schedule static:3@16,2@32",
+    "pmpd-export --model ./Phi-1.5 --precisions 4,3.25,3 --calibration own    # a precision between 3 and 4",
     "pmpd-export --model vicuna-7b --skeleton    # graphs alone, for pmpd-npu",
 )
 
@@ -46,7 +47,7 @@ def _calibration(_context: click.Context, _parameter: click.Parameter, value: st
     return calibration_text(value)
 
 
-def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
     from pmpd.exporter.config import parse_bits
     from pmpd.runtime.errors import PmpdError
 
@@ -54,6 +55,15 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
         return parse_bits(value)
     except PmpdError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _single_bits(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    if value is None:
+        return None
+    (bits, *others) = _bits(context, parameter, value)
+    if others:
+        raise click.BadParameter(f"{value!r} is more than one precision")
+    return bits
 
 
 @click.command(
@@ -82,7 +92,8 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     metavar="LIST",
     show_default=True,
     callback=_bits,
-    help="Bits of the weights that decoding can use, from high to low.",
+    help="Bits of the weights that decoding can use, from high to low. One such as 3.25 is a mix: 3.25 in the mean, "
+    "more in layers where it pays most (needs --calibration).",
 )
 @click.option(
     "--parent",
@@ -106,7 +117,12 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
     show_default=True,
     help="Precision whose codebooks k-means finds directly; higher ones split its clusters.",
 )
-@click.option("--prefill", type=int, metavar="BITS", help="Bits of the prompt's graph.  [default: the highest]")
+@click.option(
+    "--prefill",
+    callback=_single_bits,
+    metavar="BITS",
+    help="Bits of the prompt's graph.  [default: the highest]",
+)
 @click.option(
     "--head-precision", type=int, metavar="BITS", help="Bits of the output layer in all graphs.  [default: 6]"
 )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pmpd.exporter.quantize import METHODS
+from pmpd.exporter.quantize.losses import MEASURES
 from pmpd.exporter.source.models import published_name
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bitplanes import MAX_PRECISION
 from pmpd.runtime.format.manifest import ACCURACIES
+from pmpd.runtime.format.precision import is_precision, parse_precision
 from pmpd.runtime.schedule.registry import parse_schedule
 from pmpd.tvm_kernels.targets import find_target, host_target
 
@@ -32,21 +35,25 @@ OWN_TEXT = "own"
 """In the place of a calibration text: what the model writes itself."""
 
 
-def parse_bits(argument: str) -> tuple[int, ...]:
-    """Read precisions, such as ``4,3,2``.
+def parse_bits(argument: str) -> tuple[float, ...]:
+    """Read precisions, such as ``4,3,2`` or ``4,3.25,3``.
 
     Raises:
         PmpdError: that is not what it is.
     """
     try:
-        return tuple(int(bits) for bits in argument.split(","))
-    except ValueError:
-        raise PmpdError(f"{argument!r} is not a list of bits like 4,3,2") from None
+        return tuple(parse_precision(bits.strip()) for bits in argument.split(","))
+    except PmpdError as error:
+        raise PmpdError(f"{argument!r} is not a list of bits like 4,3,2 or 4,3.25,3: {error}") from None
 
 
 def calibration_text(argument: str | None) -> Path | str | None:
     """Return what an option's argument stands for: a file, `OWN_TEXT`, or nothing."""
     return argument if argument in (None, OWN_TEXT) else Path(argument)
+
+
+def _mixes(precisions: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(bits for bits in precisions if not isinstance(bits, int))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +70,11 @@ class ResolvedConfig:
     model: str
     output: Path
     revision: str | None
-    precisions: tuple[int, ...]
+    precisions: tuple[float, ...]
     parent: int
     method: str
     seed_precision: int
-    prefill: int
+    prefill: float
     head_precision: int
     embedding_precision: int | None
     coarse_precision: int | None
@@ -82,6 +89,21 @@ class ResolvedConfig:
     accuracy: str
     overwrite: bool
     verify: bool
+
+    @property
+    def mixes(self) -> tuple[float, ...]:
+        """The precisions that read other numbers of planes in other layers, high to low."""
+        return _mixes(self.precisions)
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """The numbers of planes that layers have codebooks for, high to low.
+
+        Those of the precisions; with mixes all from the lowest precision to the parent, for layers to choose from.
+        """
+        if self.mixes:
+            return tuple(range(self.parent, math.floor(self.precisions[-1]) - 1, -1))
+        return tuple(map(int, self.precisions))
 
     def to_json(self) -> dict[str, Any]:
         """Return what decides the bundle's contents, as JSON-ready data; of local paths only the last part."""
@@ -103,8 +125,8 @@ class ExportConfig:
         model: hub id, alias, folder or GGUF file.
         output: the bundle's folder.
         revision: branch, tag or commit on the hub.
-        precisions: bits to decode at; one graph each.
-        parent: bits of the nested codes; default the highest precision.
+        precisions: bits to decode at; one graph each. One with decimals is a mix, which needs calibration.
+        parent: bits of the nested codes; default the highest precision, rounded up.
         method: how weights are quantized, one of `METHODS`.
         seed_precision: bits of the first clustering; each further bit splits the clusters in two.
         prefill: bits to prefill at; default the highest precision.
@@ -132,11 +154,11 @@ class ExportConfig:
     model: str
     output: Path
     revision: str | None = None
-    precisions: tuple[int, ...] = (4, 3, 2)
+    precisions: tuple[float, ...] = (4, 3, 2)
     parent: int | None = None
     method: str = DEFAULT_METHOD
     seed_precision: int = 2
-    prefill: int | None = None
+    prefill: float | None = None
     head_precision: int = DEFAULT_HEAD_PRECISION
     embedding_precision: int | None = None
     coarse_precision: int | None = None
@@ -161,6 +183,8 @@ class ExportConfig:
         ):
             if not 1 <= bits <= MAX_PRECISION:
                 raise PmpdError(f"{name} must be 1 to {MAX_PRECISION} bits, got {bits}")
+        if odd := [bits for bits in self.precisions if not is_precision(bits)]:
+            raise PmpdError(f"a precision is a whole number or has one or two decimals, got {odd[0]!r}")
         if not self.precisions or list(self.precisions) != sorted(set(self.precisions), reverse=True):
             raise PmpdError(f"precisions must fall without repeats (4,3,2), got {','.join(map(str, self.precisions))}")
         if self.coarse_precision and not 0 < self.coarse_precision < self.head_precision:
@@ -199,10 +223,25 @@ class ExportConfig:
         if self.method not in METHODS:
             raise PmpdError(unknown_choice("method", self.method, METHODS))
         method = METHODS[self.method]
+        self._check_mixes()
         if self.calibration is None and method.requires:
             raise PmpdError(f"method {self.method} needs a calibration text: add --calibration {OWN_TEXT}, or a file")
         if self.calibration is not None and not method.needs:
             raise PmpdError(f"method {self.method} uses no calibration text: leave out --calibration")
+
+    def _check_mixes(self) -> None:
+        mixes = ", ".join(map(str, _mixes(self.precisions)))
+        if mixes and not METHODS[self.method].needs & MEASURES:
+            methods = [name for name, method in METHODS.items() if method.needs & MEASURES]
+            raise PmpdError(
+                f"precision {mixes}: method {self.method} cannot tell which layers should read more planes: take "
+                f"--method {' or '.join(methods)}, or whole precisions"
+            )
+        if mixes and self.calibration is None:
+            raise PmpdError(
+                f"precision {mixes}: which layers read more planes follows from a calibration text: add --calibration "
+                f"{OWN_TEXT}, or a file; without weights (--skeleton), take whole precisions"
+            )
 
     def resolve(self) -> ResolvedConfig:
         """Return the configuration with every default filled in."""
@@ -215,7 +254,7 @@ class ExportConfig:
             output=self.output,
             revision=self.revision,
             precisions=self.precisions,
-            parent=high if self.parent is None else self.parent,
+            parent=math.ceil(high) if self.parent is None else self.parent,
             method=self.method,
             seed_precision=self.seed_precision,
             prefill=high if self.prefill is None else self.prefill,

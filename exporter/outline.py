@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,17 +16,20 @@ from pmpd.exporter.bundle.plan import WeightPlan, external_tensor, plan_weights
 from pmpd.exporter.config import DEFAULT_EMBEDDING_PRECISION, ResolvedConfig
 from pmpd.exporter.graph.logits import BITPLANE_LOGITS
 from pmpd.exporter.graph.operators import BITPLANE_MATMUL
-from pmpd.exporter.nn import BitplaneEmbedding, BitplaneLinear, BitplaneLogits, LinearFactory
+from pmpd.exporter.nn import BitplaneEmbedding, BitplaneLinear, BitplaneLogits, LinearFactory, apart
 from pmpd.exporter.onnx_model import Phase, build_graph
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import Architecture, FileEntry, Graph, KvContract, Manifest, Source
+from pmpd.runtime.format.precision import planes_read
 
 __all__ = ["Outline", "coarse_bits", "file_entry"]
 
 # Coarse to fine pays for vocabularies and output layers of at least this size, and from this precision on; see README.
 LEAST_WORDS, LEAST_WEIGHTS, LEAST_HEAD = 32_000, 1 << 24, 6
 COARSE = 4
+# Products of their own in bundles with mixes: few weights, which lose far more than others when they read fewer planes.
+APART = ("v_proj",)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Outline:
         family: its architecture.
         network: its network at the highest precision; it holds no weights.
         plan: the layout of the weight file.
+        mixes: as in the manifest; none until layers are quantized.
     """
 
     config: ResolvedConfig
@@ -46,6 +50,7 @@ class Outline:
     family: Family
     network: Decoder
     plan: WeightPlan
+    mixes: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: ResolvedConfig, source: Source, document: Mapping[str, Any]) -> Self:
@@ -60,8 +65,8 @@ class Outline:
                 f"embedding precision {config.embedding_precision}: this model's embedding is tied to its output layer "
                 "and stored once: use --head-precision"
             )
-        network = _network(config, family, config.precisions[0], coarse=coarse_bits(config, family))
-        return cls(config, source, family, network, plan_weights(network, config.precisions, config.parent))
+        network = _network(config, family, config.planes[0], coarse=coarse_bits(config, family))
+        return cls(config, source, family, network, plan_weights(network, config.planes, config.parent))
 
     @property
     def parameters(self) -> int:
@@ -71,7 +76,7 @@ class Outline:
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
         config, shape, plan = self.config, self.family.shape, self.plan
-        graph = self.model(self.graphs[1]).graph
+        graph = self.model(replace(self.graphs[1], precision=config.planes[0])).graph  # mixes have the same nodes
         last = f"model/layers.{shape.layers - 1}/"
         a_layer = sum((node.name or "").startswith(last) for node in graph)
         products = sum(node.op_type in (BITPLANE_MATMUL, BITPLANE_LOGITS) for node in graph)
@@ -106,11 +111,19 @@ class Outline:
         phase: Phase = "prefill" if graph.phase == "prefill" else "decode"
         # A prompt's graph computes the output layer once: it reads all of it.
         coarse = coarse_bits(self.config, self.family) if phase == "decode" else None
-        network = _network(self.config, self.family, int(graph.precision), coarse=coarse)
+        network = _network(self.config, self.family, self.config.planes[0], coarse=coarse)
+        read = {
+            layer.name: planes_read(self.mixes, graph.precision, layer.name) if layer.module.nested else layer.parent
+            for layer in self.plan.linears
+        }
+        for name, module in network.named_modules():
+            if isinstance(module, BitplaneLinear) and module.nested:
+                module.read(read[name])
         model = build_graph(network, phase=phase, producer=_producer())
         for name, value in model.graph.initializers.items():
             if name in self.plan.tensors:
-                value.const_value = external_tensor(self.plan.tensors[name], planes=int(graph.precision))
+                tensor = self.plan.tensors[name]
+                value.const_value = external_tensor(tensor, planes=read.get(tensor.layer or "", 0))
         return model
 
     def write_graphs(self, folder: Path) -> None:
@@ -157,6 +170,7 @@ class Outline:
             accuracy=config.accuracy,
             kernels=dict(kernels or {}),
             skeleton=skeleton,
+            mixes=self.mixes,
         )
 
 
@@ -175,7 +189,9 @@ def coarse_bits(config: ResolvedConfig, family: Family) -> int | None:
 
 
 def _network(config: ResolvedConfig, family: Family, precision: int, *, coarse: int | None) -> Decoder:
-    linear = partial(BitplaneLinear, precision=precision, groups=config.groups)
+    linear: LinearFactory = partial(BitplaneLinear, precision=precision, groups=config.groups)
+    if config.mixes:
+        linear = apart(linear, APART)
     head: LinearFactory = partial(BitplaneLinear, precision=config.head_precision, groups=config.groups, nested=False)
     if coarse is not None:
         head = partial(BitplaneLogits, precision=config.head_precision, coarse=coarse)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pmpd.exporter.allocate import allocate
 from pmpd.exporter.arch import read_family
 from pmpd.exporter.bundle.card import CARD, model_card
 from pmpd.exporter.bundle.coarse import basis_of, coarse_tensors
@@ -29,6 +30,7 @@ from pmpd.exporter.config import DEFAULT_METHOD, ExportConfig, ResolvedConfig
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
 from pmpd.exporter.quantize import METHODS, Method, NestedCodes
+from pmpd.exporter.quantize.losses import predicted_losses
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
@@ -42,6 +44,7 @@ from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.runtime.format.bundle import Bundle, sha256_of
 from pmpd.runtime.format.manifest import MANIFEST_NAME, Manifest
+from pmpd.runtime.format.precision import describe_mix
 from pmpd.tvm_kernels import require_toolchain
 
 __all__ = ["Export", "export_bundle"]
@@ -151,7 +154,7 @@ class Export:
     def kernel_precisions(self) -> tuple[int, ...]:
         """Bits of all weights that a kernel may meet, high to low."""
         coarse = coarse_bits(self.config, self.outline.family)
-        met = {*self.config.precisions, self.config.head_precision, *(() if coarse is None else (coarse,))}
+        met = {*self.config.planes, self.config.head_precision, *(() if coarse is None else (coarse,))}
         return tuple(sorted(met, reverse=True))
 
     def _kernels(self) -> str:
@@ -166,7 +169,7 @@ class Export:
         Raises:
             PmpdError: the checkpoint is damaged, or the verification fails; nothing is published then.
         """
-        config, outline = self.config, self.outline
+        config = self.config
         with Workspace.open(config.output, self.fingerprint, self.plan, overwrite=config.overwrite) as workspace:
             if workspace.done:
                 steps = len(self.plan.layers) + 1 + len(config.targets)
@@ -174,6 +177,7 @@ class Export:
             self._build_kernels(workspace)
             copy_text_files(self.checkpoint, workspace.path)
             self._quantize(workspace)
+            outline = replace(self.outline, mixes=self._mixes(workspace))
             outline.write_graphs(workspace.path)
             kernels = built_kernels(config.targets, workspace)
             card = workspace.path / CARD
@@ -207,12 +211,52 @@ class Export:
         statistics = self.statistics()
         for layer in track(left, step="quantize", total=len(left)):
             quantized = self.quantized(layer, statistics)
-            tensors = layer.tensors(quantized, checkpoint)
+            tensors, losses = layer.tensors(quantized, checkpoint), None
+            if self.config.mixes and layer.module.nested:
+                losses = self._losses(layer, quantized, statistics)
             if isinstance(layer.module, BitplaneLogits):
                 basis = self._basis(workspace, layer.module.basis.shape[0])
                 coarse = coarse_tensors(layer.name, quantized, layer.parent, layer.module.coarse, basis)
                 tensors = chain(tensors, coarse)
-            workspace.write(layer.name, tensors)
+            workspace.write(layer.name, tensors, note=losses)
+
+    def _losses(
+        self, layer: LinearLayer, quantized: NestedCodes, statistics: StatisticsStore | None
+    ) -> dict[int, float]:
+        """Return what a layer adds to the model's loss at each number of planes.
+
+        Raises:
+            PmpdError: no statistics of the layer can tell.
+        """
+        losses, begin = dict.fromkeys(quantized.codebooks, 0.0), 0
+        for part, name in enumerate(layer.weight_names):
+            weight, scale = layer.part_weight(part, self.checkpoint.tensor(name)), layer.module.parts[part].scale
+            rows = slice(begin, begin + len(weight))
+            codes = NestedCodes(quantized.codes[rows], {p: book[rows] for p, book in quantized.codebooks.items()})
+            known = {} if statistics is None else statistics.of(layer, part)
+            try:
+                of_part = predicted_losses(weight, codes, layer.parent, known)
+            except PmpdError as error:
+                raise PmpdError(f"tensor {name!r}: {error}") from None
+            for planes, loss in of_part.items():
+                losses[planes] += loss / scale**2  # gradients are those of what is not scaled yet
+            begin = rows.stop
+        return losses
+
+    def _mixes(self, workspace: Workspace) -> dict[str, dict[str, int]]:
+        """Return how many planes each mix reads of each nested layer, which all are quantized.
+
+        Raises:
+            PmpdError: no choice comes near a precision.
+        """
+        nested = [layer for layer in self.plan.linears if layer.module.nested]
+        sizes = {layer.name: self.plan.planes(layer.name).length // layer.parent for layer in nested}
+        mixes = {}
+        for precision in self.config.mixes:
+            losses = {name: {int(planes): loss for planes, loss in workspace.done[name].items()} for name in sizes}
+            mixes[str(precision)] = allocate(losses, sizes, precision)
+            log.info("mix       %s: %s", precision, describe_mix(mixes[str(precision)]))
+        return mixes
 
     def statistics(self) -> StatisticsStore | None:
         """Return the statistics that the method uses, from the user's cache or computed now; None without calibration.

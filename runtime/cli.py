@@ -400,6 +400,8 @@ def _read_tools(file: Path) -> list[dict[str, Any]]:
 
 def _info(manifest: Manifest) -> Iterator[str]:
     """Yield what `--info` prints, line by line."""
+    from pmpd.runtime.format.precision import describe_mix
+
     model, source, quality = manifest.architecture, manifest.source, manifest.quality
     size = sum(entry.size for entry in manifest.files.values())
     kernels = f"{', '.join(manifest.kernels)}: {manifest.accuracy}" if manifest.kernels else "none"
@@ -407,6 +409,7 @@ def _info(manifest: Manifest) -> Iterator[str]:
     yield f"model     {name}, {model.parameters / 1e6:,.1f} M parameters, {model.layers} layers"
     yield f"bundle    {byte_text(size)}, context {manifest.context_length}, made by {producer}"
     yield f"bits      {'/'.join(map(str, manifest.precisions))}, prefill at {manifest.prefill_precision}"
+    yield from (f"mix       {name}: {one_line(describe_mix(planes), 500)}" for name, planes in manifest.mixes.items())
     yield f"schedule  {manifest.schedule}"
     yield f"kernels   {kernels}"
     if quality is None:

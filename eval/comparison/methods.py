@@ -163,7 +163,7 @@ def compare_methods(
             for layer in track(layers, step=f"quantize {choice}", total=len(layers))
         ]
         seconds = time.monotonic() - begin
-        for precision in export.config.precisions:
+        for precision in export.config.planes:
             with _weights(network, quantized, precision):
                 yield MethodScores(str(choice), precision, *windows.scores(), seconds)
 

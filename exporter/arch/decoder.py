@@ -28,6 +28,7 @@ from pmpd.exporter.nn import (
     Part,
     RMSNorm,
     RotaryTables,
+    SplitLinear,
     TiedEmbedding,
 )
 
@@ -122,7 +123,9 @@ class Decoder(nn.Module):
     With a `softcap` c, logits are ``c tanh(x / c)``: never beyond c, and in the same order.
     """
 
-    def __init__(self, shape: DecoderShape, body: Body, head: Linear, *, softcap: float | None = None) -> None:
+    def __init__(
+        self, shape: DecoderShape, body: Body, head: Linear | SplitLinear, *, softcap: float | None = None
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.softcap = softcap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pmpd.runtime.console.output import markdown_table
 from pmpd.runtime.format.manifest import Manifest
+from pmpd.runtime.format.precision import describe_mix
 
 __all__ = ["CARD", "model_card", "skeleton_card"]
 
@@ -21,6 +22,7 @@ def model_card(manifest: Manifest, *, name: str) -> str:
     stored = next(planes, None)
     tables = f"{head} bits, embedding " + ("tied to it" if stored is None else f"{stored} bits")
     phases = f"decodes at {bits} bits, prefills at {manifest.prefill_precision}"
+    mixes = "".join(f"| planes at {name} bits | {describe_mix(mix)} |\n" for name, mix in manifest.mixes.items())
     front = f"license: {source.license}\n" if source.license else ""
     files = "\n".join(f"| {file} | {entry.size:,} |" for file, entry in sorted(manifest.files.items()))
     checks = manifest.verification
@@ -50,7 +52,7 @@ tags: [onnx, pmpd]
 | architecture | {architecture.family}, {size}, {architecture.layers} layers |
 | context | {manifest.context_length} tokens |
 | precisions | {phases}, from {manifest.parent_precision} bit-planes |
-| output layer | {tables} |
+{mixes}| output layer | {tables} |
 | default schedule | `{manifest.schedule}` |
 | kernels | {kernels} |
 | licence of the weights | {source.license or "see the source model"} |

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pmpd.exporter.quantize import NestedCodes
     from pmpd.exporter.source.checkpoint import Checkpoint
 
-__all__ = ["LinearLayer", "checkpoint_shapes", "parent_scope", "plain_tensors", "select"]
+__all__ = ["LinearLayer", "checkpoint_scope", "checkpoint_shapes", "parent_scope", "plain_tensors", "select"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LinearLayer:
     @property
     def weight_names(self) -> tuple[str, ...]:
         """The checkpoint's weights whose rows it stacks."""
-        scope = parent_scope(self.name)
+        scope = checkpoint_scope(self.name, self.module)
         return tuple(f"{scope}{part.name}.weight" for part in self.module.parts)
 
     def part_weight(self, part: int, tensor: Any) -> npt.NDArray[np.float32]:
@@ -81,7 +81,7 @@ class LinearLayer:
 
     def bias(self, checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
         """Stack the biases: float32 ``[N]``."""
-        scope = parent_scope(self.name)
+        scope = checkpoint_scope(self.name, self.module)
         return np.concatenate(
             [
                 select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0) * part.scale
@@ -102,10 +102,11 @@ def checkpoint_shapes(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]
     """Yield every tensor that a network takes from its checkpoint, with the shape it must have there."""
     for scope, module in network.named_modules():
         if isinstance(module, Linear):
+            parts = checkpoint_scope(scope, module)
             for part in module.parts:
-                yield f"{parent_scope(scope)}{part.name}.weight", (part.rows, module.source_features)
+                yield f"{parts}{part.name}.weight", (part.rows, module.source_features)
                 if module.has_bias:
-                    yield f"{parent_scope(scope)}{part.name}.bias", (part.rows,)
+                    yield f"{parts}{part.name}.bias", (part.rows,)
         for name, parameter in module.named_parameters(prefix=scope, recurse=False):
             if isinstance(parameter, Stored):
                 sources = parameter.sources or (name.removeprefix(f"{scope}."),)
@@ -141,6 +142,14 @@ def plain_tensors(
                 yield name, array
             elif parameter.const_value is not None:
                 yield name, parameter.const_value.numpy()
+
+
+def checkpoint_scope(name: str, module: Linear) -> str:
+    """Return what the checkpoint puts before the names of a layer's parts."""
+    for _ in range(module.depth):
+        scope = parent_scope(name)
+        name = scope.removesuffix(".")
+    return scope
 
 
 def parent_scope(name: str) -> str:

@@ -7,6 +7,7 @@ are on disk. A killed export therefore resumes from the journal, and anything no
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -48,13 +49,13 @@ class Workspace:
     Attributes:
         folder: holds the journal and the bundle.
         path: the bundle being written.
-        done: the steps in the journal.
+        done: the steps in the journal, and what they noted: JSON-ready data.
     """
 
     def __init__(self, folder: Path, destination: Destination, plan: WeightPlan) -> None:
         self.folder = folder
         self.path = folder / _BUNDLE
-        self.done: set[str] = set()
+        self.done: dict[str, Any] = {}
         self._destination = destination
         self._plan = plan
 
@@ -89,7 +90,8 @@ class Workspace:
             # A line that a kill cut short has no newline and does not count. Whole lines are never written again.
             whole = journal.read_bytes().rpartition(b"\n")
             os.truncate(journal, len(whole[0]) + len(whole[1]))
-            self.done = set(whole[0].decode(errors="replace").splitlines())
+            lines = (line.partition("\t") for line in whole[0].decode(errors="replace").splitlines())
+            self.done = {step: json.loads(note or "null") for step, _, note in lines}
         else:
             journal.write_bytes(b"")
             with weights.open("wb") as file:
@@ -103,8 +105,8 @@ class Workspace:
             else:  # a kill between publication and this
                 shutil.rmtree(other)
 
-    def write(self, step: str, tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> None:
-        """Write tensors to their places in the weight file, then put `step` on record."""
+    def write(self, step: str, tensors: Iterable[tuple[str, npt.NDArray[Any]]], *, note: Any = None) -> None:
+        """Write tensors to their places in the weight file, then put `step` on record with a note."""
         with (self.path / WEIGHTS_FILE).open("r+b") as file:
             for name, array in tensors:
                 place = self._plan.tensors[name]
@@ -117,15 +119,15 @@ class Workspace:
                 file.write(np.ascontiguousarray(array).data)
             file.flush()
             os.fsync(file.fileno())
-        self.record(step)
+        self.record(step, note=note)
 
-    def record(self, step: str) -> None:
-        """Put a step on record whose results are on disk."""
+    def record(self, step: str, *, note: Any = None) -> None:
+        """Put a step on record whose results are on disk, with a note: JSON-ready data."""
         with (self.folder / _JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(f"{step}\n")
+            journal.write(f"{step}\n" if note is None else f"{step}\t{json.dumps(note)}\n")
             journal.flush()
             os.fsync(journal.fileno())
-        self.done.add(step)
+        self.done[step] = note
 
     def files(self) -> list[Path]:
         """Return the files of the bundle but its manifest, sorted by name."""

@@ -11,7 +11,9 @@ from pmpd.exporter.nn.linear import (
     Linear,
     LinearFactory,
     Part,
+    SplitLinear,
     Stored,
+    apart,
     fused,
 )
 from pmpd.exporter.nn.mlp import ACTIVATIONS, GatedMlp, Mlp
@@ -63,8 +65,10 @@ __all__ = [
     "RopeScaling",
     "Rotary",
     "RotaryTables",
+    "SplitLinear",
     "Stored",
     "TiedEmbedding",
     "YarnScaling",
+    "apart",
     "fused",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -22,7 +23,9 @@ __all__ = [
     "Linear",
     "LinearFactory",
     "Part",
+    "SplitLinear",
     "Stored",
+    "apart",
     "fused",
 ]
 
@@ -82,10 +85,13 @@ class Linear(nn.Module):
 
     Layers that share an input are merged: codes are per row, so it costs nothing and halves the number of operators.
     `columns` selects columns of the checkpoint's weight, where the input is laid out differently.
+
+    The names of its parts are relative to the module that it belongs to, `depth` levels up.
     """
 
     def __init__(self, parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> None:
         super().__init__()
+        self.depth = 1
         self.parts = tuple(parts)
         self.source_features = in_features
         self.in_features = in_features if columns is None else len(columns)
@@ -97,9 +103,44 @@ class Linear(nn.Module):
 class LinearFactory(Protocol):
     """Makes the linear layers of a network; what it makes decides what kind of graph comes out."""
 
-    def __call__(self, parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> Linear:
+    def __call__(
+        self, parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None
+    ) -> Linear | SplitLinear:
         """Return a layer."""
         ...
+
+
+class SplitLinear(nn.Module):
+    """Linear layers of one input with their outputs side by side: what one merged layer would be, in several products.
+
+    They are named after their parts: ``qk_proj`` of ``q_proj`` and ``k_proj``.
+    """
+
+    def __init__(self, pieces: Sequence[Linear]) -> None:
+        super().__init__()
+        self.names = []
+        for piece in pieces:
+            piece.depth += 1
+            self.names.append("".join(part.name.removesuffix("_proj") for part in piece.parts) + "_proj")
+            setattr(self, self.names[-1], piece)
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        """Add the operators of all, and one that joins what they give."""
+        return op.Concat(*(getattr(self, name)(op, x) for name in self.names), axis=-1)  # type: ignore[no-any-return]
+
+
+def apart(linear: LinearFactory, names: Collection[str]) -> LinearFactory:
+    """Return a factory that does not merge layers of some names with others.
+
+    Layers that the checkpoint holds stacked stay so: `fused` names them anew.
+    """
+
+    def make(parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> Linear | SplitLinear:
+        runs = [list(run) for _, run in groupby(parts, key=lambda part: part.name in names)]
+        pieces = [linear(run, in_features, bias=bias, columns=columns) for run in runs]
+        return pieces[0] if len(pieces) == 1 else SplitLinear([piece for piece in pieces if isinstance(piece, Linear)])
+
+    return make
 
 
 def fused(linear: LinearFactory, names: Mapping[tuple[str, ...], str]) -> LinearFactory:
@@ -110,7 +151,7 @@ def fused(linear: LinearFactory, names: Mapping[tuple[str, ...], str]) -> Linear
         names: what the checkpoint calls a stack, by the names of the layers that it is made of.
     """
 
-    def make(parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> Linear:
+    def make(parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> Linear | SplitLinear:
         name = names.get(tuple(part.name for part in parts))
         return linear(parts if name is None else [_stack(name, parts)], in_features, bias=bias, columns=columns)
 
@@ -146,13 +187,18 @@ class BitplaneLinear(Linear):
         nested: bool = True,
     ) -> None:
         super().__init__(parts, in_features, bias=bias, columns=columns)
-        N, K = self.out_features, self.in_features
-        self.precision = precision
         self.groups = groups
         self.nested = nested
+        self.read(precision)
+        self.bias = nn.Parameter([self.out_features]) if bias else None
+
+    def read(self, precision: int) -> None:
+        """Take so many planes, and the codebook for them; before any graph has the layer."""
+        N, K = self.out_features, self.in_features
+        self.precision = precision
         self.planes = nn.Parameter([precision, N, row_stride(K)], dtype=ir.DataType.UINT8)
-        self.codebook = nn.Parameter([N, groups, 2**precision], dtype=ir.DataType.FLOAT16, name=f"codebook.{precision}")
-        self.bias = nn.Parameter([N]) if bias else None
+        codes = [N, self.groups, 2**precision]
+        self.codebook = nn.Parameter(codes, dtype=ir.DataType.FLOAT16, name=f"codebook.{precision}")
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         """Add the operator."""

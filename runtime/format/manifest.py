@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from pmpd.runtime.errors import BundleError, one_line, unknown_choice
 from pmpd.runtime.format.bitplanes import MAX_PRECISION
-from pmpd.runtime.format.precision import check_mixes, is_precision
+from pmpd.runtime.format.precision import check_mixes, is_precision, planes_read
 from pmpd.runtime.format.quality import Quality
 from pmpd.runtime.format.tensor import DTYPE_SIZES, Tensor, check_tensors, coarse_codebooks
 from pmpd.runtime.format.typed_json import build, parse_object
@@ -353,7 +353,7 @@ class Manifest:
 
     def planes(self, layer: str, precision: float) -> int:
         """Return how many planes a graph of some precision reads of a nested layer."""
-        return precision if isinstance(precision, int) else self.mixes[str(precision)][layer]
+        return planes_read(self.mixes, precision, layer)
 
     def shape_at(self, tensor: Tensor, precision: float) -> tuple[int, ...]:
         """Return the shape that a graph of some precision reads of a tensor: of nested planes the first ones."""

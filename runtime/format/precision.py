@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from pmpd.runtime.errors import BundleError, PmpdError, one_line
 from pmpd.runtime.format.bitplanes import MAX_PRECISION
 from pmpd.runtime.format.tensor import Tensor
 
-__all__ = ["LARGEST_GAP", "PRECISION", "check_mixes", "is_precision", "mean_planes", "parse_precision"]
+__all__ = [
+    "LARGEST_GAP",
+    "PRECISION",
+    "check_mixes",
+    "describe_mix",
+    "is_precision",
+    "mean_planes",
+    "parse_precision",
+    "planes_read",
+]
 
 PRECISION = r"[0-9]{1,9}(?:\.[0-9]{1,2})?"
 """A precision as users write it, for regular expressions."""
@@ -46,9 +56,23 @@ def is_precision(number: float) -> bool:
     return isinstance(number, int) or (number % 1 != 0 and number == round(number, 2))
 
 
+def planes_read(mixes: Mapping[str, Mapping[str, int]], precision: float, layer: str) -> int:
+    """Return how many planes a graph of some precision reads of a nested layer."""
+    return precision if isinstance(precision, int) else mixes[str(precision)][layer]
+
+
 def mean_planes(planes: Mapping[str, int], sizes: Mapping[str, int]) -> float:
     """Return the mean of the planes that are read of layers, each weighted by the bytes of one of its planes."""
     return sum(planes[layer] * size for layer, size in sizes.items()) / sum(sizes.values())
+
+
+def describe_mix(planes: Mapping[str, int]) -> str:
+    """Return in one line how many layers of each kind read another number of planes than most."""
+    kinds = Counter(layer.rpartition(".")[2] for layer in planes)
+    ((usual, _),) = Counter(planes.values()).most_common(1)
+    others = Counter((layer.rpartition(".")[2], count) for layer, count in planes.items() if count != usual)
+    texts = [f"{kind} {count} in {layers} of {kinds[kind]}" for (kind, count), layers in sorted(others.items())]
+    return ", ".join([*texts, f"{'the others' if texts else 'all'} {usual}"])
 
 
 def check_mixes(mixes: Mapping[str, Mapping[str, int]], precisions: Iterable[float], tensors: Iterable[Tensor]) -> None:

@@ -374,9 +374,9 @@ def test_an_interrupted_export_builds_nothing_twice_and_other_kernels_cost_no_ot
     written = []
     write = Workspace.write
 
-    def count(workspace: Workspace, step: str, tensors: Any) -> None:
+    def count(workspace: Workspace, step: str, tensors: Any, **options: Any) -> None:
         written.append(step)
-        write(workspace, step, tensors)
+        write(workspace, step, tensors, **options)
 
     monkeypatch.setattr(Workspace, "write", count)
     with monkeypatch.context() as patch:

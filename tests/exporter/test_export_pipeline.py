@@ -310,9 +310,9 @@ def test_weights_that_are_not_the_checkpoints_fail_the_export(
 ) -> None:
     write = Workspace.write
 
-    def flip(workspace: Workspace, step: str, tensors: Any) -> None:
+    def flip(workspace: Workspace, step: str, tensors: Any, **options: Any) -> None:
         damaged = step.endswith("layers.1.mlp.down_proj")
-        write(workspace, step, ((n, ~t if damaged and n.endswith(".planes") else t) for n, t in tensors))
+        write(workspace, step, ((n, ~t if damaged and n.endswith(".planes") else t) for n, t in tensors), **options)
 
     monkeypatch.setattr(Workspace, "write", flip)
     with pytest.raises(PmpdError, match=r"verification failed, model\.layers\.1\.mlp\.down_proj\.weight at 2 bits"):
