@@ -19,9 +19,10 @@ from pmpd.exporter.demo import demo_model_path  # noqa: E402
 from pmpd.runtime import Bundle, Generator, Tokenizer  # noqa: E402
 
 TEXTS = FOLDER / "demo-texts.json"
-BUNDLE = FOLDER / "v3-llama"
+BUNDLE = FOLDER / "v4-llama"
 PROMPT = "Once upon a time, there was a little girl named Lily."
 SCHEDULES = ("uniform:4", "uniform:3", "uniform:2", "static:3@8,2@16")
+MIXED = ("uniform:3.25", "static:3.25@8,3@16")
 
 
 def make_texts() -> None:
@@ -46,17 +47,19 @@ def make_texts() -> None:
 
 
 def make_bundle() -> None:
-    """Write a bundle of a tiny random Llama with tied embeddings, and the tokens that it gives."""
+    """Write a bundle of a tiny random Llama with tied embeddings and a mix, and the tokens that it gives."""
     shutil.rmtree(BUNDLE, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the bundle states the checkpoint as `llama-tiny`
         TINY_MODELS["llama-tied-bfloat16"].save(Path("llama-tiny"))
-        export_bundle(ExportConfig(model="llama-tiny", output=BUNDLE, precisions=(4, 3, 2), targets=()))
+        options = {"calibration": "own", "calibration_samples": 4, "calibration_length": 16}
+        config = ExportConfig(model="llama-tiny", output=BUNDLE, precisions=(4, 3.25, 3, 2), targets=(), **options)
+        export_bundle(config)
     generator = Generator(Bundle.open(BUNDLE), kernels=False)
     prompt = random_ids(131, 9)
     tokens = {
         schedule: [token.id for token in generator.stream(prompt, max_new_tokens=32, schedule=schedule)]
-        for schedule in SCHEDULES
+        for schedule in (*SCHEDULES, *MIXED)
     }
     generator.reset()
     logits = [round(float(logit), 4) for logit in generator.prefill(prompt)]
