@@ -28,7 +28,7 @@ __all__ = ["Outline", "coarse_bits", "file_entry"]
 # Coarse to fine pays for vocabularies and output layers of at least this size, and from this precision on; see README.
 LEAST_WORDS, LEAST_WEIGHTS, LEAST_HEAD = 32_000, 1 << 24, 6
 COARSE = 4
-# Products of their own in bundles with mixes: few weights, which lose far more than others when they read fewer planes.
+# Products of their own in bundles with mixes: few weights, of which each matters more than those they are merged with.
 APART = ("v_proj",)
 
 
