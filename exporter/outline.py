@@ -189,9 +189,8 @@ def coarse_bits(config: ResolvedConfig, family: Family) -> int | None:
 
 
 def _network(config: ResolvedConfig, family: Family, precision: int, *, coarse: int | None) -> Decoder:
-    linear: LinearFactory = partial(BitplaneLinear, precision=precision, groups=config.groups)
-    if config.mixes:
-        linear = apart(linear, APART)
+    merged = partial(BitplaneLinear, precision=precision, groups=config.groups)
+    linear: LinearFactory = apart(merged, APART) if config.mixes else merged
     head: LinearFactory = partial(BitplaneLinear, precision=config.head_precision, groups=config.groups, nested=False)
     if coarse is not None:
         head = partial(BitplaneLogits, precision=config.head_precision, coarse=coarse)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
@@ -129,7 +129,7 @@ class SplitLinear(nn.Module):
         return op.Concat(*(getattr(self, name)(op, x) for name in self.names), axis=-1)  # type: ignore[no-any-return]
 
 
-def apart(linear: LinearFactory, names: Collection[str]) -> LinearFactory:
+def apart(linear: Callable[..., Linear], names: Collection[str]) -> LinearFactory:
     """Return a factory that does not merge layers of some names with others.
 
     Layers that the checkpoint holds stacked stay so: `fused` names them anew.
@@ -138,7 +138,7 @@ def apart(linear: LinearFactory, names: Collection[str]) -> LinearFactory:
     def make(parts: Sequence[Part], in_features: int, *, bias: bool, columns: Index = None) -> Linear | SplitLinear:
         runs = [list(run) for _, run in groupby(parts, key=lambda part: part.name in names)]
         pieces = [linear(run, in_features, bias=bias, columns=columns) for run in runs]
-        return pieces[0] if len(pieces) == 1 else SplitLinear([piece for piece in pieces if isinstance(piece, Linear)])
+        return pieces[0] if len(pieces) == 1 else SplitLinear(pieces)
 
     return make
 
