@@ -104,10 +104,8 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
 @click.option(
     "--method",
     metavar="NAME",
-    default="anyprecision",
-    show_default=True,
-    help="How weights are quantized: anyprecision, or guided (slower, better below 4 bits; needs --calibration). To "
-    "compare with: gptq, which needs --calibration; rtn or hqq, which take none.",
+    help="How weights are quantized: guided or anyprecision. To compare with: gptq, rtn, hqq.  [default: guided, or "
+    "anyprecision without calibration]",
 )
 @click.option(
     "--seed-precision",
@@ -153,9 +151,9 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
 @click.option(
     "--calibration",
     callback=_calibration,
-    metavar="FILE|own",
-    help="Text (.txt, .jsonl, .jsonl.gz) that tells which weights matter most, or own: text that the model writes "
-    "itself. Improves 3 bits and below.",
+    metavar="FILE|builtin|own|none",
+    help="Text that tells which weights matter: a file (.txt, .jsonl, .jsonl.gz); builtin, which comes with pmpd; own, "
+    "which the model writes; or none.  [default: builtin, or none above 3 G parameters]",
 )
 @click.option(
     "--calibration-samples",

@@ -18,10 +18,12 @@ from pmpd.runtime.schedule.registry import parse_schedule
 from pmpd.tvm_kernels.targets import find_target, host_target
 
 __all__ = [
+    "BUILT_IN",
     "DEFAULT_EMBEDDING_PRECISION",
     "DEFAULT_HEAD_PRECISION",
-    "DEFAULT_METHOD",
+    "NO_TEXT",
     "OWN_TEXT",
+    "PLAIN_METHOD",
     "ExportConfig",
     "ResolvedConfig",
     "calibration_text",
@@ -30,9 +32,10 @@ __all__ = [
 
 DEFAULT_HEAD_PRECISION = 6
 DEFAULT_EMBEDDING_PRECISION = 6
-DEFAULT_METHOD = "anyprecision"
-OWN_TEXT = "own"
-"""In the place of a calibration text: what the model writes itself."""
+PLAIN_METHOD = "anyprecision"
+"""What quantizes without statistics."""
+BUILT_IN, OWN_TEXT, NO_TEXT = "builtin", "own", "none"
+"""In the place of a calibration file: the text that comes with pmpd, what the model writes itself, or nothing."""
 
 
 def parse_bits(argument: str) -> tuple[float, ...]:
@@ -48,8 +51,8 @@ def parse_bits(argument: str) -> tuple[float, ...]:
 
 
 def calibration_text(argument: str | None) -> Path | str | None:
-    """Return what an option's argument stands for: a file, `OWN_TEXT`, or nothing."""
-    return argument if argument in (None, OWN_TEXT) else Path(argument)
+    """Return what an option's argument stands for: a file, or what `ExportConfig.calibration` is instead of one."""
+    return argument if argument in (None, BUILT_IN, OWN_TEXT, NO_TEXT) else Path(argument)
 
 
 def _mixes(precisions: tuple[float, ...]) -> tuple[float, ...]:
@@ -127,7 +130,8 @@ class ExportConfig:
         revision: branch, tag or commit on the hub.
         precisions: bits to decode at; one graph each. One with decimals is a mix, which needs calibration.
         parent: bits of the nested codes; default the highest precision, rounded up.
-        method: how weights are quantized, one of `METHODS`.
+        method: how weights are quantized, one of `METHODS`; default guided, or `PLAIN_METHOD` with `NO_TEXT` or several
+            groups.
         seed_precision: bits of the first clustering; each further bit splits the clusters in two.
         prefill: bits to prefill at; default the highest precision.
         head_precision: bits of the output layer, the same in every graph.
@@ -138,7 +142,8 @@ class ExportConfig:
         groups: codebooks per row.
         schedule: the bundle's default schedule; default uniform at the highest precision.
         context_length: longest text in tokens; default what the checkpoint allows.
-        calibration: text whose statistics the method uses, or `OWN_TEXT`; default none, all weights count alike.
+        calibration: text whose statistics the method uses, `BUILT_IN`, `OWN_TEXT` or `NO_TEXT`; default `BUILT_IN` if
+            the method cannot do without. `Export.prepare` says for which models it is `NO_TEXT`.
         calibration_samples: sequences of that text.
         calibration_length: tokens of each sequence.
         targets: machines to build kernels for; default this one, if TVM and a compiler are installed.
@@ -156,7 +161,7 @@ class ExportConfig:
     revision: str | None = None
     precisions: tuple[float, ...] = (4, 3, 2)
     parent: int | None = None
-    method: str = DEFAULT_METHOD
+    method: str | None = None
     seed_precision: int = 2
     prefill: float | None = None
     head_precision: int = DEFAULT_HEAD_PRECISION
@@ -213,40 +218,56 @@ class ExportConfig:
             raise PmpdError(unknown_choice("accuracy", self.accuracy, ACCURACIES))
         if self.accuracy == "int8" and self.groups > 1:
             raise PmpdError(f"groups {self.groups}: int8 kernels take one codebook per row: use --accuracy exact")
-        if isinstance(self.calibration, str) and self.calibration != OWN_TEXT:
-            raise PmpdError(f"calibration text must be a path or {OWN_TEXT!r}, got {self.calibration!r}")
+        self._check_calibration()
+        self._check_mixes()
+
+    def _check_calibration(self) -> None:
+        texts = (BUILT_IN, OWN_TEXT, NO_TEXT)
+        if isinstance(self.calibration, str) and self.calibration not in texts:
+            raise PmpdError(unknown_choice("calibration text", self.calibration, texts) + "; a file is a Path")
         if isinstance(self.calibration, Path) and not self.calibration.is_file():
             raise PmpdError(
-                f"calibration text {self.calibration} is not a file: give another with --calibration, or {OWN_TEXT}, "
-                "which is text that the model writes itself"
+                f"calibration text {self.calibration} is not a file: give another with --calibration, or {BUILT_IN}, "
+                "which is the text that comes with pmpd"
             )
+        if self.method is None:
+            return
         if self.method not in METHODS:
             raise PmpdError(unknown_choice("method", self.method, METHODS))
         method = METHODS[self.method]
-        self._check_mixes()
-        if self.calibration is None and method.requires:
-            raise PmpdError(f"method {self.method} needs a calibration text: add --calibration {OWN_TEXT}, or a file")
-        if self.calibration is not None and not method.needs:
+        if self.calibration == NO_TEXT and method.requires:
+            raise PmpdError(f"method {self.method} needs a calibration text: leave out --calibration {NO_TEXT}")
+        if self.calibration not in (None, NO_TEXT) and not method.needs:
             raise PmpdError(f"method {self.method} uses no calibration text: leave out --calibration")
 
     def _check_mixes(self) -> None:
         mixes = ", ".join(map(str, _mixes(self.precisions)))
-        if mixes and not METHODS[self.method].needs & MEASURES:
-            methods = [name for name, method in METHODS.items() if method.needs & MEASURES]
+        method, calibration = self._quantization()
+        if mixes and calibration == NO_TEXT:
             raise PmpdError(
-                f"precision {mixes}: method {self.method} cannot tell which layers should read more planes: take "
+                f"precision {mixes}: which layers read more planes follows from a calibration text: give one with "
+                f"--calibration {BUILT_IN} or a file, or take whole precisions"
+            )
+        if mixes and not METHODS[method].needs & MEASURES:
+            methods = [name for name, known in METHODS.items() if known.needs & MEASURES]
+            raise PmpdError(
+                f"precision {mixes}: method {method} cannot tell which layers should read more planes: take "
                 f"--method {' or '.join(methods)}, or whole precisions"
             )
-        if mixes and self.calibration is None:
-            raise PmpdError(
-                f"precision {mixes}: which layers read more planes follows from a calibration text: add --calibration "
-                f"{OWN_TEXT}, or a file; without weights (--skeleton), take whole precisions"
-            )
+
+    def _quantization(self) -> tuple[str, Path | str]:
+        """Return the method and the calibration text, with their defaults."""
+        method, calibration = self.method, self.calibration
+        if method is None:
+            method = PLAIN_METHOD if calibration == NO_TEXT or self.groups > 1 else "guided"
+        if calibration is None:
+            calibration = BUILT_IN if METHODS[method].requires else NO_TEXT
+        return method, calibration
 
     def resolve(self) -> ResolvedConfig:
         """Return the configuration with every default filled in."""
         high, host = self.precisions[0], host_target()
-        targets = self.targets
+        targets, (method, calibration) = self.targets, self._quantization()
         if targets is None:
             targets = () if host is None else (host,)
         return ResolvedConfig(
@@ -255,7 +276,7 @@ class ExportConfig:
             revision=self.revision,
             precisions=self.precisions,
             parent=math.ceil(high) if self.parent is None else self.parent,
-            method=self.method,
+            method=method,
             seed_precision=self.seed_precision,
             prefill=high if self.prefill is None else self.prefill,
             head_precision=self.head_precision,
@@ -264,7 +285,7 @@ class ExportConfig:
             groups=self.groups,
             schedule=str(parse_schedule(self.schedule or f"uniform:{high}", self.precisions)),
             context_length=self.context_length,
-            calibration=self.calibration,
+            calibration=None if calibration == NO_TEXT else calibration,
             calibration_samples=self.calibration_samples,
             calibration_length=self.calibration_length,
             targets=targets,

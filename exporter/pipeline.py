@@ -26,11 +26,12 @@ from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.bundle.workspace import Workspace, bytes_on_disk
 from pmpd.exporter.calibrate.collect import collect_statistics
 from pmpd.exporter.calibrate.store import StatisticsStore
-from pmpd.exporter.config import DEFAULT_METHOD, ExportConfig, ResolvedConfig
+from pmpd.exporter.config import BUILT_IN, NO_TEXT, PLAIN_METHOD, ExportConfig, ResolvedConfig
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
 from pmpd.exporter.quantize import METHODS, Method, NestedCodes
 from pmpd.exporter.quantize.losses import predicted_losses
+from pmpd.exporter.quantize.native import require_compiled
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.source.tokenizer import copy_text_files
@@ -51,6 +52,8 @@ __all__ = ["Export", "export_bundle"]
 
 log = logging.getLogger(__name__)
 _PLAIN = "plain tensors"
+CALIBRATED = 3_000_000_000
+"""Parameters up to which calibration is the default: a larger model takes hours, and tens of gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ class Export:
         accept = partial(read_family, context_length=resolved.context_length)
         checkpoint = open_checkpoint(resolved.model, revision=resolved.revision, accept=accept)
         outline = Outline.of(resolved, checkpoint.source, checkpoint.config)
+        if config.calibration is None and (reason := _why_not_calibrated(outline, checkpoint)) is not None:
+            if config.method is not None:
+                raise PmpdError(f"method {config.method} needs statistics, but {reason}")
+            log.warning("warning   quantized without statistics, which costs quality below 5 bits: %s", reason)
+            plain = replace(config, method=PLAIN_METHOD, calibration=NO_TEXT).resolve()
+            outline = Outline.of(plain, checkpoint.source, checkpoint.config)
         for name, shape in checkpoint_shapes(outline.network):
             checkpoint.require(name, shape)  # a missing one is better found now than in an hour
         export = cls(outline, checkpoint, _fingerprint(outline, checkpoint))
@@ -303,7 +312,7 @@ class Export:
             "seed": min(config.seed_precision, layer.parent) if layer.module.nested else layer.precisions[-1],
             "groups": layer.module.groups,
         }
-        return METHODS[DEFAULT_METHOD if layer is self.plan.embedding else config.method](**settings | options)
+        return METHODS[PLAIN_METHOD if layer is self.plan.embedding else config.method](**settings | options)
 
     def _basis(self, workspace: Workspace, directions: int) -> npt.NDArray[np.float32]:
         """Return the directions that the output layer's inputs have, measured on a text of our own."""
@@ -338,6 +347,22 @@ class Export:
             verification={check.name: check.to_json() for check in checks},
             quality=verification.quality,
         )
+
+
+def _why_not_calibrated(outline: Outline, checkpoint: Checkpoint) -> str | None:
+    """Return why there are no statistics by default; None if there are, or if the method has no use for them."""
+    if outline.config.calibration is None:
+        return None
+    if checkpoint.tokenizer() is None:
+        return "the checkpoint has no tokenizer"
+    if outline.parameters > CALIBRATED:
+        size = outline.parameters / 1e9
+        return f"with {size:.1f} G parameters they take hours: add --calibration {BUILT_IN} if you can wait"
+    try:
+        require_compiled()
+    except MissingExtraError as error:
+        return str(error)
+    return None
 
 
 def _fingerprint(outline: Outline, checkpoint: Checkpoint) -> str:

@@ -22,7 +22,7 @@ import torch
 from pmpd.eval.data.records import read_records
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
 from pmpd.exporter.bundle.layers import LinearLayer
-from pmpd.exporter.config import ExportConfig, calibration_text, parse_bits
+from pmpd.exporter.config import BUILT_IN, ExportConfig, calibration_text, parse_bits
 from pmpd.exporter.pipeline import Export
 from pmpd.exporter.quantize import METHODS, NestedCodes
 from pmpd.exporter.source.reference import load_model
@@ -171,6 +171,8 @@ def compare_methods(
 def _prepare(model: str, choice: Choice, options: Mapping[str, Any]) -> Export:
     if not METHODS[choice.name].needs:
         options = {**options, "calibration": None}
+    elif options.get("calibration") is None:
+        options = {**options, "calibration": BUILT_IN}
     config = ExportConfig(model=model, output=Path(f"{choice.name}-unused"), method=choice.name, targets=(), **options)
     return Export.prepare(config)
 
@@ -237,7 +239,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 )
 @click.argument("model", metavar="CHECKPOINT")
 @click.option("--data", required=True, type=FILE, metavar="FILE", help="The text to compare on.")
-@click.option("--calibration", metavar="FILE|own", help="Text for the statistics, or own: what the model writes.")
+@click.option("--calibration", metavar="FILE|builtin|own", help="Text for the statistics.  [default: builtin]")
 @click.option("--calibration-samples", type=click.IntRange(1), default=64, show_default=True, help="Samples of it.")
 @click.option(
     "--method", "methods", multiple=True, default=("anyprecision", "guided"), metavar="NAME[:OPTION=NUMBER;…]",

@@ -37,10 +37,10 @@ def fingerprint(*parts: Any) -> str:
 
 
 def code_digest(places: Iterable[Path]) -> str:
-    """Return the SHA-256 (hex) of the Python and C files at some places: files, or folders with all that is below."""
+    """Return the SHA-256 (hex) of code and texts at some places: files, or folders with all that is below."""
     digest = hashlib.sha256()
     for place in places:
-        below = (path for path in place.rglob("*") if path.suffix in (".py", ".c"))
+        below = (path for path in place.rglob("*") if path.suffix in (".py", ".c", ".jsonl"))
         for file in [place] if place.is_file() else sorted(below):
             digest.update(file.relative_to(place.parent).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

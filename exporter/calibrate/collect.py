@@ -13,8 +13,8 @@ from pmpd.exporter.calibrate.batches import calibration_batches
 from pmpd.exporter.calibrate.own_text import beginnings, write_text
 from pmpd.exporter.calibrate.store import StatisticsStore
 from pmpd.exporter.calibrate.sweep import fast_dtype, of_dtype
-from pmpd.exporter.config import ResolvedConfig
-from pmpd.exporter.documents import read_documents
+from pmpd.exporter.calibrate.text import text_tokens
+from pmpd.exporter.config import OWN_TEXT, ResolvedConfig
 from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.reference import load_model
@@ -28,7 +28,7 @@ __all__ = ["collect_statistics"]
 def collect_statistics(
     config: ResolvedConfig, text: Path | str, checkpoint: Checkpoint, layers: Sequence[LinearLayer]
 ) -> StatisticsStore:
-    """Return the statistics of a model on a text, a file or `OWN_TEXT`, that the method of an export needs.
+    """Return the statistics of a model on a text, a file, `BUILT_IN` or `OWN_TEXT`, that the method of an export needs.
 
     What is not in the user's cache is computed, for which the model is in memory in float32.
 
@@ -44,14 +44,15 @@ def collect_statistics(
 
     def load() -> tuple[torch.nn.Module, list[torch.Tensor]]:
         tokenizer = checkpoint.tokenizer()
-        if not isinstance(text, Path):
+        if text == OWN_TEXT:
             model, starts = load_model(checkpoint), beginnings(tokenizer, checkpoint.config.get("bos_token_id"))
             with of_dtype(model, fast_dtype()):
                 return model, write_text(model, starts, samples=samples, length=length, progress=_track)
         if tokenizer is None:
-            raise PmpdError(f"{checkpoint.path} has no tokenizer for the calibration text: take --calibration own")
-        ids = tokenizer("\n\n".join(read_documents(text)))["input_ids"]
-        batches = calibration_batches(ids, samples, length)
+            raise PmpdError(
+                f"{checkpoint.path} has no tokenizer for a calibration text: take --calibration {OWN_TEXT}"
+            )
+        batches = calibration_batches(text_tokens(text, tokenizer), samples, length)
         return load_model(checkpoint), batches
 
     identity = (checkpoint.identity(), sha256_of(text) if isinstance(text, Path) else text, samples, length, shapes)

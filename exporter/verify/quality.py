@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pmpd.exporter.calibrate.batches import calibration_batches
-from pmpd.exporter.config import ResolvedConfig
-from pmpd.exporter.documents import read_documents
+from pmpd.exporter.calibrate.text import text_tokens
+from pmpd.exporter.config import OWN_TEXT, ResolvedConfig
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.verify.texts import HELD_OUT_TEXT
 from pmpd.runtime import Bundle, Tokenizer
@@ -132,9 +131,9 @@ def _texts(
     tokenizer: Tokenizer, checkpoint: Checkpoint, config: ResolvedConfig
 ) -> Iterator[tuple[str, list[npt.NDArray[np.int64]]]]:
     """Yield texts, best first: what each is, and its tokens as runs of neighbours."""
-    if isinstance(config.calibration, Path):
-        encode: Any = checkpoint.tokenizer()  # as calibration reads it: only then the same tokens were used
-        ids = np.array(encode("\n\n".join(read_documents(config.calibration)))["input_ids"], dtype=np.int64)
+    if config.calibration not in (None, OWN_TEXT):
+        # As calibration reads it: only then the same tokens were used.
+        ids = np.array(text_tokens(config.calibration, checkpoint.tokenizer()), dtype=np.int64)
         used = calibration_batches(range(len(ids)), config.calibration_samples, config.calibration_length)
         left = np.setdiff1d(np.arange(len(ids)), torch.cat(used, 1).numpy())
         yield "held-out calibration text", [ids[run] for run in np.split(left, np.flatnonzero(np.diff(left) > 1) + 1)]

@@ -121,9 +121,9 @@ def test_an_export_calibrates_on_it(
 
 
 def test_what_is_no_text_is_said(tmp_path: Path) -> None:
-    with pytest.raises(PmpdError, match="must be a path or 'own', got 'mine'"):
+    with pytest.raises(PmpdError, match="unknown calibration text 'mine': choose one of"):
         ExportConfig(model="demo", output=tmp_path / "b", calibration="mine")
-    with pytest.raises(PmpdError, match="is not a file: give another with --calibration, or own"):
+    with pytest.raises(PmpdError, match="is not a file: give another with --calibration, or builtin"):
         ExportConfig(model="demo", output=tmp_path / "b", calibration=tmp_path / "none.txt")
-    with pytest.raises(PmpdError, match="method guided needs a calibration text: add --calibration own, or a file"):
+    with pytest.raises(PmpdError, match="method guided needs a calibration text: leave out --calibration none"):
         ExportConfig(model="demo", output=tmp_path / "b", method="guided")
