@@ -96,7 +96,7 @@ class Export:
             checkpoint.require(name, shape)  # a missing one is better found now than in an hour
         export = cls(outline, checkpoint, _fingerprint(outline, checkpoint))
         for layer in outline.plan.layers:
-            export._method(layer)  # so is an option that the method cannot work with
+            export.method(layer)  # so is an option that the method cannot work with
         export._require_room()
         export._warn()
         return export
@@ -142,13 +142,24 @@ class Export:
         """Estimated peak of resident memory in bytes.
 
         That is the libraries and the largest layer as floats, a few times over; in the verification the checkpoint
-        too (a folder's is mapped from its files) and the logits of two models; in the calibration the weights and their
-        sensitivities in float32.
+        too (a folder's is mapped from its files) and the logits of two models.
         """
         largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.layers)
-        calibrating = 12 * self.outline.parameters if self.config.calibration else 0
         logits = 2 * logits_nbytes(self.outline.family.shape.vocab_size) if self.config.verify else 0
-        return int(700e6 + max(12 * largest + self.checkpoint.tensor_nbytes + logits, calibrating))
+        return int(700e6 + max(12 * largest + self.checkpoint.tensor_nbytes + logits, self._calibration_memory))
+
+    @property
+    def _calibration_memory(self) -> int:
+        """Estimated peak of the calibration in bytes, or 0."""
+        config, shape = self.config, self.outline.family.shape
+        if config.calibration is None:
+            return 0
+        if "fisher" in METHODS[config.method].needs:
+            return 12 * self.outline.parameters  # weights, their sensitivities and gradients
+        # The blocks as stored, embedding and head, what goes into each block, the moments of the widest layer.
+        states = config.calibration_samples * config.calibration_length * shape.hidden_size * (shape.layers + 1)
+        widest = max(layer.module.in_features for layer in self.plan.linears)
+        return self.checkpoint.tensor_nbytes + 8 * shape.vocab_size * shape.hidden_size + 4 * states + 12 * widest**2
 
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
@@ -286,7 +297,7 @@ class Export:
         Raises:
             PmpdError: a weight is not finite, or statistics are damaged.
         """
-        method, parts = self._method(layer, **options), []
+        method, parts = self.method(layer, **options), []
         for part, name in enumerate(layer.weight_names):
             no_product = layer is self.plan.embedding
             known = {} if statistics is None or no_product else statistics.of(layer, part)
@@ -296,7 +307,7 @@ class Export:
                 raise PmpdError(f"tensor {name!r}: {error}") from None
         return NestedCodes.stack(parts)
 
-    def _method(self, layer: LinearLayer, **options: Any) -> Method:
+    def method(self, layer: LinearLayer, **options: Any) -> Method:
         """Return what quantizes a layer.
 
         Raises:

@@ -63,6 +63,11 @@ class Skeleton:
                 option = "target" if name == "targets" else name.replace("_", "-")
                 raise PmpdError(f"a skeleton has no weights to use --{option} for: leave out --{option} or --skeleton")
         resolved = replace(config, targets=()).resolve()
+        if resolved.mixes:
+            raise PmpdError(
+                f"precision {resolved.mixes[0]}: which layers read more planes depends on weights, which a skeleton has none "
+                "of: take whole precisions"
+            )
         source = Source(model=published_name(resolved.model))
         return cls(Outline.of(resolved, source, _read_config(resolved.model)))
 

@@ -10,7 +10,7 @@ import ast
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import click
 import numpy as np
 import torch
 
+from pmpd.eval.comparison.dense_sparse import Quantized, dense_and_sparse, quantized
 from pmpd.eval.data.records import read_records
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
-from pmpd.exporter.bundle.layers import LinearLayer
 from pmpd.exporter.config import BUILT_IN, ExportConfig, calibration_text, parse_bits
 from pmpd.exporter.pipeline import Export
-from pmpd.exporter.quantize import METHODS, NestedCodes
+from pmpd.exporter.quantize import METHODS
 from pmpd.exporter.source.reference import load_model
 from pmpd.runtime.console.command import FILE, Command, check_outputs, json_option, print_result
 from pmpd.runtime.console.output import json_text
@@ -33,14 +33,20 @@ from pmpd.runtime.errors import PmpdError, unknown_choice
 
 __all__ = ["Choice", "MethodScores", "Windows", "compare_methods", "main", "table"]
 
-_OF_THE_EXPORT = {"precisions", "parent", "groups"}  # options that all methods of a comparison share
+DNS, BASE_OF_DNS = "dns", "anyprecision"  # dense-and-sparse is no method of exports (`dense_sparse.py`)
+GRIDS = ("rtn", "hqq", "gptq")  # methods whose levels a scale and a zero-point give
+_OF_THE_EXPORT = {"precisions", "parent"}  # options that all methods of a comparison share
 WINDOW = 512
 """Tokens of a window of text; those of its second half are scored."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A method and its options, as ``name`` or ``name:option=number;option=number``."""
+    """A method and its options, as ``name`` or ``name:option=number;option=number``.
+
+    Besides its own each method has the option ``groups``, codebooks a row, and ``alone``: 1 for a model of its own at
+    each precision, of as many planes, instead of nested ones.
+    """
 
     name: str
     options: Mapping[str, float]
@@ -53,10 +59,15 @@ class Choice:
             PmpdError: there is no such method, it has no such option, or what follows is not a list of options.
         """
         name, _, listed = text.partition(":")
-        if name not in METHODS:
-            raise PmpdError(unknown_choice("method", name, METHODS))
-        options: dict[str, float] = {}
-        known = [option for option in signature(METHODS[name]).parameters if option not in _OF_THE_EXPORT]
+        if name not in (*METHODS, DNS):
+            raise PmpdError(unknown_choice("method", name, (*METHODS, DNS)))
+        options: dict[str, float] = {"outliers": 0.0045} if name == DNS else {}
+        method = METHODS[BASE_OF_DNS if name == DNS else name]
+        known = [
+            "alone",
+            *options,
+            *(option for option in signature(method).parameters if option not in _OF_THE_EXPORT),
+        ]
         for option in filter(None, listed.split(";")):
             key, _, value = option.partition("=")
             if key not in known:
@@ -65,7 +76,14 @@ class Choice:
                 options[key] = ast.literal_eval(value)
             if not isinstance(options.get(key), int | float):
                 raise PmpdError(f"method {text!r}: {key} must be a number, got {value!r}: write {name}:{key}=1")
+        if not 0 <= options.get("outliers", 0) <= 1:
+            raise PmpdError(f"method {text!r}: outliers must be a share from 0 to 1, such as {name}:outliers=0.01")
         return cls(name, options)
+
+    @property
+    def of_method(self) -> dict[str, float]:
+        """The options that the method itself takes."""
+        return {key: value for key, value in self.options.items() if key not in ("alone", "groups")}
 
     def __str__(self) -> str:
         return self.name + "".join(
@@ -80,6 +98,7 @@ class MethodScores:
     Attributes:
         method: and its options.
         precision: bits.
+        bits: that a step reads for each weight, with codebooks and padding.
         kl: mean Kullback-Leibler divergence from the checkpoint's predictions, in nats a token.
         loss: mean negative log-likelihood of the text, in nats a token.
         top1: share of the tokens whose most likely successor is the checkpoint's.
@@ -88,6 +107,7 @@ class MethodScores:
 
     method: str
     precision: int
+    bits: float
     kl: list[float]
     loss: list[float]
     top1: list[float]
@@ -147,46 +167,60 @@ def compare_methods(
         PmpdError: as `Export.prepare`, `Choice.parse`, and `Windows`.
     """
     exports = [_prepare(model, choice, options) for choice in choices]
-    checkpoint = exports[0].checkpoint
+    checkpoint = exports[0][0].checkpoint
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         raise PmpdError(f"{model} has no tokenizer for {text}: take a checkpoint with one")
     whole = "\n\n".join(record.text("text") for record in read_records(text))
     network = load_model(checkpoint)
     windows = Windows(network, tokenizer(whole)["input_ids"], limit)
-    yield MethodScores("fp", 0, *windows.scores(), 0.0)
-    for choice, export in zip(choices, exports, strict=True):
+    yield MethodScores("fp", 0, 0.0, *windows.scores(), 0.0)
+    for choice, export in ((choice, export) for choice, few in zip(choices, exports, strict=True) for export in few):
         layers = [layer for layer in export.plan.linears if layer.module.nested]
         statistics, begin = export.statistics(), time.monotonic()
-        quantized = [
-            (layer, export.quantized(layer, statistics, **choice.options))
+        quantize = dense_and_sparse if choice.name == DNS else quantized
+        approximations = [
+            quantize(export, layer, statistics, **choice.of_method)
             for layer in track(layers, step=f"quantize {choice}", total=len(layers))
         ]
         seconds = time.monotonic() - begin
         for precision in export.config.planes:
-            with _weights(network, quantized, precision):
-                yield MethodScores(str(choice), precision, *windows.scores(), seconds)
+            bits = _bits_read(choice, approximations, precision)
+            with _weights(network, approximations, precision):
+                yield MethodScores(str(choice), precision, bits, *windows.scores(), seconds)
 
 
-def _prepare(model: str, choice: Choice, options: Mapping[str, Any]) -> Export:
-    if not METHODS[choice.name].needs:
-        options = {**options, "calibration": None}
-    elif options.get("calibration") is None:
-        options = {**options, "calibration": BUILT_IN}
-    config = ExportConfig(model=model, output=Path(f"{choice.name}-unused"), method=choice.name, targets=(), **options)
-    return Export.prepare(config)
+def _prepare(model: str, choice: Choice, options: Mapping[str, Any]) -> list[Export]:
+    """Return the exports that a choice takes: one, or one for each precision."""
+    method = BASE_OF_DNS if choice.name == DNS else choice.name
+    calibration = (options.get("calibration") or BUILT_IN) if METHODS[method].needs else None
+    groups = int(choice.options.get("groups", 1))
+    config = ExportConfig(
+        model=model, output=Path(f"{method}-unused"), method=method, targets=(),
+        **{**options, "calibration": calibration, "groups": groups},
+    )  # fmt: skip
+    if not choice.options.get("alone"):
+        return [Export.prepare(config)]
+    return [Export.prepare(replace(config, precisions=(bits,), parent=bits)) for bits in config.resolve().planes]
+
+
+def _bits_read(choice: Choice, layers: Sequence[Quantized], precision: int) -> float:
+    """Return the bits that a step reads for each weight at a precision."""
+    weights = sum(layer.codes.codes.size for layer in layers)
+    if choice.name in GRIDS and choice.options.get("alone"):
+        groups = sum(layer.codes.codebooks[precision][..., 0].size for layer in layers)
+        return precision + (16 + precision) * groups / weights
+    return 8 * sum(layer.nbytes(precision) for layer in layers) / weights
 
 
 @contextmanager
-def _weights(
-    network: torch.nn.Module, quantized: Sequence[tuple[LinearLayer, NestedCodes]], bits: int
-) -> Iterator[None]:
+def _weights(network: torch.nn.Module, layers: Sequence[Quantized], bits: int) -> Iterator[None]:
     """Give a model of transformers quantized weights for a while."""
     parameters = dict(network.named_parameters())
     before = {}
     try:
-        for layer, codes in quantized:
-            for name, weight in layer.unstack(_dequantized(codes, layer.parent, bits)).items():
+        for quantized in layers:
+            for name, weight in quantized.layer.unstack(quantized.weight(bits)).items():
                 before[name] = parameters[name].data
                 parameters[name].data = torch.from_numpy(np.ascontiguousarray(weight))
         yield
@@ -195,31 +229,23 @@ def _weights(
             parameters[name].data = data
 
 
-def _dequantized(nested: NestedCodes, parent: int, bits: int) -> Any:
-    """Return what codes ``[N, K]`` stand for: float32 ``[N, K]``."""
-    book = nested.codebooks[bits].astype(np.float32)  # [N, groups, 2**bits]
-    codes = (nested.codes >> (parent - bits)).astype(np.intp)
-    rows, groups, _ = book.shape
-    split = codes.reshape(rows, groups, -1)
-    return np.take_along_axis(book, split, 2).reshape(codes.shape)
-
-
 def table(results: Sequence[MethodScores]) -> str:
     """Return the results as a table of Markdown: each method beside the first one, window by window."""
     fp, *rows = results
     first = {row.precision: row for row in rows if row.method == rows[0].method}
     lines = [
-        "| method | bits | KL | KL by the first's | top-1 | perplexity | loss over fp | seconds |",
-        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
-        f"| fp | | | | | {np.exp(np.mean(fp.loss)):.2f} | | |",
+        "| method | bits | read | KL | KL by the first's | top-1 | perplexity | loss over fp | seconds |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        f"| fp | | | | | | {np.exp(np.mean(fp.loss)):.2f} | | |",
     ]
     for row in rows:
         base = first[row.precision]
         ratio = "" if row is base else _ratio(row.kl, base.kl)
         over = Estimate.of([ours - theirs for ours, theirs in zip(row.loss, fp.loss, strict=True)])
         lines.append(
-            f"| {row.method} | {row.precision} | {Estimate.of(row.kl).text(4)} | {ratio} | {np.mean(row.top1):.1%} | "
-            f"{np.exp(np.mean(row.loss)):.2f} | {over.text(4, sign=True)} | {row.seconds:.0f} |"
+            f"| {row.method} | {row.precision} | {row.bits:.2f} | {Estimate.of(row.kl).text(4)} | {ratio} | "
+            f"{np.mean(row.top1):.1%} | {np.exp(np.mean(row.loss)):.2f} | {over.text(4, sign=True)} | "
+            f"{row.seconds:.0f} |"
         )
     note = f"{PLUS_MINUS}, over {len(fp.loss)} windows of {WINDOW} tokens whose second halves are scored"
     return "\n".join([*lines, "", f"{note}; ratios are of means, their intervals of paired differences."])
@@ -243,8 +269,9 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 @click.option("--calibration-samples", type=click.IntRange(1), default=64, show_default=True, help="Samples of it.")
 @click.option(
     "--method", "methods", multiple=True, default=("anyprecision", "guided"), metavar="NAME[:OPTION=NUMBER;…]",
-    help="A method with its options, such as guided:damping=0.3. Repeatable; the first is what the others are compared "
-    "with.  [default: anyprecision, guided]",
+    help="A method with its options, such as guided:damping=0.3, gptq:groups=9;alone=1 (a model of its own at each "
+    "precision) or dns:outliers=0.01. Repeatable; the first is what the others are compared with.  [default: "
+    "anyprecision, guided]",
 )  # fmt: skip
 @click.option("--precisions", default="4,3,2", show_default=True, metavar="LIST", help="Bits, high to low.")
 @click.option("--parent", type=int, help="Bits of the codes.  [default: the highest precision]")

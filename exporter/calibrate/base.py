@@ -34,7 +34,7 @@ class Statistic(Protocol):
         """Run a model over a text, and hand the result for each weight to `write`, in any order.
 
         Args:
-            model: a causal language model of transformers in float32.
+            model: a causal language model of transformers in float32, but for its blocks, which are as stored.
             batches: token ids, int64 ``[B, T]`` with T >= 2, no padding.
             weights: names of the checkpoint's weights that will be quantized.
             write: takes a weight's name and its array, which may be forgotten after that. A weight that the statistic

@@ -30,7 +30,7 @@ def collect_statistics(
 ) -> StatisticsStore:
     """Return the statistics of a model on a text, a file, `BUILT_IN` or `OWN_TEXT`, that the method of an export needs.
 
-    What is not in the user's cache is computed, for which the model is in memory in float32.
+    What is not in the user's cache is computed. For that the model is in memory, its blocks as they are stored.
 
     Raises:
         PmpdError: the checkpoint has no tokenizer, the text is too short, or as `StatisticsStore.collect`.
@@ -49,11 +49,9 @@ def collect_statistics(
             with of_dtype(model, fast_dtype()):
                 return model, write_text(model, starts, samples=samples, length=length, progress=_track)
         if tokenizer is None:
-            raise PmpdError(
-                f"{checkpoint.path} has no tokenizer for a calibration text: take --calibration {OWN_TEXT}"
-            )
+            raise PmpdError(f"{checkpoint.path} has no tokenizer for a calibration text: take --calibration {OWN_TEXT}")
         batches = calibration_batches(text_tokens(text, tokenizer), samples, length)
-        return load_model(checkpoint), batches
+        return load_model(checkpoint, blocks_as_stored=True), batches
 
     identity = (checkpoint.identity(), sha256_of(text) if isinstance(text, Path) else text, samples, length, shapes)
     return StatisticsStore.collect(

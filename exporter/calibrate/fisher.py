@@ -29,7 +29,7 @@ class Fisher:
         progress: Callable[..., Iterable[torch.Tensor]],
     ) -> None:
         """Write the squared gradients of each weight, in the weight's shape. Raises as `squared_gradients`."""
-        sums = squared_gradients(model, progress(batches, len(batches)), weights)
+        sums = squared_gradients(model.float(), progress(batches, len(batches)), weights)
         for name in weights:
             write(name, sums.pop(name))
 

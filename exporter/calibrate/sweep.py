@@ -12,7 +12,7 @@ Blocks are called with what the model of transformers calls them with, which is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ def sweep(
     The loss is the sum of the next-token losses, so a token's gradients do not depend on how long the text is.
 
     Args:
-        model: a causal language model of transformers with blocks in ``model.model.layers``. It comes back as it was.
+        model: a causal language model of transformers in float32, but for its blocks, in ``model.model.layers``, which
+            may be of any type. It comes back as it was.
         batches: token ids, int64 ``[B, T]`` with T >= 2, no padding.
         visit: called with a block's number; returns what takes the layers of this block, batch by batch.
         dtype: of the blocks' arithmetic.
@@ -116,22 +117,23 @@ class _Network:
     def __init__(self, model: Any) -> None:
         self.model, self.body = model, model.model
         self.blocks: list[torch.nn.Module] = list(model.model.layers)
-        seen: list[bool] = []
-        hook = self.blocks[0].register_forward_hook(lambda *call: seen.append(isinstance(call[-1], tuple)))
+        first, seen = self.blocks[0], list[bool]()
+        hook = first.register_forward_hook(lambda *call: seen.append(isinstance(call[-1], tuple)))
         try:
-            with torch.no_grad():
+            with torch.no_grad(), of_dtype(first, torch.float32), self._blocks_replaced([first]):
                 self.body(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
         finally:
             hook.remove()
         (self.in_tuple,) = seen
 
-    @contextmanager
-    def replaced(self, instead: Callable[..., torch.Tensor]) -> Iterator[None]:
+    def replaced(self, instead: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
         """Put a stand-in in the place of every block."""
+        return self._blocks_replaced(_StandIn(block, instead, in_tuple=self.in_tuple) for block in self.blocks)
+
+    @contextmanager
+    def _blocks_replaced(self, blocks: Iterable[torch.nn.Module]) -> Iterator[None]:
         layers = self.body.layers
-        self.body.layers = torch.nn.ModuleList(
-            _StandIn(block, instead, in_tuple=self.in_tuple) for block in self.blocks
-        )
+        self.body.layers = torch.nn.ModuleList(blocks)
         try:
             yield
         finally:

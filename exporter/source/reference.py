@@ -30,8 +30,13 @@ def corrected(config: Any) -> Any:
     return config
 
 
-def load_model(checkpoint: Checkpoint) -> Any:
+def load_model(checkpoint: Checkpoint, *, blocks_as_stored: bool = False) -> Any:
     """Return transformers' model of a checkpoint with its weights in float32, ready for inference.
+
+    Args:
+        checkpoint: which.
+        blocks_as_stored: leave the blocks' weights in the type of the checkpoint, and in its files where they can be
+            mapped: for callers that convert one block at a time.
 
     Raises:
         PmpdError: a tensor is missing or damaged.
@@ -44,7 +49,11 @@ def load_model(checkpoint: Checkpoint) -> Any:
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # a tied one once, under its first name
-            parameter.copy_(checkpoint.tensor(name, tuple(parameter.shape)))
+            tensor = checkpoint.tensor(name, tuple(parameter.shape))
+            if blocks_as_stored and name.startswith("model.layers."):
+                parameter.data = tensor
+            else:
+                parameter.copy_(tensor)
     return model.eval()
 
 

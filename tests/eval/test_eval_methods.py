@@ -38,10 +38,10 @@ def test_fewer_bits_are_further_from_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_ratio_has_the_interval_of_paired_differences() -> None:
-    fp = MethodScores("fp", 0, [0.0, 0.0], [2.0, 3.0], [1.0, 1.0], 0.0)
-    one = MethodScores("one", 4, [0.1, 0.3], [2.1, 3.1], [0.9, 0.9], 1.0)
-    other = MethodScores("other", 4, [0.05, 0.27], [2.1, 3.1], [0.9, 0.9], 1.0)
-    assert "| other | 4 | 0.1600 ± 1.3981 | 0.800 ± 0.636 |" in table([fp, one, other])
+    fp = MethodScores("fp", 0, 0.0, [0.0, 0.0], [2.0, 3.0], [1.0, 1.0], 0.0)
+    one = MethodScores("one", 4, 4.5, [0.1, 0.3], [2.1, 3.1], [0.9, 0.9], 1.0)
+    other = MethodScores("other", 4, 4.25, [0.05, 0.27], [2.1, 3.1], [0.9, 0.9], 1.0)
+    assert "| other | 4 | 4.25 | 0.1600 ± 1.3981 | 0.800 ± 0.636 |" in table([fp, one, other])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,7 @@ def test_a_ratio_has_the_interval_of_paired_differences() -> None:
         ("guided:damping=a b", "damping must be a number, got 'a b'"),
         ("guided:damping='a'", "damping must be a number"),
         ("guided:damp=1", "unknown option of method guided 'damp'"),
+        ("dns:outliers=2", "outliers must be a share from 0 to 1"),
         ("guided:parent=8", "unknown option of method guided 'parent'"),
     ],
 )
