@@ -130,6 +130,9 @@ def demo_bundle(once: Once) -> Path:
         from pmpd.exporter.config import ExportConfig
         from pmpd.exporter.pipeline import export_bundle
 
-        export_bundle(ExportConfig(model="demo", output=folder / "demo-pmpd", precisions=(4, 3, 2), targets=()))
+        config = ExportConfig(
+            model="demo", output=folder / "demo-pmpd", precisions=(4, 3, 2), calibration="none", targets=()
+        )
+        export_bundle(config)
 
     return once("demo", export) / "demo-pmpd"

@@ -45,6 +45,7 @@ def calibrated(tiny: Path, tmp_path: Path, cache: Path) -> ExportConfig:
     return ExportConfig(
         model=str(tiny),
         output=tmp_path / "bundle",
+        method="anyprecision",
         precisions=(2,),
         targets=(),
         calibration=text,
@@ -256,8 +257,8 @@ def test_a_registered_method_gets_the_statistics_it_needs(
 
 
 def test_a_method_and_the_calibration_must_fit(sign: type[Method], calibrated: ExportConfig, monkeypatch: Any) -> None:
-    with pytest.raises(PmpdError, match="method sign needs a calibration text: add --calibration own, or a file"):
-        replace(calibrated, method="sign", calibration=None)
+    with pytest.raises(PmpdError, match="method sign needs a calibration text: leave out --calibration none"):
+        replace(calibrated, method="sign", calibration="none")
     monkeypatch.setattr(Sign, "requires", frozenset())
     monkeypatch.setattr(Sign, "needs", frozenset())
     with pytest.raises(PmpdError, match="method sign uses no calibration text: leave out --calibration"):

@@ -212,8 +212,8 @@ def test_an_export_uses_it(groups: int, tmp_path: Path, monkeypatch: pytest.Monk
     text = tmp_path / "text.txt"
     text.write_text("The owl saw a tree and a ball. " * 40)
     model = save_with_tokenizer(tmp_path / "model")
-    with pytest.raises(PmpdError, match="method gptq needs a calibration text: add --calibration own, or a file"):
-        ExportConfig(model=str(model), output=tmp_path / "bundle", method="gptq")
+    with pytest.raises(PmpdError, match="method gptq needs a calibration text: leave out --calibration none"):
+        ExportConfig(model=str(model), output=tmp_path / "bundle", method="gptq", calibration="none")
     config = ExportConfig(
         model=str(model), output=tmp_path / "bundle", method="gptq", precisions=(3,), targets=(), groups=groups,
         calibration=text, calibration_samples=4, calibration_length=32,

@@ -126,4 +126,4 @@ def test_what_is_no_text_is_said(tmp_path: Path) -> None:
     with pytest.raises(PmpdError, match="is not a file: give another with --calibration, or builtin"):
         ExportConfig(model="demo", output=tmp_path / "b", calibration=tmp_path / "none.txt")
     with pytest.raises(PmpdError, match="method guided needs a calibration text: leave out --calibration none"):
-        ExportConfig(model="demo", output=tmp_path / "b", method="guided")
+        ExportConfig(model="demo", output=tmp_path / "b", method="guided", calibration="none")

@@ -38,6 +38,7 @@ def some_sample() -> Sample:
 
 
 def config_of(**options: Any) -> ResolvedConfig:
+    options = {"calibration": "none"} | options
     return ExportConfig(model="demo", output=Path("out"), targets=(), **options).resolve()
 
 
@@ -135,7 +136,7 @@ def test_the_command_the_card_and_json_show_the_table(tmp_path: Path, caplog: py
     assert quality is not None
     table = markdown_table(quality.rows())
     assert [line.split(" ")[1] for line in table.splitlines()[2:]] == ["unquantized", "4", "2"]
-    assert f"quality   on 384 tokens of a text that comes with pmpd; ± is half of a 95 % interval\n{table}" in (
+    assert f"quality   on 384 tokens of held-out calibration text; ± is half of a 95 % interval\n{table}" in (
         caplog.messages
     )
     assert table in (output / "README.md").read_text()

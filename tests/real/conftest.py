@@ -72,4 +72,4 @@ def smollm2_bundle(smollm2: Path, once: Once) -> Path:
 def export(model: Path, folder: Path) -> None:
     from pmpd.exporter import ExportConfig, export_bundle
 
-    export_bundle(ExportConfig(model=str(model), output=folder / "bundle", precisions=(4, 3, 2)))
+    export_bundle(ExportConfig(model=str(model), output=folder / "bundle", precisions=(4, 3, 2), calibration="none"))
