@@ -17,7 +17,7 @@ import onnx_ir as ir
 from pmpd.exporter.bundle.card import CARD, skeleton_card
 from pmpd.exporter.bundle.destination import Destination, check_output
 from pmpd.exporter.bundle.plan import WeightPlan
-from pmpd.exporter.config import ExportConfig
+from pmpd.exporter.config import NO_TEXT, ExportConfig
 from pmpd.exporter.outline import Outline, file_entry
 from pmpd.exporter.source.models import DEMO, published_name
 from pmpd.exporter.source.opening import open_config
@@ -62,12 +62,12 @@ class Skeleton:
             if getattr(config, name) != defaults[name]:
                 option = "target" if name == "targets" else name.replace("_", "-")
                 raise PmpdError(f"a skeleton has no weights to use --{option} for: leave out --{option} or --skeleton")
-        resolved = replace(config, targets=()).resolve()
-        if resolved.mixes:
+        if mixes := config.resolve().mixes:
             raise PmpdError(
-                f"precision {resolved.mixes[0]}: which layers read more planes depends on weights, which a skeleton has none "
-                "of: take whole precisions"
+                f"precision {mixes[0]}: which layers read more planes depends on weights, of which a skeleton has none: "
+                "take whole precisions"
             )
+        resolved = replace(config, targets=(), calibration=NO_TEXT).resolve()
         source = Source(model=published_name(resolved.model))
         return cls(Outline.of(resolved, source, _read_config(resolved.model)))
 

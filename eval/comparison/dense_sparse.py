@@ -52,8 +52,9 @@ class Quantized:
     def nbytes(self, bits: int) -> int:
         """Return the bytes that a step reads at a precision: planes as they lie in a bundle, codebook, outliers."""
         rows, columns = self.codes.codes.shape
-        sparse = OUTLIER_BITS * len(self.outliers) + 32 * rows * bool(len(self.outliers))
-        return bits * rows * row_stride(columns) + self.codes.codebooks[bits].nbytes + sparse // 8
+        sparse: int = OUTLIER_BITS * len(self.outliers) + 32 * rows * bool(len(self.outliers))
+        planes: int = bits * rows * row_stride(columns)
+        return planes + self.codes.codebooks[bits].nbytes + sparse // 8
 
 
 def quantized(export: Export, layer: LinearLayer, statistics: Any, **options: Any) -> Quantized:

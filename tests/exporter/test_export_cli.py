@@ -247,5 +247,5 @@ def test_calibration_needs_a_tokenizer(tiny: Path, place: Path) -> None:
     (place / "text.txt").write_text("Some text.")
     result = export("-q", "-m", tiny, "-o", "out", "--calibration", "text.txt")
     assert result.exit_code == 1
-    assert "has no tokenizer for the calibration text" in result.stderr
+    assert "has no tokenizer for a calibration text: take --calibration own" in result.stderr
     assert result.stderr.count("\n") == 1

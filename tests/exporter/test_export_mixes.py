@@ -161,8 +161,11 @@ def test_split_layers_take_the_same_tensors(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--precisions", "4,3.25,3"], "precision 3.25: which layers read more planes follows from a calibration text"),
-        (["--precisions", "4,3.25,3", "--skeleton"], "without weights (--skeleton), take whole precisions"),
+        (
+            ["--precisions", "4,3.25,3", "--calibration", "none"],
+            "precision 3.25: which layers read more planes follows",
+        ),
+        (["--precisions", "4,3.25,3", "--skeleton"], "of which a skeleton has none: take whole precisions"),
         (
             ["--precisions", "3.5,3", "--method", "gptq", "--calibration", "own"],
             "precision 3.5: method gptq cannot tell which layers should read more planes: take --method anyprecision",

@@ -30,6 +30,7 @@ from pmpd.runtime.errors import PmpdError
 
 pytestmark = pytest.mark.full
 
+SMALL: dict[str, Any] = {"precisions": (2,), "head_precision": 2, "calibration": "none", "targets": ()}
 LAYERS = 4 * 2 + 2  # of the tiny model: what is quantized, the embedding too
 
 
@@ -48,14 +49,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small(tiny: Path, tmp_path: Path) -> ExportConfig:
     """An export that takes about a second."""
-    return ExportConfig(model=str(tiny), output=tmp_path / "bundle", precisions=(2,), head_precision=2, targets=())
+    return ExportConfig(
+        model=str(tiny), output=tmp_path / "bundle", precisions=(2,), head_precision=2, calibration="none", targets=()
+    )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The weights of `small` when nothing stops it."""
     output = tmp_path_factory.mktemp("undisturbed") / "bundle"
-    export_bundle(ExportConfig(model=str(tiny), output=output, precisions=(2,), head_precision=2, targets=()))
+    export_bundle(
+        ExportConfig(model=str(tiny), output=output, precisions=(2,), head_precision=2, calibration="none", targets=())
+    )
     return (output / "weights.bin").read_bytes()
 
 
@@ -294,7 +299,9 @@ def test_killing_an_export_at_any_moment_leaves_no_broken_bundle(
     context = multiprocessing.get_context("forkserver")
     lazy = [f"transformers.models.{name}" for name in ("auto.tokenization_auto", "llama.modeling_llama")]
     context.set_forkserver_preload(["pmpd.exporter.pipeline", *lazy])
-    config = ExportConfig(model=str(tiny) if size == "tiny" else "demo", output=tmp_path / "bundle", targets=())
+    config = ExportConfig(
+        model=str(tiny) if size == "tiny" else "demo", output=tmp_path / "bundle", calibration="none", targets=()
+    )
 
     def run(seconds: float | None) -> bool:
         """Export for so long; return whether it was killed."""
