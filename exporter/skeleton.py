@@ -64,8 +64,8 @@ class Skeleton:
                 raise PmpdError(f"a skeleton has no weights to use --{option} for: leave out --{option} or --skeleton")
         if mixes := config.resolve().mixes:
             raise PmpdError(
-                f"precision {mixes[0]}: which layers read more planes depends on weights, of which a skeleton has none: "
-                "take whole precisions"
+                f"precision {mixes[0]}: which layers read more planes depends on weights, of which a skeleton has "
+                "none: take whole precisions"
             )
         resolved = replace(config, targets=(), calibration=NO_TEXT).resolve()
         source = Source(model=published_name(resolved.model))
