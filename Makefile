@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Export the embedded model, generate with it, evaluate it.
 demo: $(VENV)/.installed
 	@echo "demo 1 of 3: export the embedded model"
-	$(BIN)/pmpd-export --model demo --calibration own --output demo-pmpd --overwrite
+	$(BIN)/pmpd-export --model demo --precisions 4,3,2 --calibration own --output demo-pmpd --overwrite
 	@echo "demo 2 of 3: write a story, coloured by precision"
 	$(BIN)/pmpd-run demo-pmpd -p "Once upon a time, there was a little girl named Lily." \
 	  -n 100 --schedule static:3@16,2@32 --show-precision

@@ -36,7 +36,7 @@ log = logging.getLogger("pmpd.exporter")
 _EXAMPLES = (
     "pmpd-export --model demo --output demo-pmpd",
     "pmpd-export --model ./Phi-1.5 --precisions 4,3,2 --calibration stories.txt --schedule static:3@16,2@32",
-    "pmpd-export --model ./Phi-1.5 --precisions 4,3.25,3 --calibration own    # a precision between 3 and 4",
+    "pmpd-export --model ./Phi-1.5 --precisions 4,3.25,3    # a precision between 3 and 4",
     "pmpd-export --model vicuna-7b --skeleton    # graphs alone, for pmpd-npu",
 )
 
@@ -88,7 +88,7 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option(
     "--precisions",
-    default="4,3,2",
+    default="5,4,3",
     metavar="LIST",
     show_default=True,
     callback=_bits,
@@ -104,8 +104,8 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
 @click.option(
     "--method",
     metavar="NAME",
-    help="How weights are quantized: guided or anyprecision. To compare with: gptq, rtn, hqq.  [default: guided, or "
-    "anyprecision without calibration]",
+    help="How weights are quantized: guided or anyprecision; gptq, rtn and hqq are there to compare with.  [default: "
+    "guided, or anyprecision without calibration]",
 )
 @click.option(
     "--seed-precision",

@@ -21,6 +21,7 @@ __all__ = [
     "BUILT_IN",
     "DEFAULT_EMBEDDING_PRECISION",
     "DEFAULT_HEAD_PRECISION",
+    "DEFAULT_PRECISIONS",
     "NO_TEXT",
     "OWN_TEXT",
     "PLAIN_METHOD",
@@ -30,6 +31,7 @@ __all__ = [
     "parse_bits",
 ]
 
+DEFAULT_PRECISIONS = (5, 4, 3)
 DEFAULT_HEAD_PRECISION = 6
 DEFAULT_EMBEDDING_PRECISION = 6
 PLAIN_METHOD = "anyprecision"
@@ -159,7 +161,7 @@ class ExportConfig:
     model: str
     output: Path
     revision: str | None = None
-    precisions: tuple[float, ...] = (4, 3, 2)
+    precisions: tuple[float, ...] = DEFAULT_PRECISIONS
     parent: int | None = None
     method: str | None = None
     seed_precision: int = 2
