@@ -93,7 +93,7 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
     show_default=True,
     callback=_bits,
     help="Bits of the weights that decoding can use, from high to low. One such as 3.25 is a mix: 3.25 in the mean, "
-    "more in layers where it pays most (needs --calibration).",
+    "more in layers where it pays most.",
 )
 @click.option(
     "--parent",
@@ -143,7 +143,7 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
 @click.option(
     "--schedule",
     metavar="SPEC",
-    help="The bundle's default schedule, such as static:3@16,2@32.  [default: uniform at the highest precision]",
+    help="The bundle's default schedule, such as static:4@16,3@32.  [default: uniform at the highest precision]",
 )
 @click.option(
     "--context-length", type=int, metavar="N", help="Longest text in tokens.  [default: what the checkpoint allows]"

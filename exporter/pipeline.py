@@ -26,7 +26,7 @@ from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.bundle.workspace import Workspace, bytes_on_disk
 from pmpd.exporter.calibrate.collect import collect_statistics
 from pmpd.exporter.calibrate.store import StatisticsStore
-from pmpd.exporter.config import BUILT_IN, NO_TEXT, PLAIN_METHOD, ExportConfig, ResolvedConfig
+from pmpd.exporter.config import BUILT_IN, NO_TEXT, OWN_TEXT, PLAIN_METHOD, ExportConfig, ResolvedConfig
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
 from pmpd.exporter.quantize import METHODS, Method, NestedCodes
@@ -166,6 +166,7 @@ class Export:
         return [
             *self.outline.describe(),
             *self.checkpoint.describe(),
+            f"method    {self._quantizer()}",
             f"kernels   {self._kernels()}",
             f"needs     {byte_text(self.plan.size)} of disk, about {byte_text(self.peak_memory)} of memory",
         ]
@@ -176,6 +177,13 @@ class Export:
         coarse = coarse_bits(self.config, self.outline.family)
         met = {*self.config.planes, self.config.head_precision, *(() if coarse is None else (coarse,))}
         return tuple(sorted(met, reverse=True))
+
+    def _quantizer(self) -> str:
+        config = self.config
+        texts = {None: "without a text", BUILT_IN: "on the built-in text", OWN_TEXT: "on text of the model's own"}
+        text = f"on {config.calibration.name}" if isinstance(config.calibration, Path) else texts[config.calibration]
+        pieces = f", {config.calibration_samples} pieces of {config.calibration_length} tokens"
+        return f"{config.method}, {text}{pieces if config.calibration else ''}"
 
     def _kernels(self) -> str:
         config = self.config

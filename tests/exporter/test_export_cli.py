@@ -118,6 +118,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tiny: Path, place: Path) -
     assert result.exit_code == 0
     assert result.stdout.startswith(f"model     {tiny}: llama")
     assert "bundle    tiny-pmpd: 4/2 bits from 4 planes, prefill at 2, head at 6, embedding at 6, " in result.stdout
+    assert "method    anyprecision, without a text\n" in result.stdout
     assert " kB of disk, about " in result.stdout
     assert list(place.iterdir()) == []
 
