@@ -88,6 +88,8 @@ def dense_and_sparse(
     sensitivity = np.concatenate([part["fisher"] for part in known]) if known[0] else np.ones_like(weight)
     loss = sensitivity * np.square(weight - first.weight(lowest))
     count = round(outliers * weight.size)
+    if not count:
+        return first
     places = np.sort(np.argpartition(loss.reshape(-1), weight.size - count)[weight.size - count :])
     sensitivity.reshape(-1)[places] = 0
     codes = export.method(layer, **options).quantize(weight, {"fisher": sensitivity})

@@ -292,6 +292,9 @@ def main(
     check_outputs(json_file)
     if not data.is_file():
         raise PmpdError(f"{data} is not a file: give a text with --data")
+    bits = parse_bits(precisions)
+    if any(not isinstance(number, int) for number in bits):
+        raise PmpdError(f"precisions {precisions}: a mix belongs to a bundle: give whole precisions")
     results = list(
         compare_methods(
             model,
@@ -300,7 +303,7 @@ def main(
             limit=limit,
             calibration=calibration_text(calibration),
             calibration_samples=calibration_samples,
-            precisions=parse_bits(precisions),
+            precisions=bits,
             parent=parent,
         )
     )

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pmpd.eval.comparison.methods import Choice, MethodScores, main, table
+from pmpd.eval.comparison.dense_sparse import dense_and_sparse, quantized
+from pmpd.eval.comparison.methods import Choice, MethodScores, compare_methods, main, table
+from pmpd.exporter import Export, ExportConfig
 from pmpd.runtime import PmpdError
+from pmpd.runtime.format.bitplanes import row_stride
 
 
 @pytest.mark.full
@@ -73,6 +77,62 @@ def test_precisions_that_are_none(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["demo", "--data", str(text), "--precisions", "4,x"])
     assert result.exit_code == 1
     assert "'4,x' is not a list of bits like 4,3,2" in result.output
+
+
+def test_a_mix_is_not_compared(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a b c")
+    result = CliRunner().invoke(main, ["demo", "--data", str(tmp_path / "text.txt"), "--precisions", "4,3.5"])
+    assert result.exit_code == 1
+    assert "precisions 4,3.5: a mix belongs to a bundle: give whole precisions" in result.output
+
+
+@pytest.fixture(scope="module")
+def export() -> Export:
+    return Export.prepare(
+        ExportConfig(model="demo", output=Path("unused"), precisions=(4, 2), calibration="none", targets=())
+    )
+
+
+def test_outliers_are_the_weights_that_cost_most_and_stay_floats(export: Export) -> None:
+    layer = export.plan.linears[0]
+    weight = np.concatenate(
+        [layer.part_weight(i, export.checkpoint.tensor(name)) for i, name in enumerate(layer.weight_names)]
+    )
+    plain = quantized(export, layer, None)
+    sparse = dense_and_sparse(export, layer, None, outliers=0.01)
+    count = round(0.01 * weight.size)
+    assert len(sparse.outliers) == count
+    least = np.sort(np.square(weight - plain.weight(2)).ravel())[-count]
+    assert (np.square(weight - plain.weight(2)).ravel()[sparse.outliers] >= least).all()
+    for bits in (4, 2):
+        assert np.array_equal(sparse.weight(bits).ravel()[sparse.outliers], sparse.values.astype(np.float32))
+        assert np.square(weight - sparse.weight(bits)).mean() < np.square(weight - plain.weight(bits)).mean()
+        assert sparse.nbytes(bits) == plain.nbytes(bits) + (32 * count + 32 * len(weight)) // 8
+    rows, columns = weight.shape
+    assert plain.nbytes(2) == rows * (2 * row_stride(columns) + 2 * 4)
+
+
+def test_no_outliers_are_the_method_itself(export: Export) -> None:
+    layer = export.plan.linears[0]
+    plain, sparse = quantized(export, layer, None), dense_and_sparse(export, layer, None, outliers=0.0)
+    assert np.array_equal(sparse.weight(2), plain.weight(2))
+    assert sparse.nbytes(2) == plain.nbytes(2)
+
+
+@pytest.mark.full
+def test_a_model_of_its_own_at_each_precision_is_nearer_than_a_nested_one(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a girl with a red ball and a small dog named Max. " * 80)
+    choices = [Choice.parse(choice) for choice in ("hqq", "hqq:alone=1", "hqq:alone=1;groups=2")]
+    options = {"calibration": None, "precisions": (3, 2), "parent": None}
+    _, *rows = compare_methods("demo", choices, text, limit=2, **options)
+    assert [(row.method, row.precision) for row in rows] == [
+        (str(choice), bits) for choice in choices for bits in (3, 2)
+    ]
+    nested, _, alone, _, groups, _ = rows
+    assert groups.bits > alone.bits
+    assert alone.bits == pytest.approx(3 + 19 / 256, abs=0.06)  # rows of 256 weights and of more
+    assert nested.bits > alone.bits  # a codebook is larger than a scale and a zero-point
 
 
 @pytest.mark.full
