@@ -20,6 +20,8 @@ from pmpd.exporter.calibrate.guided import packed, unpacked
 from pmpd.exporter.calibrate.sweep import Visit, sweep
 from pmpd.exporter.quantize import AnyPrecision, Guided, native
 from pmpd.exporter.quantize.descent import Rows
+from pmpd.exporter.source.opening import open_checkpoint
+from pmpd.exporter.source.reference import load_model
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 
@@ -46,6 +48,25 @@ def losses(weight: Array, H: Array, codes: Array, codebook: Array) -> Array:
 
 
 # The statistic.
+
+
+def test_blocks_may_be_of_the_checkpoints_type(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(TINY_MODELS["llama-tied-bfloat16"].save(tmp_path / "model")))
+    ids = torch.randint(0, checkpoint.config["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(0))
+    sums = []
+    for model in (load_model(checkpoint), load_model(checkpoint, blocks_as_stored=True)):
+        types = {parameter.dtype for parameter in model.parameters()}
+        seen: dict[str, torch.Tensor] = {}
+
+        def visit(index: int, seen: dict[str, torch.Tensor] = seen) -> Visit:
+            return lambda layer, x, gradient: seen.update({f"{index}.{layer}": x.sum() + gradient.abs().sum()})
+
+        sweep(model, [ids], visit, dtype=torch.float32)
+        assert {parameter.dtype for parameter in model.parameters()} == types, "it comes back as it was"
+        sums.append((types, seen))
+    (types, whole), (stored_types, stored) = sums
+    assert (types, stored_types) == ({torch.float32}, {torch.float32, torch.bfloat16})
+    assert whole == stored
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biases", "gemma3-windows", "qwen3", "phi", "phi3"])
