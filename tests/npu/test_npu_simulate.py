@@ -58,7 +58,7 @@ ENERGIES = (
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("small")
     (folder / "config.json").write_text(json.dumps(SMALL.config()))
-    export_skeleton(ExportConfig(model=str(folder), output=folder / "skeleton"))
+    export_skeleton(ExportConfig(model=str(folder), output=folder / "skeleton", precisions=(4, 3, 2)))
     return Model.open(folder / "skeleton")
 
 
