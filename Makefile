@@ -50,7 +50,7 @@ test-slow: $(VENV)/.installed
 
 # Real models and data, from ../shared and ~/.cache/pmpd-models; skipped where they are missing.
 test-real: $(VENV)/.installed
-	$(RUN_TESTS) -m real tests/real
+	$(RUN_TESTS) -m "real and not slow" tests/real
 
 lint: $(VENV)/.installed typecheck
 	$(BIN)/ruff check .
