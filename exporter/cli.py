@@ -47,10 +47,12 @@ def _calibration(_context: click.Context, _parameter: click.Parameter, value: st
     return calibration_text(value)
 
 
-def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> tuple[float, ...]:
+def _bits(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
     from pmpd.exporter.config import parse_bits
     from pmpd.runtime.errors import PmpdError
 
+    if value is None:
+        return None
     try:
         return parse_bits(value)
     except PmpdError as error:
@@ -58,12 +60,10 @@ def _bits(_context: click.Context, _parameter: click.Parameter, value: str) -> t
 
 
 def _single_bits(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
-    (bits, *others) = _bits(context, parameter, value)
-    if others:
+    bits = _bits(context, parameter, value)
+    if bits is not None and len(bits) > 1:
         raise click.BadParameter(f"{value!r} is more than one precision")
-    return bits
+    return None if bits is None else bits[0]
 
 
 @click.command(
@@ -88,12 +88,10 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option(
     "--precisions",
-    default="5,4,3",
     metavar="LIST",
-    show_default=True,
     callback=_bits,
     help="Bits of the weights that decoding can use, from high to low. One such as 3.25 is a mix: 3.25 in the mean, "
-    "more in layers where it pays most.",
+    "more in layers where it pays most.  [default: 5,4,3, without those of no use for the model]",
 )
 @click.option(
     "--parent",

@@ -67,6 +67,7 @@ class ResolvedConfig:
 
     Attributes: as in `ExportConfig`, with every default filled in, and
 
+        optional: precisions that nobody asked for: the bundle goes without those that are of no use.
         targets: machines to build kernels for.
         kernels_required: whether a target that cannot be built for is an error; otherwise the bundle goes without.
         context_length: longest text in tokens; None: what the checkpoint allows.
@@ -76,6 +77,7 @@ class ResolvedConfig:
     output: Path
     revision: str | None
     precisions: tuple[float, ...]
+    optional: tuple[float, ...]
     parent: int
     method: str
     seed_precision: int
@@ -113,7 +115,7 @@ class ResolvedConfig:
     def to_json(self) -> dict[str, Any]:
         """Return what decides the bundle's contents, as JSON-ready data; of local paths only the last part."""
         document = asdict(self)
-        for name in ("output", "overwrite", "kernels_required", "verify"):
+        for name in ("output", "overwrite", "kernels_required", "optional", "verify"):
             del document[name]
         document["model"] = published_name(self.model)
         document["precisions"] = list(self.precisions)
@@ -130,7 +132,8 @@ class ExportConfig:
         model: hub id, alias, folder or GGUF file.
         output: the bundle's folder.
         revision: branch, tag or commit on the hub.
-        precisions: bits to decode at; one graph each. One with decimals is a mix, which needs calibration.
+        precisions: bits to decode at; one graph each. One with decimals is a mix, which needs calibration. Default 5, 4
+            and 3, without those of no use for the model (`ResolvedConfig.optional`).
         parent: bits of the nested codes; default the highest precision, rounded up.
         method: how weights are quantized, one of `METHODS`; default guided, or `PLAIN_METHOD` with `NO_TEXT` or several
             groups.
@@ -161,7 +164,7 @@ class ExportConfig:
     model: str
     output: Path
     revision: str | None = None
-    precisions: tuple[float, ...] = DEFAULT_PRECISIONS
+    precisions: tuple[float, ...] | None = None
     parent: int | None = None
     method: str | None = None
     seed_precision: int = 2
@@ -182,7 +185,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         for name, bits in (
-            *(("precision", bits) for bits in self.precisions),
+            *(("precision", bits) for bits in self._bits),
             ("parent precision", 1 if self.parent is None else self.parent),
             ("seed precision", self.seed_precision),
             ("head precision", self.head_precision),
@@ -190,10 +193,10 @@ class ExportConfig:
         ):
             if not 1 <= bits <= MAX_PRECISION:
                 raise PmpdError(f"{name} must be 1 to {MAX_PRECISION} bits, got {bits}")
-        if odd := [bits for bits in self.precisions if not is_precision(bits)]:
+        if odd := [bits for bits in self._bits if not is_precision(bits)]:
             raise PmpdError(f"a precision is a whole number or has one or two decimals, got {odd[0]!r}")
-        if not self.precisions or list(self.precisions) != sorted(set(self.precisions), reverse=True):
-            raise PmpdError(f"precisions must fall without repeats (4,3,2), got {','.join(map(str, self.precisions))}")
+        if not self._bits or list(self._bits) != sorted(set(self._bits), reverse=True):
+            raise PmpdError(f"precisions must fall without repeats (4,3,2), got {','.join(map(str, self._bits))}")
         if self.coarse_precision and not 0 < self.coarse_precision < self.head_precision:
             raise PmpdError(
                 f"coarse precision must be 0 (off) or 1 to {self.head_precision - 1} bits, fewer than the output "
@@ -201,10 +204,10 @@ class ExportConfig:
             )
         if self.coarse_precision and self.groups > 1:
             raise PmpdError(f"coarse precision {self.coarse_precision}: it needs one codebook per row (--groups 1)")
-        if self.parent is not None and self.parent < self.precisions[0]:
-            raise PmpdError(f"parent precision {self.parent} is lower than the highest precision {self.precisions[0]}")
-        if self.prefill is not None and self.prefill not in self.precisions:
-            raise PmpdError(f"prefill precision {self.prefill} is not among the precisions {list(self.precisions)}")
+        if self.parent is not None and self.parent < self._bits[0]:
+            raise PmpdError(f"parent precision {self.parent} is lower than the highest precision {self._bits[0]}")
+        if self.prefill is not None and self.prefill not in self._bits:
+            raise PmpdError(f"prefill precision {self.prefill} is not among the precisions {list(self._bits)}")
         for name, number in (
             ("groups", self.groups),
             ("calibration samples", self.calibration_samples),
@@ -213,7 +216,7 @@ class ExportConfig:
             if number < 1:
                 raise PmpdError(f"{name} must be 1 or more, got {number}")
         if self.schedule is not None:
-            parse_schedule(self.schedule, self.precisions)
+            parse_schedule(self.schedule, self._bits)
         for target in self.targets or ():
             find_target(target)
         if self.accuracy is not None and self.accuracy not in ACCURACIES:
@@ -222,6 +225,10 @@ class ExportConfig:
             raise PmpdError(f"groups {self.groups}: int8 kernels take one codebook per row: use --accuracy exact")
         self._check_calibration()
         self._check_mixes()
+
+    @property
+    def _bits(self) -> tuple[float, ...]:
+        return DEFAULT_PRECISIONS if self.precisions is None else self.precisions
 
     def _check_calibration(self) -> None:
         texts = (BUILT_IN, OWN_TEXT, NO_TEXT)
@@ -243,7 +250,7 @@ class ExportConfig:
             raise PmpdError(f"method {self.method} uses no calibration text: leave out --calibration")
 
     def _check_mixes(self) -> None:
-        mixes = ", ".join(map(str, _mixes(self.precisions)))
+        mixes = ", ".join(map(str, _mixes(self._bits)))
         method, calibration = self._quantization()
         if mixes and calibration == NO_TEXT:
             raise PmpdError(
@@ -268,15 +275,18 @@ class ExportConfig:
 
     def resolve(self) -> ResolvedConfig:
         """Return the configuration with every default filled in."""
-        high, host = self.precisions[0], host_target()
+        high, host = self._bits[0], host_target()
         targets, (method, calibration) = self.targets, self._quantization()
+        schedule = parse_schedule(self.schedule or f"uniform:{high}", self._bits)
+        named = {high, self.prefill, *schedule.precisions}
         if targets is None:
             targets = () if host is None else (host,)
         return ResolvedConfig(
             model=self.model,
             output=self.output,
             revision=self.revision,
-            precisions=self.precisions,
+            precisions=self._bits,
+            optional=tuple(bits for bits in self._bits if self.precisions is None and bits not in named),
             parent=math.ceil(high) if self.parent is None else self.parent,
             method=method,
             seed_precision=self.seed_precision,
@@ -285,7 +295,7 @@ class ExportConfig:
             embedding_precision=self.embedding_precision,
             coarse_precision=self.coarse_precision,
             groups=self.groups,
-            schedule=str(parse_schedule(self.schedule or f"uniform:{high}", self.precisions)),
+            schedule=str(schedule),
             context_length=self.context_length,
             calibration=None if calibration == NO_TEXT else calibration,
             calibration_samples=self.calibration_samples,

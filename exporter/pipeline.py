@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -343,7 +344,9 @@ class Export:
         checks: list[Check] = []
         try:
             sample = Sample.of(bundle, self.checkpoint, self.config)
-            verification = Verification(bundle, self.checkpoint, self.outline.family, self.plan, sample)
+            verification = Verification(
+                bundle, self.checkpoint, self.outline.family, self.plan, sample, self.config.optional
+            )
             for check in track(verification, step="verify", total=len(verification)):
                 require_passed(check)
                 log.debug("verified  %s: %s", check.name, check)
@@ -360,12 +363,29 @@ class Export:
         for check in checks:
             if check.warning:
                 log.warning("%s", check.warning)
-        return replace(
+        manifest = replace(
             bundle.manifest,
             verified=True,
             verification={check.name: check.to_json() for check in checks},
             quality=verification.quality,
         )
+        return _without(verification.useless, manifest, workspace)
+
+
+def _without(precisions: Sequence[float], manifest: Manifest, workspace: Workspace) -> Manifest:
+    """Take precisions out of a bundle: their decode graphs, and what the manifest says of them."""
+    graphs = [graph for graph in manifest.graphs if graph.phase == "decode" and graph.precision in precisions]
+    for graph in graphs:
+        (workspace.path / graph.file).unlink()
+    assert manifest.quality is not None
+    measured = [quality for quality in manifest.quality.precisions if quality.precision not in precisions]
+    return replace(
+        manifest,
+        precisions=tuple(bits for bits in manifest.precisions if bits not in precisions),
+        graphs=tuple(graph for graph in manifest.graphs if graph not in graphs),
+        files={name: entry for name, entry in manifest.files.items() if name not in {g.file for g in graphs}},
+        quality=replace(manifest.quality, precisions=tuple(measured)),
+    )
 
 
 def _why_not_calibrated(outline: Outline, checkpoint: Checkpoint) -> str | None:

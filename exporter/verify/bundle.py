@@ -7,7 +7,7 @@ graph with noise of the size of that rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -70,7 +70,9 @@ class Verification:
         family: the architecture.
         plan: the layout of its weights.
         sample: the text on which the cost of quantization is measured.
+        optional: precisions that the bundle can do without.
         quality: that cost, once all checks are done.
+        useless: those of `optional` that are of no use, then.
     """
 
     bundle: Bundle
@@ -78,7 +80,9 @@ class Verification:
     family: Family
     plan: WeightPlan
     sample: Sample
+    optional: Collection[float] = ()
     quality: Quality | None = field(init=False, default=None)
+    useless: list[float] = field(init=False, default_factory=list)
 
     @cached_property
     def ids(self) -> list[int]:
@@ -165,7 +169,7 @@ class Verification:
         yield compare(f"decode at {precision} bits against dequantized weights", portable, want, floor=floor)
         quality = meter.measure(precision, of_sample)
         del of_sample  # hundreds of MB
-        yield _quantization(quality)
+        yield self._quantization(quality)
         for (target, accuracy), run, error in zip(self.libraries, runs[1:], errors[1:], strict=True):
             name = f"{accuracy} {target} kernels at {precision} bits against portable graphs"
             note, allowance = "", floor
@@ -183,6 +187,22 @@ class Verification:
                 prefill = exposed.open(exact).run([self.ids])
             yield compare("prefill against decoding", prefill.logits[-1:], calm[-1:], floor=floor)
 
+    def _quantization(self, quality: PrecisionQuality) -> Check:
+        """Say how far quantization itself moves the model: it is no fault of the export, but its user must know."""
+        warning, bits = "", quality.precision
+        if quality.kl >= UNUSABLE_KL:
+            remedy = "calibrate (--calibration) or leave this precision out (--precisions)"
+            if bits in self.optional:
+                self.useless.append(bits)
+                remedy = f"it is left out; --precisions {','.join(map(str, self.bundle.manifest.precisions))} keeps it"
+            warning = f"{bits} bits: {quality.kl:.1f} nats from the unquantized model: too far to be usable; {remedy}"
+        return Check(
+            name=f"decode at {bits} bits against the unquantized model",
+            figures={MEAN_KL: Figure(quality.kl)},
+            note=f"same most likely token at {quality.top1:.1%} of the positions",
+            warning=warning,
+        )
+
     def _library(self, target: str, accuracy: str) -> KernelLibrary:
         """Load a library."""
         return KernelLibrary(self.bundle.path / self.bundle.manifest.kernels[target], accuracy=accuracy)
@@ -194,22 +214,6 @@ def _nodes(name: str, errors: NodeErrors) -> Check:
         name=name,
         figures={NODE_ERROR: Figure(ratio, 1.0)},
         note=f"{len(errors.ratios)} nodes, the largest at {node}",
-    )
-
-
-def _quantization(quality: PrecisionQuality) -> Check:
-    """Say how far quantization itself moves the model: it is no fault of the export, but its user must know."""
-    warning = ""
-    if quality.kl >= UNUSABLE_KL:
-        warning = (
-            f"{quality.precision} bits: {quality.kl:.1f} nats from the unquantized model: too far to be usable; "
-            "calibrate (--calibration) or leave this precision out (--precisions)"
-        )
-    return Check(
-        name=f"decode at {quality.precision} bits against the unquantized model",
-        figures={MEAN_KL: Figure(quality.kl)},
-        note=f"same most likely token at {quality.top1:.1%} of the positions",
-        warning=warning,
     )
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,6 +304,29 @@ def test_an_unusable_precision_is_said(
     assert warning in (tmp_path / "bundle" / "README.md").read_text()
     check = Bundle.open(tmp_path / "bundle").manifest.verification["decode at 2 bits against the unquantized model"]
     assert (check["passed"], check["warning"]) == (True, warning)
+
+
+def test_an_unusable_precision_that_nobody_asked_for_is_left_out(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(verify, "UNUSABLE_KL", 0.0)  # the highest stays, and what a schedule names
+    config = ExportConfig(
+        model=str(tiny), output=tmp_path / "bundle", calibration="none", targets=(), schedule="static:3@8"
+    )
+    export_bundle(config)
+    bundle = Bundle.open(tmp_path / "bundle", verify=True)
+    assert bundle.manifest.precisions == (5, 3)
+    assert [quality.precision for quality in bundle.manifest.quality.precisions] == [5, 3]
+    assert sorted(graph.name for graph in bundle.path.glob("*.onnx")) == [
+        "decode-3.onnx", "decode-5.onnx", "prefill.onnx",
+    ]  # fmt: skip
+    warnings = {message.split(" ")[0]: message for message in caplog.messages if "too far to be usable" in message}
+    assert warnings["4"].endswith("it is left out; --precisions 5,4,3 keeps it")
+    assert "left out" not in warnings["5"] + warnings["3"]
+    assert warnings["4"] in (bundle.path / "README.md").read_text()
+
+    export_bundle(replace(config, precisions=(5, 4, 3), overwrite=True))
+    assert Bundle.open(tmp_path / "bundle").manifest.precisions == (5, 4, 3)
 
 
 def test_weights_that_are_not_the_checkpoints_fail_the_export(
