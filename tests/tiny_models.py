@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from copy import deepcopy
@@ -275,14 +276,20 @@ TINY_MODELS = {
         },
     ),
 }
+WORDS = 400  # of the model with a tokenizer: each costs time in every export
 FAMILIES = ("llama", "qwen3", "hunyuan_v1_dense", "phi", "stablelm")
 
 
 def save_with_tokenizer(folder: Path) -> Path:
-    """Write a tiny Llama that speaks the demo model's tokens, and return its folder."""
-    TinyModel("llama", {"vocab_size": 4096}).save(folder)
-    for name in "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json":
+    """Write a tiny Llama that speaks the demo model's most common tokens, and return its folder."""
+    TinyModel("llama", {"vocab_size": WORDS}).save(folder)
+    for name in "tokenizer_config.json", "special_tokens_map.json", "generation_config.json":
         shutil.copy(demo_model_path() / name, folder)
+    document = json.loads((demo_model_path() / "tokenizer.json").read_text(encoding="utf-8"))
+    model = document["model"]
+    model["vocab"] = {token: number for token, number in model["vocab"].items() if number < WORDS}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair).replace(" ", "") in model["vocab"]]
+    (folder / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
     return folder
 
 
