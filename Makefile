@@ -7,6 +7,8 @@ PACKAGES := runtime exporter tvm_kernels eval npu_backend
 WORKERS ?= 2
 PYTEST ?=
 RUN_TESTS = $(BIN)/python -m pytest $(PYTEST)
+# A file's tests share what is expensive, so they run in one process.
+IN_PARALLEL = -n $(WORKERS) --dist loadfile
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-fast test-slow test-real lint typecheck format clean
@@ -39,11 +41,11 @@ demo: $(VENV)/.installed
 
 # What one runs before a commit: all but the slow tests, under five minutes on two cores.
 test: $(VENV)/.installed
-	$(RUN_TESTS) -n $(WORKERS) -m "fast or full"
+	$(RUN_TESTS) $(IN_PARALLEL) -m "fast or full"
 
 # What one runs while editing: seconds. A test that takes longer than its share fails here.
 test-fast: $(VENV)/.installed
-	$(RUN_TESTS) -n $(WORKERS) -m fast --fast-limit 3
+	$(RUN_TESTS) $(IN_PARALLEL) -m fast --fast-limit 3
 
 test-slow: $(VENV)/.installed
 	$(RUN_TESTS) -m slow

@@ -27,6 +27,7 @@ settings.register_profile("pmpd", deadline=None)
 settings.load_profile("pmpd")
 
 TESTS = Path(__file__).parent
+PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set[int]()
 # Makes a folder once per run: `once(name, build)` calls `build(folder)` in the first process that asks.
 Once = Callable[[str, Callable[[Path], object]], Path]
 
@@ -47,15 +48,17 @@ def pytest_configure() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache / "zig"))
     number, count = os.environ.get("PYTEST_XDIST_WORKER", ""), os.environ.get("PYTEST_XDIST_WORKER_COUNT", "")
-    if number and hasattr(os, "sched_setaffinity"):
-        share = sorted(os.sched_getaffinity(0))[int(number.removeprefix("gw")) :: int(count)]
-        if share:  # with more test processes than processors there is nothing to share out
-            os.sched_setaffinity(0, share)
+    share = sorted(PROCESSORS)[int(number.removeprefix("gw")) :: int(count)] if number else []
+    if share:  # with more test processes than processors there is nothing to share out
+        os.sched_setaffinity(0, share)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(tier_of(item))
+        tier = tier_of(item)
+        if tier == "slow" and item.get_closest_marker("full"):  # `make test` would run it
+            raise pytest.UsageError(f"{item.nodeid} is marked full and slow: a test is in one tier")
+        item.add_marker(tier)
 
 
 def tier_of(item: pytest.Item) -> str:
@@ -106,6 +109,18 @@ def interruptible(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def all_processors() -> Iterator[None]:
+    """Use every processor: for threads that should meet, or that should be seen to rest."""
+    if not PROCESSORS:
+        yield
+        return
+    share = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, PROCESSORS)
+    yield
+    os.sched_setaffinity(0, share)
 
 
 @pytest.fixture(autouse=True)

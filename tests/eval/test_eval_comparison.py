@@ -140,21 +140,17 @@ def test_a_peer_that_fails_late_loses_only_its_own_figures(demo_bundle: Path, da
     assert "| llama.cpp Q8_0 | 8.00 | 9.0 | 8.0 | 4.0 | 16.0 |" in " ".join(result.stdout.split())
 
 
+ROWS = ["fp", "uniform:4", "uniform:2", "llama.cpp Q4_0"]
+
+
 @pytest.mark.parametrize(
-    (
-        "turn",
-        "missing",
-    ),  # four turns to warm up, four a repetition: two schedules, the switching between them, the peer
-    [
-        (6, None),
-        (
-            10,
-            ["repetition 2", *[f"perplexity of {name}" for name in ("fp", "uniform:4", "uniform:2", "llama.cpp Q4_0")]],
-        ),
-        (12, ["perplexity of llama.cpp Q4_0"]),
+    ("interrupt", "code", "turn", "missing"),
+    [  # four turns to warm up, four a repetition: two schedules, the switching between them, the peer
+        (KeyboardInterrupt(), 130, 6, None),
+        (KeyboardInterrupt(), 130, 12, ["perplexity of llama.cpp Q4_0"]),
+        (Terminated(15), 143, 10, ["repetition 2", *(f"perplexity of {name}" for name in ROWS)]),
     ],
 )
-@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(), 130), (Terminated(15), 143)])
 def test_an_interrupt_keeps_what_is_finished(
     interrupt: KeyboardInterrupt,
     code: int,
@@ -181,7 +177,7 @@ def test_an_interrupt_keeps_what_is_finished(
     assert document["unfinished"] == missing
     assert result.stderr.startswith("error: interrupted: speed: ")
     assert result.stderr.endswith(f"missing: {', '.join(missing)}\n")
-    assert [row["name"] for row in document["rows"]] == ["fp", "uniform:4", "uniform:2", "llama.cpp Q4_0"]
+    assert [row["name"] for row in document["rows"]] == ROWS
     assert [bool(row["perplexity"]) for row in document["rows"]] == [
         f"perplexity of {row['name']}" not in missing for row in document["rows"]
     ]

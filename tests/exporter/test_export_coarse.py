@@ -35,12 +35,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return TinyModel("llama", {"vocab_size": WORDS}).save(tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of plain C kernels."""
+    return plain_library(tmp_path_factory.mktemp("library") / "right.so")
+
+
 @pytest.fixture
-def library(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A library of plain C kernels, which exports take for compiled ones."""
-    path = plain_library(tmp_path_factory.mktemp("library") / "right.so")
-    use_library(path, monkeypatch)
-    return path
+def library(plain: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The library, which exports take for compiled kernels."""
+    use_library(plain, monkeypatch)
+    return plain
 
 
 def use_library(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,10 +64,13 @@ def config(model: Path, output: Path, **options: Any) -> ExportConfig:
     return ExportConfig(model=str(model), output=output, **{**defaults, **options})
 
 
-@pytest.fixture
-def bundle(model: Path, library: Path, tmp_path: Path) -> Bundle:
-    export_bundle(config(model, tmp_path / "out"))
-    return Bundle.open(tmp_path / "out")
+@pytest.fixture(scope="module")
+def bundle(model: Path, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    output = tmp_path_factory.mktemp("bundle") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        use_library(plain, patch)
+        export_bundle(config(model, output))
+    return Bundle.open(output)
 
 
 def test_a_verified_bundle_finishes_few_logits_and_gives_the_same_texts(bundle: Bundle) -> None:
@@ -203,8 +211,8 @@ def test_bytes_that_a_step_reads(bundle: Bundle, model: Path, library: Path, tmp
     assert bytes_read(bundle.manifest, 0.25) == pytest.approx(always / whole + 0.25)
     step = step_bytes(bundle.manifest, precision=4, positions=0)
     export_bundle(config(model, tmp_path / "plain", coarse_precision=0, verify=False))
-    plain = Bundle.open(tmp_path / "plain").manifest
+    without = Bundle.open(tmp_path / "plain").manifest
     with pytest.raises(PmpdError, match="no coarse output layer"):
-        bytes_read(plain, 0)
+        bytes_read(without, 0)
     basis = next(tensor for tensor in bundle.manifest.tensors if tensor.role == "basis")
-    assert step == step_bytes(plain, precision=4, positions=0) - whole + always + basis.length
+    assert step == step_bytes(without, precision=4, positions=0) - whole + always + basis.length

@@ -131,7 +131,7 @@ def test_the_catalogue_has_a_sharded_checkpoint(tmp_path: Path) -> None:
     assert len(set(checkpoint.shards.values())) > 2
 
 
-NESTED = {"precisions": (4, 3, 2)}
+NESTED = {"precisions": (4, 2)}
 GROUPED = {"precisions": (8, 5, 1), "parent": 8, "groups": 3, "head_precision": 8}
 GROUPED_UNTIED = {**GROUPED, "embedding_precision": 8}
 

@@ -33,8 +33,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(tiny: Path, tmp_path: Path) -> ExportConfig:
-    """An export that takes about a second."""
-    return ExportConfig(model=str(tiny), output=tmp_path / "bundle", precisions=(2,), head_precision=2, targets=())
+    """An export that takes a moment; `verified` is what users get."""
+    return ExportConfig(
+        model=str(tiny), output=tmp_path / "bundle", precisions=(2,), head_precision=2, targets=(), verify=False
+    )
+
+
+@pytest.fixture
+def verified(small: ExportConfig) -> ExportConfig:
+    return replace(small, verify=True)
 
 
 def before_publication(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
@@ -175,7 +182,9 @@ def test_a_kill_after_publication_leaves_nothing_of_the_work_in_the_bundle(
     assert files == {*Bundle.open(small.output, verify=True).manifest.files, "bundle.json"}
 
 
-def test_everything_is_on_disk_before_the_bundle_appears(small: ExportConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_disk_before_the_bundle_appears(
+    verified: ExportConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync, rename = os.fsync, Path.rename
     flushed: set[str] = set()
 
@@ -190,8 +199,8 @@ def test_everything_is_on_disk_before_the_bundle_appears(small: ExportConfig, mo
 
     monkeypatch.setattr(os, "fsync", noting)
     monkeypatch.setattr(Path, "rename", checking)
-    export_bundle(small)
-    assert flushed == {small.output.parent.name}
+    export_bundle(verified)
+    assert flushed == {verified.output.parent.name}
 
 
 def test_the_current_folder_is_not_replaced(small: ExportConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,15 +231,15 @@ def test_a_folder_with_some_other_bundle_json_is_not_replaced(small: ExportConfi
     assert (small.output / "thesis.txt").exists()
 
 
-def test_the_weights_are_hashed_once(small: ExportConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_are_hashed_once(verified: ExportConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from pmpd.exporter import outline
 
     hashed: list[str] = []
     sha256_of = outline.sha256_of
     monkeypatch.setattr(outline, "sha256_of", lambda file: (hashed.append(file.name), sha256_of(file))[1])
-    export_bundle(small)
+    export_bundle(verified)
     assert hashed.count("weights.bin") == 1
-    Bundle.open(small.output, verify=True)
+    Bundle.open(verified.output, verify=True)
 
 
 def test_what_is_on_disk_counts_when_an_export_resumes(
@@ -305,12 +314,12 @@ def test_a_failed_verification_says_where_the_work_is_and_what_to_do(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "Verification", fail)
         with pytest.raises(PmpdError) as caught:
-            export_bundle(small)
+            export_bundle(replace(small, verify=True))
     (folder,) = (path for path in (small.output.parent / "bundle.partial").iterdir() if path.is_dir())
     assert f"{folder} keeps the quantized weights (" in str(caught.value)
     assert "delete it" in str(caught.value)
     monkeypatch.setattr(Workspace, "write", None)  # nothing is quantized again
-    export_bundle(replace(small, verify=False, schedule="uniform:2"))
+    export_bundle(replace(small, schedule="uniform:2"))
     assert not Bundle.open(small.output, verify=True).manifest.verified
 
 

@@ -28,8 +28,6 @@ from pmpd.exporter.quantize import NestedCodes
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import PmpdError
 
-pytestmark = pytest.mark.full
-
 SMALL: dict[str, Any] = {"precisions": (2,), "head_precision": 2, "calibration": "none", "targets": ()}
 LAYERS = 4 * 2 + 2  # of the tiny model: what is quantized, the embedding too
 
@@ -261,6 +259,7 @@ def test_calibration_sequences_are_pieces_of_the_text(ids: int, samples: int, le
     assert [batches[0][0, 0], batches[-1][0, -1]] == [0, ids - 1] if wanted > 1 else [0, length - 1]
 
 
+@pytest.mark.full
 @pytest.mark.interruptible
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_one_line(tmp_path: Path, number: signal.Signals) -> None:

@@ -22,8 +22,6 @@ from pmpd.tvm_kernels.ops import OPERATORS, kernels_of
 from pmpd.tvm_kernels.ops.base import Demand
 from pmpd.tvm_kernels.targets import TARGETS
 
-pytestmark = pytest.mark.full
-
 # What `pmpd_cpu_features` in ort_ops/cpu.c asks for, in the assembler's words, as far as it adds instructions.
 V3 = "generic64+avx2+fma+f16c+bmi+bmi2+lzcnt+movbe+popcnt+cx16"
 V4 = f"{V3}+avx512f+avx512bw+avx512cd+avx512dq+avx512vl"
@@ -63,6 +61,7 @@ def refusals(texts: list[str], processor: str) -> list[str]:
 
 
 @needs_binutils
+@pytest.mark.full
 @pytest.mark.parametrize("isa", ["any", *TARGETS["x86-64-v4"].isa])
 def test_objects_keep_to_their_instruction_set(isa: str, tmp_path: Path) -> None:
     target = TARGETS["x86-64-v4"]
@@ -98,6 +97,7 @@ def test_the_check_finds_what_a_processor_lacks() -> None:
         assert len(refusals([text], ladder[ladder.index(processor) - 1])) == 1
 
 
+@pytest.mark.full
 def test_the_first_failure_ends_all_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
     script = "import sys, time; 'pmpd_broken' in sys.stdin.readline() or time.sleep(600)"

@@ -90,7 +90,9 @@ def test_codebooks_beyond_int32(tmp_path: Path) -> None:
     row, groups, bits = 70_000, 40_000, 1
     _, portable = compile_kernels(target, [], directory=tmp_path)
     library = tmp_path / "portable.so"
-    zig = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig, "-shared", "-o", str(library)]
+    # As `build_library` does: for other options zig would build its own runtime once more.
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", target.zig, "-mcpu=baseline", "-O2", "-fPIC"]
+    zig += ["-shared", "-s", "-o", str(library)]
     subprocess.run([*zig, str(portable)], check=True)
     codebook = np.array([2.0, 3.0], np.float16)
     planes = np.full(64, 0b10, np.uint8)

@@ -149,7 +149,17 @@ def _export(model: str | Path, output: Path) -> Path:
     return output
 
 
-@pytest.mark.parametrize("name", [*TINY_MODELS, *shipped_models()])
+# One of each family and size of graph; the others are slow.
+SHIPPED = ("gemma-3-1b", "llama3-8b", "phi-1", "stablelm-zephyr-3b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *TINY_MODELS,
+        *(pytest.param(name, marks=[] if name in SHIPPED else pytest.mark.slow) for name in shipped_models()),
+    ],
+)
 def test_bytes_are_those_that_the_graph_references(name: str, folder: Path) -> None:
     _check_bytes(_export(name, folder / name))
 

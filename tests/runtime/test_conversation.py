@@ -18,7 +18,7 @@ PROMPTS = (
     "Tom had a big red ball. He went to the park.",
 )
 CONTEXT = 64
-OPTIONS: dict[str, Any] = {"max_new_tokens": 20, "schedule": "static:3@4,2@10"}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "schedule": "static:3@3,2@6"}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,7 @@ def test_a_second_thread_is_refused_before_it_changes_anything(
     assert all(isinstance(outcome, PmpdError) and "another thread" in str(outcome) for outcome in outcomes)
 
 
+@pytest.mark.usefixtures("all_processors")
 def test_two_threads_on_one_generator_never_mix_their_texts(generator: Generator, prompts: list[list[int]]) -> None:
     right = [ids_of(generator.stream(prompt, **OPTIONS)) for prompt in prompts]
     wrong, ended = [], [0, 0]

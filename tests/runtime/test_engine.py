@@ -29,11 +29,12 @@ def tokenizer(engine: Engine) -> Tokenizer:
     return Tokenizer.from_bundle(engine.bundle)
 
 
+@pytest.mark.usefixtures("all_processors")
 def test_conversations_of_several_threads_share_an_engine_and_nothing_else(
     engine: Engine, tokenizer: Tokenizer
 ) -> None:
     def answer(generator: Generator, k: int) -> str:
-        return generator.generate(TEXTS[k], max_new_tokens=25, schedule="static:3@5,2@10").text
+        return generator.generate(TEXTS[k], max_new_tokens=12, schedule="static:3@3,2@6").text
 
     alone = Generator(engine.bundle, context_length=64, tokenizer=tokenizer)
     want = [answer(alone, k) for k in range(len(TEXTS))]

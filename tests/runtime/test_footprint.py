@@ -100,6 +100,7 @@ def test_four_sessions_keep_the_weights_in_memory_once(tmp_path: Path) -> None:
     assert four - one < 0.25 * weights
 
 
+@pytest.mark.usefixtures("all_processors")
 def test_threads_of_a_session_rest_when_its_step_is_done(tmp_path: Path) -> None:
     """Sessions used in turn would otherwise fight for the processors: steps took 2.6 times as long."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4}
