@@ -39,7 +39,8 @@ demo: $(VENV)/.installed
 	@echo "coloured by precision. In the table, compare uniform:3 with static:3@16,2@32: same bits on average."
 	@echo "Write more: $(BIN)/pmpd-run demo-pmpd -p 'The dog saw a red ball.' --show-precision"
 
-# What one runs before a commit: all but the slow tests, under five minutes on two cores.
+# What one runs before a commit: all but the slow tests. They take 15 minutes of processor time, half of that on two
+# cores; the first time also 5 minutes for compiling kernels, which stay in the cache.
 test: $(VENV)/.installed
 	$(RUN_TESTS) $(IN_PARALLEL) -m "fast or full"
 
