@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -32,6 +34,7 @@ from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
 from pmpd.exporter.quantize import METHODS, Method, NestedCodes
 from pmpd.exporter.quantize.losses import predicted_losses
+from pmpd.exporter.quantize.moments import one_thread_each
 from pmpd.exporter.quantize.native import require_compiled
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.opening import open_checkpoint
@@ -43,6 +46,7 @@ from pmpd.exporter.verify.quality import Sample, logits_nbytes
 from pmpd.exporter.verify.texts import text_ids
 from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.console.progress import track
+from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import MissingExtraError, PmpdError
 from pmpd.runtime.format.bundle import Bundle, sha256_of
 from pmpd.runtime.format.manifest import MANIFEST_NAME, Manifest
@@ -55,6 +59,10 @@ log = logging.getLogger(__name__)
 _PLAIN = "plain tensors"
 CALIBRATED = 3_000_000_000
 """Parameters up to which calibration is the default: a larger model takes hours, and tens of gigabytes."""
+
+
+MAX_WORKERS = 4
+"""Layers that are quantized at a time, at most: each takes memory for its statistics."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +167,10 @@ class Export:
             return 12 * self.outline.parameters  # weights, their sensitivities and gradients
         # The blocks as stored, embedding and head, what goes into each block, the moments of the widest layer.
         states = config.calibration_samples * config.calibration_length * shape.hidden_size * (shape.layers + 1)
-        widest = max(layer.module.in_features for layer in self.plan.linears)
-        return self.checkpoint.tensor_nbytes + 8 * shape.vocab_size * shape.hidden_size + 4 * states + 12 * widest**2
+        widest = 12 * max(layer.module.in_features for layer in self.plan.linears) ** 2
+        # Then the moments of as many layers as are quantized at a time, of inputs and outputs, which are no wider.
+        model = self.checkpoint.tensor_nbytes + 8 * shape.vocab_size * shape.hidden_size
+        return max(model + 4 * states + widest, 2 * self._workers * widest)
 
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
@@ -238,8 +248,8 @@ class Export:
         if not left:
             return
         statistics = self.statistics()
-        for layer in track(left, step="quantize", total=len(left)):
-            quantized = self.quantized(layer, statistics)
+        side_by_side = _side_by_side(lambda layer: self.quantized(layer, statistics), left, self._workers)
+        for layer, quantized in track(side_by_side, step="quantize", total=len(left)):
             tensors, losses = layer.tensors(quantized, checkpoint), None
             if self.config.mixes and layer.module.nested:
                 losses = self._losses(layer, quantized, statistics)
@@ -248,6 +258,11 @@ class Export:
                 coarse = coarse_tensors(layer.name, quantized, layer.parent, layer.module.coarse, basis)
                 tensors = chain(tensors, coarse)
             workspace.write(layer.name, tensors, note=losses)
+
+    @property
+    def _workers(self) -> int:
+        """Layers that are quantized at a time: one if the method spreads it over all cores."""
+        return min(available_threads(), MAX_WORKERS) if "guided" in METHODS[self.config.method].needs else 1
 
     def _losses(
         self, layer: LinearLayer, quantized: NestedCodes, statistics: StatisticsStore | None
@@ -370,6 +385,23 @@ class Export:
             quality=verification.quality,
         )
         return _without(verification.useless, manifest, workspace)
+
+
+def _side_by_side(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[tuple[Any, Any]]:
+    """Yield items and what a function makes of them, in order; threads work on so many at a time, and one waits."""
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
+    with one_thread_each(workers) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
+                if len(waiting) > workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
 def _without(precisions: Sequence[float], manifest: Manifest, workspace: Workspace) -> Manifest:

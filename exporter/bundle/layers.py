@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pmpd.exporter.quantize import NestedCodes
     from pmpd.exporter.source.checkpoint import Checkpoint
 
-__all__ = ["LinearLayer", "checkpoint_scope", "checkpoint_shapes", "parent_scope", "plain_tensors", "select"]
+__all__ = ["LinearLayer", "checkpoint_scope", "checkpoint_shapes", "parent_scope", "plain_tensors", "select_both"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class LinearLayer:
 
     def select(self, part: int, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Take the rows and columns of a part from a matrix of the shape of the checkpoint's weight."""
-        return select(select(matrix, self.module.parts[part].index, axis=0), self.module.columns, axis=1)
+        return _select(_select(matrix, self.module.parts[part].index, axis=0), self.module.columns, axis=1)
 
     def _row_scales(self) -> npt.NDArray[np.float32] | None:
         """Return what each row of the checkpoint's is multiplied by, ``[N, 1]``; None if nothing changes."""
@@ -84,7 +84,7 @@ class LinearLayer:
         scope = checkpoint_scope(self.name, self.module)
         return np.concatenate(
             [
-                select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0) * part.scale
+                _select(_to_numpy(checkpoint.tensor(f"{scope}{part.name}.bias")), part.index, axis=0) * part.scale
                 for part in self.module.parts
             ]
         )
@@ -128,7 +128,7 @@ def plain_tensors(
                 sources = parameter.sources or (name.removeprefix(f"{scope}."),)
                 arrays = [_to_numpy(checkpoint.tensor(f"{scope}.{source}"), parameter.dtype) for source in sources]
                 array = arrays[0] if len(arrays) == 1 else np.stack(arrays)
-                array = select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
+                array = _select(array, parameter.columns, axis=-1).reshape(tuple(parameter.shape))
                 if parameter.offset != 0.0:
                     array = array + np.float32(parameter.offset)
                 if parameter.scale != 1.0:
@@ -167,13 +167,18 @@ def _to_numpy(tensor: Any, dtype: ir.DataType = ir.DataType.FLOAT) -> npt.NDArra
     return array
 
 
-def select(array: npt.NDArray[Any], index: Index, *, axis: int) -> npt.NDArray[Any]:
+def _select(array: npt.NDArray[Any], index: Index, *, axis: int) -> npt.NDArray[Any]:
     """Take along an axis by index; -1 gives zeros."""
     if index is None:
         return array
     taken = np.take(array, np.maximum(index, 0), axis=axis)
     np.moveaxis(taken, axis, 0)[np.asarray(index) < 0] = 0
     return taken
+
+
+def select_both(matrix: npt.NDArray[Any], index: Index) -> npt.NDArray[Any]:
+    """Take rows and columns of a square matrix by the same index; -1 gives zeros."""
+    return matrix if index is None else _select(_select(matrix, index, axis=0), index, axis=1)
 
 
 def _unselect(array: npt.NDArray[Any], index: Sequence[int], *, size: int, axis: int) -> npt.NDArray[Any]:

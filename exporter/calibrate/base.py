@@ -49,8 +49,10 @@ class Statistic(Protocol):
         """Return what it takes on disk for a weight of so many rows and columns."""
         ...
 
-    def select(self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-        """Return the statistic of one part of a layer.
+    def select(
+        self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Return what is known of one part of a layer, under the names that methods know it by.
 
         Args:
             layer: says which rows and columns its parts take of the checkpoint's weights.

@@ -37,9 +37,11 @@ class Fisher:
         """Return what it takes on disk for a weight."""
         return 4 * rows * columns
 
-    def select(self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    def select(
+        self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]
+    ) -> dict[str, npt.NDArray[np.float32]]:
         """Take the part's rows and columns: ``[n, K]``."""
-        return layer.select(part, array)
+        return {self.name: layer.select(part, array)}
 
 
 def squared_gradients(

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of linear layers, each token weighted by how much an error of its output matters."""
+"""What an error of a linear layer costs: second moments of its inputs and of the gradients at its outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pmpd.exporter.bundle.layers import LinearLayer, select
+from pmpd.exporter.bundle.layers import LinearLayer, select_both
 from pmpd.exporter.calibrate.sweep import Progress, Visit, fast_dtype, sweep
 
 __all__ = ["Guided", "packed", "unpacked"]
@@ -18,20 +18,28 @@ __all__ = ["Guided", "packed", "unpacked"]
 BATCH = 8
 """Sequences that run side by side."""
 
+WIDEST = 5120
+"""Outputs of a layer up to which the moments of their gradients are kept: of twice as many they take four times the
+room, and the time."""
+
 
 class Guided:
-    """The guided Hessian of *GuidedQuant* (Kim et al., ICML 2025): for a layer, ``[K, K]``.
+    """Two factors of the Hessian of a layer's weight, whose Kronecker product stands for it.
 
-    H is the sum over tokens of ``s x xᵀ``, where x is the layer's input and s the mean square of the loss's gradients
-    at its outputs. The first token of a sequence is left out: most models put their attention sink there, whose
-    activations are far larger than any others.
+    - ``guided`` ``[K, K]``: the sum over tokens of ``s x xᵀ``, where x is the layer's input and s the mean square of
+      the loss's gradients at its outputs (*GuidedQuant*, Kim et al., ICML 2025).
+    - ``outputs`` ``[N, N]``, of layers up to `WIDEST`: the sum over tokens of ``g gᵀ``, where g are these gradients
+      (K-FAC, Martens and Grosse, ICML 2015).
+
+    The first token of a sequence is left out: most models put their attention sink there, whose activations are far
+    larger than any others.
     """
 
     name: ClassVar[str] = "guided"
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Return what it takes on disk for a weight."""
-        return 2 * columns**2
+        return 2 * (columns**2 + (rows**2 if rows <= WIDEST else 0))
 
     def compute(
         self,
@@ -41,15 +49,18 @@ class Guided:
         write: Callable[[str, npt.NDArray[np.generic]], None],
         progress: Progress,
     ) -> None:
-        """Write the moments of each weight's layer, packed; of layers outside of the blocks there are none."""
+        """Write the moments of each weight's layer, packed, one after the other.
+
+        Of layers outside of the blocks there are none.
+        """
         # Sequences side by side, as long as they are of one length.
         together = [torch.cat(list(group)) for _, group in groupby(batches, key=lambda ids: ids.shape[1])]
         runs = [run for group in together for run in torch.split(group, BATCH)]
-        moments: dict[str, torch.Tensor] = {}
+        moments: dict[str, list[torch.Tensor]] = {}
 
         def finish() -> None:
-            for name, total in moments.items():
-                write(name, packed(total.numpy()))
+            for name, factors in moments.items():
+                write(name, np.concatenate([packed(total.numpy()).reshape(-1) for total in factors]))
             moments.clear()
 
         def visit(index: int) -> Visit:
@@ -59,21 +70,31 @@ class Guided:
                 name = f"model.layers.{index}.{layer}.weight"
                 if name not in weights:
                     return
-                mean_square = gradients.float().square().mean(-1, keepdim=True)  # [B, T, 1]
-                scaled = (inputs.float() * mean_square.sqrt())[:, 1:].flatten(0, 1)  # [B (T - 1), K]
-                total = moments.setdefault(name, torch.zeros(scaled.shape[1], scaled.shape[1]))
-                total.addmm_(scaled.T, scaled)
+                gradients = gradients[:, 1:].flatten(0, 1).float()  # [B (T - 1), N]
+                root = gradients.square().mean(-1, keepdim=True).sqrt()
+                factors = [inputs[:, 1:].flatten(0, 1).float() * root]
+                if gradients.shape[1] <= WIDEST:
+                    factors.append(gradients)
+                totals = moments.setdefault(name, [torch.zeros(x.shape[1], x.shape[1]) for x in factors])
+                for total, x in zip(totals, factors, strict=True):
+                    total.addmm_(x.T, x)
 
             return add
 
         sweep(model, runs, visit, dtype=fast_dtype(), progress=progress)
         finish()
 
-    def select(self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-        """Unpack the moments, of the layer's columns: ``[K, K]``."""
-        moments = unpacked(array)
-        columns = layer.module.columns
-        return moments if columns is None else select(select(moments, columns, axis=0), columns, axis=1)
+    def select(
+        self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Unpack the moments, of the layer's columns and the part's rows."""
+        columns, rows = layer.module.source_features, layer.module.parts[part].rows
+        inputs, outputs = array[: columns**2].reshape(columns, columns), array[columns**2 :]
+        known = {self.name: select_both(unpacked(inputs), layer.module.columns)}
+        if outputs.size:
+            index = layer.module.parts[part].index
+            known["outputs"] = select_both(unpacked(outputs.reshape(rows, rows)), index)
+        return known
 
 
 def packed(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

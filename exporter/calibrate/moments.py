@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pmpd.exporter.bundle.layers import LinearLayer, select
+from pmpd.exporter.bundle.layers import LinearLayer, select_both
 from pmpd.exporter.calibrate.sweep import Progress, VisitInputs, fast_dtype, sweep_inputs
 
 __all__ = ["Moments"]
@@ -59,7 +59,8 @@ class Moments:
         sweep_inputs(model, batches, visit, dtype=fast_dtype(), progress=progress)
         finish()
 
-    def select(self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    def select(
+        self, layer: LinearLayer, part: int, array: npt.NDArray[np.generic]
+    ) -> dict[str, npt.NDArray[np.float32]]:
         """Take the moments of the layer's columns: ``[K, K]``."""
-        columns, moments = layer.module.columns, array.astype(np.float32)
-        return moments if columns is None else select(select(moments, columns, axis=0), columns, axis=1)
+        return {self.name: select_both(array.astype(np.float32), layer.module.columns)}

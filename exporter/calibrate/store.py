@@ -93,7 +93,7 @@ class StatisticsStore:
         Raises:
             PmpdError: a file is damaged.
         """
-        statistics = {}
+        statistics: dict[str, npt.NDArray[np.float32]] = {}
         for name, folder in self._folders.items():
             try:
                 array = np.load(folder / f"{layer.weight_names[part]}.npy", mmap_mode="r")
@@ -101,7 +101,7 @@ class StatisticsStore:
                 continue
             except (OSError, ValueError, EOFError) as error:
                 raise PmpdError(f"{folder} is damaged ({one_line(error)}): delete it and export again") from None
-            statistics[name] = STATISTICS[name].select(layer, part, array)
+            statistics |= STATISTICS[name].select(layer, part, array)
         return statistics
 
 

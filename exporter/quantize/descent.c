@@ -60,14 +60,28 @@ void pmpd_sums(const uint8_t *codes, const float *H, float *sums, double *gram, 
   }
 }
 
+static float dot(const float *a, const float *b, int64_t n) {
+  float lanes[8] = {0}, sum = 0;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int v = 0; v < 8; v++) lanes[v] += a[i + v] * b[i + v];
+  for (; i < n; i++) sum += a[i] * b[i];
+  for (int v = 0; v < 8; v++) sum += lanes[v];
+  return sum;
+}
+
 /* One pass of coordinate descent over the columns: each weight takes the parent code of least loss, all others fixed.
  * codes [R][K], changed; H [K][K]; values [P][R][L], what each parent code stands for at each precision;
  * weight [P][R], of the precisions' losses; gradient [P][R][K] = H (w' - w), kept up to date.
+ * Rows that matter to each other: between [R][R], what a row's gradient takes of another's, zeros on the diagonal;
+ * before [P][R][K], the gradient that already has all of it. Both are NULL if rows are independent.
  * Returns how many codes have changed. */
-int64_t pmpd_descend(uint8_t *codes, const float *H, const float *values, const float *weight,
-                                               float *gradient, int64_t P, int64_t R, int64_t K, int64_t L) {
+int64_t pmpd_descend(uint8_t *codes, const float *H, const float *values, const float *weight, float *gradient,
+                     const float *between, const float *before, int64_t P, int64_t R, int64_t K, int64_t L) {
   int64_t changes = 0;
-  for (int64_t j = 0; j < K; j++)
+  float change[P * R]; /* of each row's gradient in this column, since `before` */
+  for (int64_t j = 0; j < K; j++) {
+    for (int64_t s = 0; between && s < P * R; s++) change[s] = gradient[s * K + j] - before[s * K + j];
     for (int64_t r = 0; r < R; r++) {
       const float *h = H + j * K;
       uint8_t now = codes[r * K + j], best = now;
@@ -75,10 +89,11 @@ int64_t pmpd_descend(uint8_t *codes, const float *H, const float *values, const 
       for (int64_t c = 0; c < L; c++) rise[c] = 0;
       for (int64_t p = 0; p < P; p++) {
         const float *value = values + (p * R + r) * L;
-        float slope = 2 * gradient[(p * R + r) * K + j], current = value[now], lambda = weight[p * R + r];
+        float slope = gradient[(p * R + r) * K + j], current = value[now], lambda = weight[p * R + r];
+        if (between) slope += dot(between + r * R, change + p * R, R);
         for (int64_t c = 0; c < L; c++) {
           float step = value[c] - current;
-          rise[c] += lambda * step * (slope + h[j] * step);
+          rise[c] += lambda * step * (2 * slope + h[j] * step);
         }
       }
       for (int64_t c = 0; c < L; c++)
@@ -91,7 +106,9 @@ int64_t pmpd_descend(uint8_t *codes, const float *H, const float *values, const 
         float step = value[best] - value[now], *g = gradient + (p * R + r) * K;
         if (step == 0) continue;
         for (int64_t k = 0; k < K; k++) g[k] += step * h[k];
+        if (between) change[p * R + r] = g[j] - before[(p * R + r) * K + j];
       }
     }
+  }
   return changes;
 }

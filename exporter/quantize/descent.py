@@ -22,7 +22,7 @@ from pmpd.exporter.quantize import native
 from pmpd.exporter.quantize.moments import RIDGE
 from pmpd.exporter.quantize.tiles import Floats
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "by_code", "expanded", "gradient", "product", "solved"]
 
 Doubles = npt.NDArray[np.float64]
 
@@ -47,7 +47,7 @@ class Rows:
     codebooks: Mapping[int, Floats]
 
     def __post_init__(self) -> None:
-        self._target = _product(self.weight, self.H)  # [R, K]
+        self._target = product(self.weight, self.H)  # [R, K]
         self.norms: Doubles = np.einsum("rk,rk->r", self.weight, self._target, dtype=np.float64)
         self._add_up()
 
@@ -55,7 +55,7 @@ class Rows:
         """Return each row's loss at each precision, ``[p, R]``."""
         losses = []
         for p, book in self.codebooks.items():
-            matrix, right = self._system(p)
+            matrix, right = _system(self._pairs, self._right, 2**p)
             quadratic = np.einsum("ra,rab,rb->r", book, matrix, book, dtype=np.float64)
             losses.append(quadratic - 2 * np.einsum("ra,ra->r", right, book, dtype=np.float64) + self.norms)
         return np.stack(losses).clip(0)
@@ -67,7 +67,7 @@ class Rows:
         """
         self._fit()
         for _ in range(rounds):
-            values = np.stack([self._expanded(p) for p in self.codebooks])  # [p, R, 2**P]
+            values = np.stack([expanded(book, self.parent) for book in self.codebooks.values()])  # [p, R, 2**P]
             gradient = self._gradient(values)
             codes = self.codes.copy()
             for _ in range(passes):
@@ -81,37 +81,61 @@ class Rows:
         """Add up what the losses and their gradients are made of, by parent code."""
         levels = 2**self.parent
         self._lines, self._pairs = native.sums(self.codes, self.H, levels)  # [R, levels, K], [R, levels, levels]
-        rows = zip(self.codes, self._target, strict=True)
-        self._right = np.stack([np.bincount(c, t, levels) for c, t in rows])  # [R, levels]
-
-    def _expanded(self, p: int) -> Floats:
-        """Return what each parent code stands for at p bits, ``[R, 2**P]``."""
-        return np.repeat(self.codebooks[p], 2 ** (self.parent - p), axis=1)
+        self._right = by_code(self.codes, self._target, levels)
 
     def _gradient(self, values: Floats) -> Floats:
-        """Return the product of H with what quantization changes, ``[p, R, K]``."""
-        products = np.matmul(values.swapaxes(0, 1), self._lines)  # [R, p, K]
-        return np.ascontiguousarray((products - self._target[:, None]).swapaxes(0, 1))
-
-    def _system(self, p: int) -> tuple[Doubles, Doubles]:
-        """Return the least-squares problem of the codebooks: ``[R, 2**p, 2**p]`` and ``[R, 2**p]``."""
-        rows, run = len(self.codes), 2 ** (self.parent - p)
-        matrix = self._pairs.reshape(rows, 2**p, run, 2**p, run).sum((2, 4))
-        return matrix, self._right.reshape(rows, 2**p, run).sum(2)
+        return gradient(values, self._lines, self._target)
 
     def _fit(self) -> None:
         """Solve for the codebooks of all precisions."""
-        self.codebooks = {p: self._solved(p) for p in self.codebooks}
-
-    def _solved(self, p: int) -> Floats:
-        matrix, right = self._system(p)
-        ridge = RIDGE * matrix.diagonal(0, 1, 2).mean(1)  # [R]
-        matrix += ridge[:, None, None] * np.eye(2**p)
-        right += ridge[:, None] * self.codebooks[p]
-        return np.linalg.solve(matrix, right[..., None])[..., 0].astype(np.float16).astype(np.float32)
+        self.codebooks = {p: solved(self._pairs, self._right, book) for p, book in self.codebooks.items()}
 
 
-def _product(rows: Floats, H: Floats) -> Floats:
+def expanded(book: Floats, parent: int) -> Floats:
+    """Return what each code of `parent` bits stands for, by the codebook of a lower precision: ``[R, 2**P]``."""
+    return np.repeat(book, 2**parent // book.shape[1], axis=1)
+
+
+def by_code(codes: npt.NDArray[np.uint8], values: Floats, levels: int) -> Doubles:
+    """Add up values ``[R, K]`` by the codes that stand in their places: ``[R, levels]``."""
+    return np.stack([np.bincount(c, v, levels) for c, v in zip(codes, values, strict=True)])
+
+
+def gradient(values: Floats, lines: Floats, target: Floats) -> Floats:
+    """Return the product of H with what quantization changes, ``[p, R, K]``.
+
+    Args:
+        values: what each parent code stands for at each precision, ``[p, R, 2**P]``.
+        lines: those of H added up by code, ``[R, 2**P, K]``.
+        target: the product of the weight with H, ``[R, K]``.
+    """
+    products = np.matmul(values.swapaxes(0, 1), lines)  # [R, p, K]
+    return np.ascontiguousarray((products - target[:, None]).swapaxes(0, 1))
+
+
+def _system(pairs: Doubles, right: Doubles, levels: int) -> tuple[Doubles, Doubles]:
+    """Return the least-squares problem of codebooks of so many values: ``[R, levels, levels]`` and ``[R, levels]``."""
+    rows, run = len(right), right.shape[1] // levels
+    matrix = pairs.reshape(rows, levels, run, levels, run).sum((2, 4))
+    return matrix, right.reshape(rows, levels, run).sum(2)
+
+
+def solved(pairs: Doubles, right: Doubles, book: Floats) -> Floats:
+    """Return the codebooks of least loss, in place of others ``[R, levels]``, as values that float16 holds.
+
+    Args:
+        pairs: H added up by pairs of parent codes, ``[R, 2**P, 2**P]``.
+        right: the product of H with the rows that are wanted, added up by parent code, ``[R, 2**P]``.
+    """
+    levels = book.shape[1]
+    matrix, sums = _system(pairs, right, levels)
+    ridge = RIDGE * matrix.diagonal(0, 1, 2).mean(1)  # [R]
+    matrix += ridge[:, None, None] * np.eye(levels)
+    sums += ridge[:, None] * book
+    return np.linalg.solve(matrix, sums[..., None])[..., 0].astype(np.float16).astype(np.float32)
+
+
+def product(rows: Floats, H: Floats) -> Floats:
     """Return ``rows [..., K] @ H [K, K]``, on as many threads as torch is set to."""
     import torch  # not at the top: a skeleton needs the names of methods alone, and no torch
 

@@ -90,7 +90,15 @@ def sums(codes: npt.NDArray[np.uint8], H: Floats, levels: int) -> tuple[Floats, 
     return lines[:, :, :K], pairs
 
 
-def descend(codes: npt.NDArray[np.uint8], H: Floats, values: Floats, weight: Floats, gradient: Floats) -> int:
+def descend(
+    codes: npt.NDArray[np.uint8],
+    H: Floats,
+    values: Floats,
+    weight: Floats,
+    gradient: Floats,
+    between: Floats | None = None,
+    before: Floats | None = None,
+) -> int:
     """Make one pass of coordinate descent over all columns; return how many codes have changed.
 
     Args:
@@ -99,10 +107,14 @@ def descend(codes: npt.NDArray[np.uint8], H: Floats, values: Floats, weight: Flo
         values: ``[P, R, levels]``, what each parent code stands for at each precision.
         weight: ``[P, R]``, what each precision's loss counts.
         gradient: ``[P, R, K]``, the product of H with each row's error, kept up to date in place.
+        between: ``[R, R]``, how much of each other row's gradient counts in a row's, with zeros on the diagonal; None
+            if rows are independent.
+        before: ``[P, R, K]``, the gradient that has all that counts of the others already.
     """
     P, R, levels = values.shape
     arrays = _addresses(codes, H, values, weight, gradient)
-    changes: int = _library().pmpd_descend(*arrays, *map(ctypes.c_int64, (P, R, codes.shape[1], levels)))
+    others = [None, None] if between is None or before is None else _addresses(between, before)
+    changes: int = _library().pmpd_descend(*arrays, *others, *map(ctypes.c_int64, (P, R, codes.shape[1], levels)))
     return changes
 
 

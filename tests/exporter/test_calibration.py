@@ -159,8 +159,8 @@ def test_one_layer_of_statistics_is_in_memory_at_a_time(cache: Path) -> None:
             for weight in weights:
                 write(weight, np.ones((N, K), dtype=np.float32))
 
-        def select(self, _: Any, __: int, array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-            return np.array(array)
+        def select(self, _: Any, __: int, array: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+            return {"fisher": np.array(array)}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STATISTICS, "fisher", Ones())
@@ -225,8 +225,8 @@ class Tokens:
     def nbytes(self, rows: int, columns: int) -> int:
         return 4
 
-    def select(self, layer: Any, part: int, array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
-        return np.array(array, dtype=np.float32)
+    def select(self, layer: Any, part: int, array: npt.NDArray[np.generic]) -> dict[str, npt.NDArray[np.float32]]:
+        return {"tokens": np.array(array, dtype=np.float32)}
 
 
 @pytest.fixture

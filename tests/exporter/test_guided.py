@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from hypothesis import strategies as st
 from tiny_models import TINY_MODELS, plain_model, save_with_tokenizer
 
 from pmpd.exporter import Export, ExportConfig, export_bundle
+from pmpd.exporter.calibrate.batches import calibration_batches
 from pmpd.exporter.calibrate.guided import packed, unpacked
-from pmpd.exporter.calibrate.sweep import Visit, sweep
-from pmpd.exporter.quantize import AnyPrecision, Guided, native
-from pmpd.exporter.quantize.descent import Rows
+from pmpd.exporter.calibrate.sweep import Visit, fast_dtype, sweep
+from pmpd.exporter.calibrate.text import text_tokens
+from pmpd.exporter.quantize import AnyPrecision, Guided, NestedCodes, native
+from pmpd.exporter.quantize.descent import Rows, expanded
+from pmpd.exporter.quantize.together import Together
 from pmpd.exporter.source.opening import open_checkpoint
 from pmpd.exporter.source.reference import load_model
 from pmpd.runtime import Bundle
@@ -158,7 +162,7 @@ def test_losses_and_gradients_are_those_of_the_errors() -> None:
     changed = errors(rows)
     np.testing.assert_allclose(rows.losses(), np.einsum("prj,jk,prk->pr", changed, H, changed), rtol=1e-3)
     np.testing.assert_allclose(rows.norms, np.einsum("rj,jk,rk->r", weight, H, weight), rtol=1e-4)
-    values = np.stack([rows._expanded(p) for p in rows.codebooks])
+    values = np.stack([expanded(book, rows.parent) for book in rows.codebooks.values()])
     np.testing.assert_allclose(rows._gradient(values), changed @ H, rtol=1e-3, atol=1e-2)
 
 
@@ -168,7 +172,7 @@ def test_the_compiled_pass_does_what_it_says() -> None:
     rows = start(weight, H)
     importance = rng.random((3, 6)).astype(np.float32)
     gradient = (errors(rows) @ H).astype(np.float32)
-    values = np.stack([rows._expanded(p) for p in rows.codebooks])
+    values = np.stack([expanded(book, rows.parent) for book in rows.codebooks.values()])
     expected = plain_pass(rows.codes, H, values, importance, gradient)
     codes = rows.codes.copy()
     assert native.descend(codes, H, values, importance, gradient) >= (codes != rows.codes).sum() > 0
@@ -226,6 +230,146 @@ def test_small_rows_come_near_the_best_that_there_is() -> None:
     assert (after - best).sum() < 0.35 * (before - best).sum()
 
 
+def test_both_factors_are_kept_of_layers_that_are_not_too_wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = save_with_tokenizer(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("The owl saw a tree and a ball. " * 40)
+    config = ExportConfig(
+        model=str(model), output=tmp_path / "bundle", targets=(), calibration=text, calibration_samples=3,
+        calibration_length=16,
+    )  # fmt: skip
+    export = Export.prepare(config)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def visit(index: int) -> Visit:
+        return lambda layer, x, g: seen.update({f"model.layers.{index}.{layer}.weight": (x[:, 1:], g[:, 1:])})
+
+    tokens = text_tokens(text, export.checkpoint.tokenizer())
+    ids = torch.cat(calibration_batches(tokens, 3, 16))
+    sweep(load_model(export.checkpoint), [ids], visit, dtype=fast_dtype())
+    statistics = export.statistics()
+    assert statistics is not None
+    for layer in export.plan.linears:
+        for part, name in enumerate(layer.weight_names):
+            known = statistics.of(layer, part)
+            if name not in seen:
+                assert known == {}, "of the output layer there are none"
+                continue
+            x, gradient = (array.float().flatten(0, 1).double() for array in seen[name])
+            mean = gradient.square().mean(1)
+            index = layer.module.parts[part].index or slice(None)
+            B = (gradient.T @ gradient)[index][:, index].numpy()
+            H = (x.T @ (mean[:, None] * x)).numpy()
+            H = H if layer.module.columns is None else H[np.ix_(layer.module.columns, layer.module.columns)]
+            for got, want in ((known["guided"], H), (known["outputs"], B)):
+                np.testing.assert_allclose(got, want, rtol=5e-2, atol=5e-3 * np.abs(want).max())
+
+    monkeypatch.setattr("pmpd.exporter.calibrate.guided.WIDEST", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    statistics = export.statistics()
+    assert statistics is not None
+    assert statistics.of(export.plan.linears[0], 0).keys() == {"guided"}
+
+
+# Rows together.
+
+
+def whole_losses(weight: Array, H: Array, B: Array, nested: NestedCodes, parent: int = 4) -> Array:
+    """The loss at each precision as the docstring of `together.py` says it, in float64."""
+    total = []
+    for p, book in nested.codebooks.items():
+        codes = (nested.codes >> (parent - p)).astype(np.intp)
+        error = np.take_along_axis(book[:, 0].astype(np.float64), codes, 1) - weight
+        total.append(((B.astype(np.float64) @ error @ H) * error).sum())
+    return np.array(total)
+
+
+def together(weight: Array, H: Array, B: Array, parent: int = 4, precisions: tuple[int, ...] = (4, 3, 2)) -> Together:
+    method = AnyPrecision(precisions=precisions, parent=parent, seed=1)
+    return Together(weight, H, B, parent, method.quantize(weight))
+
+
+def plus_diagonal(moments: Array, share: float = 0.1) -> Array:
+    return (moments + share * moments.diagonal().mean() * np.eye(len(moments))).astype(np.float32)
+
+
+def test_the_compiled_pass_knows_rows_that_matter_to_each_other() -> None:
+    rng = np.random.default_rng(0)
+    H, weight = moments(20) + np.eye(20, dtype=np.float32), rng.standard_normal((6, 20)).astype(np.float32)
+    rows = start(weight, H)
+    values = np.stack([expanded(book, rows.parent) for book in rows.codebooks.values()])
+    between = rng.uniform(-0.5, 0.5, (6, 6)).astype(np.float32)
+    np.fill_diagonal(between, 0)
+    own = (errors(rows) @ H).astype(np.float32)
+    gradient = own + between @ own
+    codes, importance = rows.codes.copy(), np.ones((3, 6), np.float32)
+    changes = native.descend(codes, H, values, importance, gradient.copy(), between, gradient)
+
+    expected, slopes = rows.codes.copy(), gradient.astype(np.float64)
+    for j, r in product(range(20), range(6)):
+        steps = values[:, r] - values[:, r, expected[r, j], None]  # [P, L]
+        rise = (steps * (2 * slopes[:, r, j, None] + H[j, j] * steps)).sum(0)
+        best = int(rise.argmin())
+        if rise[best] < 0:
+            slopes += (np.eye(6) + between)[:, r, None] * (steps[:, best, None] * H[j])[:, None]
+            expected[r, j] = best
+    np.testing.assert_array_equal(codes, expected)
+    assert changes >= (codes != rows.codes).sum() > 0
+
+
+@given(st.integers(0, 2**20), st.integers(1, 4), st.integers(1, 20), st.integers(1, 9), st.integers(1, 5))
+@settings(max_examples=25, deadline=None)
+def test_together_the_loss_never_rises(seed: int, parent: int, columns: int, rows: int, tile: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_t(3, (rows, columns)).astype(np.float32)
+    H = plus_diagonal(moments(columns, seed, tokens=max(columns // 2, 1)))
+    B = plus_diagonal(moments(rows, seed + 1, tokens=2))  # of two tokens: all rows are nearly alike
+    precisions = tuple(range(parent, 0, -1))
+    layer = together(weight, H, B, parent, precisions)
+    importance = rng.random(parent).astype(np.float32)
+    total = (importance * whole_losses(weight, H, B, layer.nested, parent)).sum()
+    rounding = 1e-5 * importance.sum() * layer.norm
+    for _ in range(3):
+        layer.descend(importance, tile=tile, passes=2)
+        losses = whole_losses(weight, H, B, layer.nested, parent)
+        np.testing.assert_allclose(layer.losses(), losses, rtol=1e-2, atol=1e-4 * layer.norm)
+        lower = (importance * losses).sum()
+        assert lower <= 1.001 * total + rounding
+        total = lower
+
+
+def test_rows_together_are_better_than_by_themselves() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((60, 64)).astype(np.float32)
+    H, B = moments(64), moments(60, seed=5)
+    alone = Guided(sweeps=0).quantize(weight, {"guided": H, "outputs": B})
+    both = Guided().quantize(weight, {"guided": H, "outputs": B})
+    ratio = [whole_losses(weight, plus_diagonal(H), plus_diagonal(B), nested) for nested in (both, alone)]
+    assert (ratio[0] < [0.8 * ratio[1][0], 0.85 * ratio[1][1], 0.93 * ratio[1][2]]).all()
+    unrelated = Guided().quantize(weight, {"guided": H})
+    np.testing.assert_array_equal(unrelated.codes, alone.codes)
+
+
+def test_small_layers_come_near_the_best_that_there_is() -> None:
+    weight = np.random.default_rng(1).standard_normal((3, 3)).astype(np.float32)
+    H, B = plus_diagonal(moments(3)), plus_diagonal(moments(3, seed=2))
+    best = np.inf
+    for codes in product(range(2), repeat=9):
+        chosen = np.zeros((9, 6))  # each weight by the six numbers of the codebooks
+        for place, code in enumerate(codes):
+            chosen[place, 2 * (place // 3) + code] = 1
+        hessian = np.kron(B, H).astype(np.float64)
+        book = np.linalg.pinv(chosen.T @ hessian @ chosen) @ chosen.T @ hessian @ weight.ravel()
+        error = chosen @ book - weight.ravel()
+        best = min(best, error @ hessian @ error)
+    layer = together(weight, H, B, 1, (1,))
+    before = layer.losses()[0]
+    for _ in range(20):
+        layer.descend(np.ones(1, np.float32), tile=2, passes=2)
+    assert best - 1e-3 * before <= layer.losses()[0] < best + 0.35 * (before - best)
+
+
 # The method.
 
 
@@ -257,10 +401,11 @@ def test_no_row_is_worse_than_its_start_in_sum() -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
-    one = Guided().quantize(weight, {"guided": moments(64)})
+    statistics = {"guided": moments(64), "outputs": moments(200)}
+    one = Guided().quantize(weight, statistics)
     before = torch.get_num_threads()
     monkeypatch.setattr("pmpd.exporter.quantize.guided.available_threads", lambda: threads)
-    other = Guided().quantize(weight, {"guided": moments(64)})
+    other = Guided().quantize(weight, statistics)
     assert torch.get_num_threads() == before
     np.testing.assert_array_equal(one.codes, other.codes)
     assert all((one.codebooks[p] == other.codebooks[p]).all() for p in (4, 3, 2))
@@ -343,6 +488,10 @@ def test_an_export_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     manifest = export_bundle(config)
     assert manifest.configuration["method"] == "guided"
     Bundle.open(config.output, verify=True)
+    for threads in (1, 3):  # however many layers are worked on at a time
+        monkeypatch.setattr("pmpd.exporter.pipeline.available_threads", lambda threads=threads: threads)
+        other = export_bundle(replace(config, output=tmp_path / f"threads-{threads}"))
+        assert other.files["weights.bin"] == manifest.files["weights.bin"]
     (folder,) = (tmp_path / "cache" / "pmpd" / "statistics").iterdir()
     kinds = {key: len(list(group)) for key, group in groupby(sorted(f.name.split(".")[0] for f in folder.iterdir()))}
     assert kinds == {"model": 7 * 2}, "one of each linear layer of the blocks, none of the output layer"
