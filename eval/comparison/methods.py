@@ -265,7 +265,9 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 )
 @click.argument("model", metavar="CHECKPOINT")
 @click.option("--data", required=True, type=FILE, metavar="FILE", help="The text to compare on.")
-@click.option("--calibration", metavar="FILE|builtin|own", help="Text for the statistics.  [default: builtin]")
+@click.option(
+    "--calibration", metavar="FILE|builtin|own|none", help="Text for the statistics, or none.  [default: builtin]"
+)
 @click.option("--calibration-samples", type=click.IntRange(1), default=64, show_default=True, help="Samples of it.")
 @click.option(
     "--method", "methods", multiple=True, default=("anyprecision", "guided"), metavar="NAME[:OPTION=NUMBER;…]",

@@ -16,9 +16,6 @@ __all__ = ["MEASURES", "predicted_losses"]
 MEASURES = frozenset({"guided", "fisher"})
 """The statistics that errors of different layers can be compared by: both weigh them by the loss's gradients."""
 
-TILE = 1 << 21
-"""Weights that are looked at together."""
-
 
 def predicted_losses(
     weight: npt.NDArray[np.floating],
@@ -29,13 +26,14 @@ def predicted_losses(
     """Return what each codebook of a layer adds to the loss, by its bits; in units that all layers share.
 
     With the errors d of a row and its Hessian H, it is ``d H dᵀ``, summed over the rows. ``guided`` statistics are H of
-    all rows, ``fisher`` of each row the diagonal.
+    all rows, ``fisher`` of each row the diagonal. Where ``outputs`` B are known too, it is ``B_rs d_r H d_sᵀ``, summed
+    over all pairs of rows, with B scaled to a mean of one on its diagonal: rows may make up for each other.
 
     Args:
         weight: ``[N, K]``.
         nested: the weight quantized.
         parent: bits of its codes.
-        statistics: ``guided`` ``[K, K]`` or ``fisher`` ``[N, K]``.
+        statistics: ``guided`` ``[K, K]``, with or without ``outputs`` ``[N, N]``, or ``fisher`` ``[N, K]``.
 
     Raises:
         PmpdError: there are neither.
@@ -43,13 +41,16 @@ def predicted_losses(
     known = next((name for name in ("guided", "fisher") if name in statistics), None)
     if known is None:
         raise PmpdError("no statistics say what its errors cost: choose whole precisions")
-    measure, (N, K) = statistics[known], weight.shape
-    tile, losses = max(1, TILE // K), dict.fromkeys(nested.codebooks, 0.0)
-    for rows in (slice(n, n + tile) for n in range(0, N, tile)):
-        for bits, book in nested.codebooks.items():
-            groups = np.arange(K) // group_size(K, book.shape[1])
-            codes = nested.codes[rows] >> (parent - bits)
-            errors = book[rows][np.arange(len(codes))[:, None], groups, codes] - weight[rows].astype(np.float32)
-            costs = errors @ measure * errors if known == "guided" else measure[rows] * errors**2
-            losses[bits] += float(costs.sum(dtype=np.float64))
+    outputs = statistics.get("outputs")
+    if outputs is not None:
+        outputs = outputs / max(float(outputs.diagonal().mean()), 1e-30)
+    (N, K), losses = weight.shape, dict[int, float]()
+    for bits, book in nested.codebooks.items():
+        groups = np.arange(K) // group_size(K, book.shape[1])
+        codes = nested.codes >> (parent - bits)
+        errors = book[np.arange(N)[:, None], groups, codes] - weight.astype(np.float32)
+        products = errors @ statistics[known] if known == "guided" else statistics[known] * errors
+        if outputs is not None:
+            products = outputs @ products
+        losses[bits] = float((products * errors).sum(dtype=np.float64))
     return losses

@@ -128,21 +128,25 @@ def test_losses_survive_an_interruption(options: dict[str, Any], mixed: Bundle, 
     assert manifest.mixes == mixed.manifest.mixes
 
 
-@pytest.mark.parametrize("kind", ["guided", "fisher"])
+@pytest.mark.parametrize("kind", ["guided", "outputs", "fisher"])
 def test_losses_are_errors_weighted_by_what_they_matter(kind: str) -> None:
     random = np.random.default_rng(0)
     weight = random.standard_normal((6, 40)).astype(np.float32)
-    factor = random.standard_normal((40, 40)).astype(np.float32)
-    statistics = {"guided": factor @ factor.T} if kind == "guided" else {"fisher": random.random((6, 40), np.float32)}
+    factors = (random.standard_normal((size, size)).astype(np.float32) for size in (40, 6))
+    H, B = (factor @ factor.T for factor in factors)
+    statistics, hessian = {"guided": H}, np.kron(np.eye(6), H)
+    if kind == "outputs":
+        statistics, hessian = {"guided": H, "outputs": B}, np.kron(B * (6 / np.trace(B)), H)
+    if kind == "fisher":
+        statistics = {"fisher": random.random((6, 40), np.float32)}
+        hessian = np.diag(statistics["fisher"].reshape(-1))
     nested = AnyPrecision(precisions=(4, 2), parent=5, groups=2).quantize(weight)
     losses = predicted_losses(weight, nested, 5, statistics)
     size = group_size(40, 2)
     for bits, book in nested.codebooks.items():
-        want = 0.0
-        for n, row in enumerate(nested.codes >> (5 - bits)):
-            error = np.array([book[n, k // size, code] for k, code in enumerate(row)], np.float64) - weight[n]
-            want += error @ (statistics["guided"] if kind == "guided" else np.diag(statistics["fisher"][n])) @ error
-        assert losses[bits] == pytest.approx(want, rel=1e-4)
+        rows = enumerate(nested.codes >> (5 - bits))
+        errors = [book[n, k // size, code] - weight[n, k] for n, row in rows for k, code in enumerate(row)]
+        assert losses[bits] == pytest.approx(errors @ hessian @ errors, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
