@@ -11,7 +11,11 @@ QUESTION = [{"role": "user", "content": "What is the capital of France? Answer i
 
 
 def test_it_exports_with_every_check_and_answers(qwen2: Path, tmp_path: Path) -> None:
-    export_bundle(ExportConfig(model=str(qwen2), output=tmp_path / "bundle", context_length=2048, calibration="none"))
+    export_bundle(
+        ExportConfig(
+            model=str(qwen2), output=tmp_path / "bundle", context_length=2048, precisions=(4,), calibration="none"
+        )
+    )
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.manifest.verified
     assert bundle.manifest.architecture.family == "qwen2"
