@@ -66,7 +66,9 @@ def test_methods_side_by_side(model: Any, texts: dict[str, list[torch.Tensor]]) 
     from pmpd.exporter.calibrate.guided import unpacked
 
     statistics = {name: statistic(name, model, texts["valid"]) for name in ("moments", "guided", "fisher")}
-    statistics["guided"] = {layer: unpacked(array) for layer, array in statistics["guided"].items()}
+    for layer, array in statistics["guided"].items():  # of inputs alone: rows by themselves
+        columns = model.get_parameter(layer).shape[1]
+        statistics["guided"][layer] = unpacked(array[: columns**2].reshape(columns, columns))
     held_out = statistic("moments", model, texts["test"])
     rows: dict[tuple[str, ...], list[dict[int, tuple[float, float]]]] = {}
 
