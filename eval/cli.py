@@ -91,8 +91,8 @@ _PEERS = combine(
         "peers",
         multiple=True,
         metavar="SPEC",
-        help="Measure other programs in the same run, such as llama.cpp:Q4_0,Q2_K or onnxruntime-genai:int4g32. "
-        "Repeatable.",
+        help="Measure other programs in the same run, such as llama.cpp:Q4_0,Q4_K_M_imatrix (quantized with an "
+        "importance matrix) or onnxruntime-genai:int4g32. Repeatable.",
     ),
     click.option(
         "--peer-python",

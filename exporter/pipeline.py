@@ -12,7 +12,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,7 @@ from pmpd.tvm_kernels import require_toolchain
 
 __all__ = ["Export", "export_bundle"]
 
+Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 _PLAIN = "plain tensors"
 CALIBRATED = 3_000_000_000
@@ -248,8 +249,8 @@ class Export:
         if not left:
             return
         statistics = self.statistics()
-        side_by_side = _side_by_side(lambda layer: self.quantized(layer, statistics), left, self._workers)
-        for layer, quantized in track(side_by_side, step="quantize", total=len(left)):
+        quantizing = self.side_by_side(lambda layer: self.quantized(layer, statistics), left)
+        for layer, quantized in track(quantizing, step="quantize", total=len(left)):
             tensors, losses = layer.tensors(quantized, checkpoint), None
             if self.config.mixes and layer.module.nested:
                 losses = self._losses(layer, quantized, statistics)
@@ -258,6 +259,24 @@ class Export:
                 coarse = coarse_tensors(layer.name, quantized, layer.parent, layer.module.coarse, basis)
                 tensors = chain(tensors, coarse)
             workspace.write(layer.name, tensors, note=losses)
+
+    def side_by_side(
+        self, function: Callable[[LinearLayer], Result], layers: Sequence[LinearLayer]
+    ) -> Iterator[tuple[LinearLayer, Result]]:
+        """Yield layers and what a function makes of them, in order; threads work on some at a time, and one waits."""
+        waiting: deque[tuple[LinearLayer, Future[Result]]] = deque()
+        with one_thread_each(self._workers) as pool:
+            try:
+                for layer in layers:
+                    waiting.append((layer, pool.submit(function, layer)))
+                    if len(waiting) > self._workers:
+                        first, future = waiting.popleft()
+                        yield first, future.result()
+                for first, future in waiting:
+                    yield first, future.result()
+            finally:
+                for _, future in waiting:
+                    future.cancel()
 
     @property
     def _workers(self) -> int:
@@ -385,23 +404,6 @@ class Export:
             quality=verification.quality,
         )
         return _without(verification.useless, manifest, workspace)
-
-
-def _side_by_side(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[tuple[Any, Any]]:
-    """Yield items and what a function makes of them, in order; threads work on so many at a time, and one waits."""
-    waiting: deque[tuple[Any, Future[Any]]] = deque()
-    with one_thread_each(workers) as pool:
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(function, item)))
-                if len(waiting) > workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            for first, future in waiting:
-                yield first, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
 
 
 def _without(precisions: Sequence[float], manifest: Manifest, workspace: Workspace) -> Manifest:

@@ -22,6 +22,7 @@ import torch
 from pmpd.eval.comparison.dense_sparse import Quantized, dense_and_sparse, quantized
 from pmpd.eval.data.records import read_records
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
+from pmpd.exporter.calibrate.store import StatisticsStore
 from pmpd.exporter.config import BUILT_IN, ExportConfig, calibration_text, parse_bits
 from pmpd.exporter.pipeline import Export
 from pmpd.exporter.quantize import METHODS
@@ -176,13 +177,8 @@ def compare_methods(
     windows = Windows(network, tokenizer(whole)["input_ids"], limit)
     yield MethodScores("fp", 0, 0.0, *windows.scores(), 0.0)
     for choice, export in ((choice, export) for choice, few in zip(choices, exports, strict=True) for export in few):
-        layers = [layer for layer in export.plan.linears if layer.module.nested]
         statistics, begin = export.statistics(), time.monotonic()
-        quantize = dense_and_sparse if choice.name == DNS else quantized
-        approximations = [
-            quantize(export, layer, statistics, **choice.of_method)
-            for layer in track(layers, step=f"quantize {choice}", total=len(layers))
-        ]
+        approximations = _quantize(choice, export, statistics)
         seconds = time.monotonic() - begin
         for precision in export.config.planes:
             bits = _bits_read(choice, approximations, precision)
@@ -202,6 +198,14 @@ def _prepare(model: str, choice: Choice, options: Mapping[str, Any]) -> list[Exp
     if not choice.options.get("alone"):
         return [Export.prepare(config)]
     return [Export.prepare(replace(config, precisions=(bits,), parent=bits)) for bits in config.resolve().planes]
+
+
+def _quantize(choice: Choice, export: Export, statistics: StatisticsStore | None) -> list[Quantized]:
+    """Quantize all layers that have several precisions."""
+    layers = [layer for layer in export.plan.linears if layer.module.nested]
+    quantize = dense_and_sparse if choice.name == DNS else quantized
+    quantizing = export.side_by_side(lambda layer: quantize(export, layer, statistics, **choice.of_method), layers)
+    return [approximation for _, approximation in track(quantizing, step=f"quantize {choice}", total=len(layers))]
 
 
 def _bits_read(choice: Choice, layers: Sequence[Quantized], precision: int) -> float:

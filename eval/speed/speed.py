@@ -20,7 +20,16 @@ from typing import Any
 
 from pmpd.eval.measure.statistics import Estimate
 from pmpd.eval.report.environment import describe_bundle, describe_machine, package_versions
-from pmpd.eval.speed.contenders import PEERS, ModelShape, Peer, Process, make_models, parse_peers, weights_name
+from pmpd.eval.speed.contenders import (
+    IMPORTANCE,
+    PEERS,
+    ModelShape,
+    Peer,
+    Process,
+    make_models,
+    parse_peers,
+    weights_name,
+)
 from pmpd.eval.speed.results import SpeedResults, SpeedRow, Timing
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.runtime import Bundle, parse_schedule
@@ -238,7 +247,24 @@ def make_peers(manifest: Manifest, settings: SpeedSettings, *, quiet: bool = Tru
     names = dict.fromkeys(peer.name for peer in peers)
     for name in track(names, step="models of peers", total=len(names), quiet=quiet):
         variants = [peer.variant for peer in peers if peer.name == name]
-        make_models(name, python=settings.peer_python, contender=PEERS[name], options={**options, "variants": variants})
+        of_peer = {**options, "variants": variants, **_importance(variants, options, settings, quiet=quiet)}
+        make_models(name, python=settings.peer_python, contender=PEERS[name], options=of_peer)
+
+
+def _importance(
+    variants: Sequence[str], options: Mapping[str, Any], settings: SpeedSettings, *, quiet: bool
+) -> dict[str, str]:
+    """Have an importance matrix made if a variant wants one and there is none; return where it lies."""
+    file = Path(options["folder"]) / "importance.npz"
+    if not any(variant.endswith(IMPORTANCE) for variant in variants):
+        return {}
+    if settings.peer_weights is None:
+        raise PmpdError(f"random weights have no importance matrix: give --peer-weights, or leave {IMPORTANCE} out")
+    if not file.exists():
+        from pmpd.eval.speed.contenders.importance import write_importance  # not at the top: it needs torch
+
+        write_importance(settings.peer_weights, file, quiet=quiet)
+    return {"importance": str(file)}
 
 
 def start_peer(peer: Peer, manifest: Manifest, settings: SpeedSettings) -> Process:

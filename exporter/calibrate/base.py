@@ -45,7 +45,7 @@ class Statistic(Protocol):
             pmpd.runtime.errors.PmpdError: the model and the text do not give the statistic.
         """
 
-    def nbytes(self, rows: int, columns: int) -> int:
+    def nbytes(self, weight: str, rows: int, columns: int) -> int:
         """Return what it takes on disk for a weight of so many rows and columns."""
         ...
 

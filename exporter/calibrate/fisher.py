@@ -33,7 +33,7 @@ class Fisher:
         for name in weights:
             write(name, sums.pop(name))
 
-    def nbytes(self, rows: int, columns: int) -> int:
+    def nbytes(self, weight: str, rows: int, columns: int) -> int:
         """Return what it takes on disk for a weight."""
         return 4 * rows * columns
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pmpd.exporter.bundle.layers import LinearLayer, select_both
+from pmpd.exporter.calibrate.products import SecondMoments
 from pmpd.exporter.calibrate.sweep import Progress, Visit, fast_dtype, sweep
 
 __all__ = ["Guided", "packed", "unpacked"]
@@ -19,8 +20,7 @@ BATCH = 8
 """Sequences that run side by side."""
 
 WIDEST = 5120
-"""Outputs of a layer up to which the moments of their gradients are kept: of twice as many they take four times the
-room, and the time."""
+"""Outputs whose gradients' moments are kept with each other's: twice as many take four times the room, and the time."""
 
 
 class Guided:
@@ -28,8 +28,8 @@ class Guided:
 
     - ``guided`` ``[K, K]``: the sum over tokens of ``s x xᵀ``, where x is the layer's input and s the mean square of
       the loss's gradients at its outputs (*GuidedQuant*, Kim et al., ICML 2025).
-    - ``outputs`` ``[N, N]``, of layers up to `WIDEST`: the sum over tokens of ``g gᵀ``, where g are these gradients
-      (K-FAC, Martens and Grosse, ICML 2015).
+    - ``outputs`` ``[blocks, n, n]``: the sum over tokens of ``g gᵀ``, where g are these gradients (K-FAC, Martens and
+      Grosse, ICML 2015); of wide layers the blocks on its diagonal, of up to `WIDEST` outputs each.
 
     The first token of a sequence is left out: most models put their attention sink there, whose activations are far
     larger than any others.
@@ -37,9 +37,9 @@ class Guided:
 
     name: ClassVar[str] = "guided"
 
-    def nbytes(self, rows: int, columns: int) -> int:
+    def nbytes(self, weight: str, rows: int, columns: int) -> int:
         """Return what it takes on disk for a weight."""
-        return 2 * (columns**2 + (rows**2 if rows <= WIDEST else 0))
+        return 2 * (columns**2 + rows**2 // _blocks(rows)) if weight.startswith("model.layers.") else 0
 
     def compute(
         self,
@@ -56,11 +56,11 @@ class Guided:
         # Sequences side by side, as long as they are of one length.
         together = [torch.cat(list(group)) for _, group in groupby(batches, key=lambda ids: ids.shape[1])]
         runs = [run for group in together for run in torch.split(group, BATCH)]
-        moments: dict[str, list[torch.Tensor]] = {}
+        moments: dict[str, list[SecondMoments]] = {}
 
         def finish() -> None:
             for name, factors in moments.items():
-                write(name, np.concatenate([packed(total.numpy()).reshape(-1) for total in factors]))
+                write(name, np.concatenate([packed(factor.total()).reshape(-1) for factor in factors]))
             moments.clear()
 
         def visit(index: int) -> Visit:
@@ -73,11 +73,11 @@ class Guided:
                 gradients = gradients[:, 1:].flatten(0, 1).float()  # [B (T - 1), N]
                 root = gradients.square().mean(-1, keepdim=True).sqrt()
                 factors = [inputs[:, 1:].flatten(0, 1).float() * root]
-                if gradients.shape[1] <= WIDEST:
-                    factors.append(gradients)
-                totals = moments.setdefault(name, [torch.zeros(x.shape[1], x.shape[1]) for x in factors])
-                for total, x in zip(totals, factors, strict=True):
-                    total.addmm_(x.T, x)
+                factors += gradients.chunk(_blocks(gradients.shape[1]), dim=1)
+                if name not in moments:
+                    moments[name] = [SecondMoments(x.shape[1]) for x in factors]
+                for total, x in zip(moments[name], factors, strict=True):
+                    total.add(x)
 
             return add
 
@@ -90,11 +90,18 @@ class Guided:
         """Unpack the moments, of the layer's columns and the part's rows."""
         columns, rows = layer.module.source_features, layer.module.parts[part].rows
         inputs, outputs = array[: columns**2].reshape(columns, columns), array[columns**2 :]
+        blocks, index = _blocks(rows), layer.module.parts[part].index
         known = {self.name: select_both(unpacked(inputs), layer.module.columns)}
-        if outputs.size:
-            index = layer.module.parts[part].index
-            known["outputs"] = select_both(unpacked(outputs.reshape(rows, rows)), index)
+        if blocks == 1:
+            known["outputs"] = select_both(unpacked(outputs.reshape(rows, rows)), index)[None]
+        elif index is None:
+            known["outputs"] = np.stack([unpacked(b) for b in outputs.reshape(blocks, rows // blocks, rows // blocks)])
         return known
+
+
+def _blocks(rows: int) -> int:
+    """Return how many blocks of the same size the outputs of a layer are in."""
+    return next(n for n in range(-(-rows // WIDEST), rows + 1) if rows % n == 0)
 
 
 def packed(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

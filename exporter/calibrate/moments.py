@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from pmpd.exporter.bundle.layers import LinearLayer, select_both
+from pmpd.exporter.calibrate.products import SecondMoments
 from pmpd.exporter.calibrate.sweep import Progress, VisitInputs, fast_dtype, sweep_inputs
 
 __all__ = ["Moments"]
@@ -23,9 +24,9 @@ class Moments:
 
     name: ClassVar[str] = "moments"
 
-    def nbytes(self, rows: int, columns: int) -> int:
+    def nbytes(self, weight: str, rows: int, columns: int) -> int:
         """Return what it takes on disk for a weight."""
-        return 4 * columns**2
+        return 4 * columns**2 if weight.startswith("model.layers.") else 0
 
     def compute(
         self,
@@ -36,11 +37,11 @@ class Moments:
         progress: Progress,
     ) -> None:
         """Write the moments of each weight's layer; of layers outside of the blocks there are none."""
-        moments: dict[str, torch.Tensor] = {}
+        moments: dict[str, SecondMoments] = {}
 
         def finish() -> None:
-            for name, total in moments.items():
-                write(name, total.numpy())
+            for name, sums in moments.items():
+                write(name, sums.total())
             moments.clear()
 
         def visit(index: int) -> VisitInputs:
@@ -51,8 +52,9 @@ class Moments:
                 if name not in weights:
                     return
                 tokens = inputs.float().flatten(0, 1)  # [B T, K]
-                total = moments.setdefault(name, torch.zeros(tokens.shape[1], tokens.shape[1]))
-                total.addmm_(tokens.T, tokens)
+                if name not in moments:
+                    moments[name] = SecondMoments(tokens.shape[1])
+                moments[name].add(tokens)
 
             return add
 

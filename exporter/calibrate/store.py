@@ -73,7 +73,9 @@ class StatisticsStore:
                 log.info("calibrate  %s statistics of an earlier export: %s", name, folder)
         if missing:
             try:
-                nbytes = sum(STATISTICS[name].nbytes(*shape) for name in missing for shape in shapes.values())
+                nbytes = sum(
+                    STATISTICS[name].nbytes(weight, *shape) for name in missing for weight, shape in shapes.items()
+                )
                 _require_room(cache_folder(), nbytes)
                 model, batches = load()
                 for name, folder in missing.items():

@@ -12,13 +12,15 @@ This is LNQ (Kim et al., *GuidedQuant*, ICML 2025) for several nested precisions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from pmpd.exporter.quantize import native
+from pmpd.exporter.quantize.base import NestedCodes
 from pmpd.exporter.quantize.moments import RIDGE
 from pmpd.exporter.quantize.tiles import Floats
 
@@ -27,68 +29,104 @@ __all__ = ["Rows", "by_code", "expanded", "gradient", "product", "solved"]
 Doubles = npt.NDArray[np.float64]
 
 
-@dataclass
 class Rows:
     """Some rows of a layer, their codes and codebooks, which `descend` improves.
 
-    Attributes:
+    Args:
         weight: float32 ``[R, K]``.
         H: float32 ``[K, K]``, symmetric and positive definite.
         parent: P, bits of the codes.
+        start: codes and codebooks, one a row.
+
+    Attributes:
         codes: uint8 ``[R, K]``.
         codebooks: by precision p, float32 ``[R, 2**p]`` of values that float16 holds.
-        norms: what the losses would be if all codebooks were zeros, ``[R]``.
+        target: the product of the weight with H, ``[R, K]``.
+        products: those of H with what quantization changes, ``[p, R, K]``.
     """
 
-    weight: Floats
-    H: Floats
-    parent: int
-    codes: npt.NDArray[np.uint8]
-    codebooks: Mapping[int, Floats]
+    def __init__(self, weight: Floats, H: Floats, parent: int, start: NestedCodes) -> None:
+        self.weight, self.H, self.parent = weight, H, parent
+        self.codes = np.ascontiguousarray(start.codes)
+        self.codebooks = {p: book[:, 0].astype(np.float32) for p, book in start.codebooks.items()}
+        self.target = product(weight, H)
+        self._sums: tuple[Floats, Doubles] | None = native.sums(self.codes, H, 2**parent)
+        self.products = gradient(self.values, self._sums[0], self.target)
 
-    def __post_init__(self) -> None:
-        self._target = product(self.weight, self.H)  # [R, K]
-        self.norms: Doubles = np.einsum("rk,rk->r", self.weight, self._target, dtype=np.float64)
-        self._add_up()
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return all rows of several parts of a layer."""
+        whole = copy(parts[0])
+        whole.weight, whole.codes, whole.target = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("weight", "codes", "target")
+        )
+        whole.codebooks = {p: np.concatenate([part.codebooks[p] for part in parts]) for p in whole.codebooks}
+        whole.products = np.concatenate([part.products for part in parts], axis=1)
+        return whole
+
+    def part(self, which: slice) -> Self:
+        """Return some of the rows, which keep no track of each other."""
+        part = copy(self)
+        part.weight, part.target = self.weight[which], self.target[which]
+        part.codes, part.products = self.codes[which].copy(), self.products[:, which].copy()
+        part.codebooks = {p: book[which] for p, book in self.codebooks.items()}
+        return part
+
+    def put(self, which: slice, part: Self) -> None:
+        """Take some of the rows from a part."""
+        self.codes[which], self.products[:, which] = part.codes, part.products
+        for p, book in part.codebooks.items():
+            self.codebooks[p][which] = book
+
+    @property
+    def nested(self) -> NestedCodes:
+        """The codes and codebooks as they are now."""
+        return NestedCodes(self.codes, {p: book[:, None].astype(np.float16) for p, book in self.codebooks.items()})
+
+    @property
+    def norms(self) -> Doubles:
+        """What the losses would be if all codebooks were zeros, ``[R]``."""
+        norms: Doubles = np.einsum("rk,rk->r", self.weight, self.target, dtype=np.float64)
+        return norms
+
+    @property
+    def values(self) -> Floats:
+        """What each parent code stands for at each precision, ``[p, R, 2**P]``."""
+        return np.stack([expanded(book, self.parent) for book in self.codebooks.values()])
+
+    @property
+    def errors(self) -> Floats:
+        """What quantization changes, ``[p, R, K]``."""
+        return np.take_along_axis(self.values, self.codes.astype(np.intp)[None], 2) - self.weight
 
     def losses(self) -> Doubles:
         """Return each row's loss at each precision, ``[p, R]``."""
-        losses = []
-        for p, book in self.codebooks.items():
-            matrix, right = _system(self._pairs, self._right, 2**p)
-            quadratic = np.einsum("ra,rab,rb->r", book, matrix, book, dtype=np.float64)
-            losses.append(quadratic - 2 * np.einsum("ra,ra->r", right, book, dtype=np.float64) + self.norms)
-        return np.stack(losses).clip(0)
+        losses: Doubles = np.einsum("prk,prk->pr", self.errors, self.products, dtype=np.float64)
+        return losses.clip(0)
 
-    def descend(self, importance: Floats, *, rounds: int, passes: int) -> None:
-        """Lower the sum of the losses, each times its `importance` ``[p, R]``.
+    def fit(self) -> None:
+        """Solve for the codebooks of all precisions, all codes fixed."""
+        lines, pairs = self._sums or native.sums(self.codes, self.H, 2**self.parent)
+        self._sums = None
+        right = by_code(self.codes, self.target, 2**self.parent)
+        self.codebooks = {p: solved(pairs, right, book) for p, book in self.codebooks.items()}
+        self.products = gradient(self.values, lines, self.target)
 
-        In each of the `rounds`, `passes` over the columns change codes, then codebooks follow.
-        """
-        self._fit()
-        for _ in range(rounds):
-            values = np.stack([expanded(book, self.parent) for book in self.codebooks.values()])  # [p, R, 2**P]
-            gradient = self._gradient(values)
-            codes = self.codes.copy()
-            for _ in range(passes):
-                if not native.descend(codes, self.H, values, importance, gradient):
-                    break
-            self.codes = codes
-            self._add_up()
-            self._fit()
+    def descend(self, importance: Floats, *, passes: int) -> None:
+        """Change codes in `passes` over the columns; each precision's loss counts by its `importance` ``[p, R]``."""
+        self._sums = None
+        self.codes, self.products = self.codes.copy(), self.products.copy()
+        for _ in range(passes):
+            if not native.descend(self.codes, self.H, self.values, importance, self.products):
+                break
 
-    def _add_up(self) -> None:
-        """Add up what the losses and their gradients are made of, by parent code."""
-        levels = 2**self.parent
-        self._lines, self._pairs = native.sums(self.codes, self.H, levels)  # [R, levels, K], [R, levels, levels]
-        self._right = by_code(self.codes, self._target, levels)
-
-    def _gradient(self, values: Floats) -> Floats:
-        return gradient(values, self._lines, self._target)
-
-    def _fit(self) -> None:
-        """Solve for the codebooks of all precisions."""
-        self.codebooks = {p: solved(self._pairs, self._right, book) for p, book in self.codebooks.items()}
+    def keep(self, earlier: Self, which: npt.NDArray[np.bool_]) -> None:
+        """Take some rows ``[R]`` as they were before."""
+        self._sums = None
+        rows = which[:, None]
+        self.codes = np.where(rows, earlier.codes, self.codes)
+        self.codebooks = {p: np.where(rows, earlier.codebooks[p], book) for p, book in self.codebooks.items()}
+        self.products = np.where(rows, earlier.products, self.products)
 
 
 def expanded(book: Floats, parent: int) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -77,9 +78,9 @@ class Guided:
 
         Args:
             weight: ``[N, K]``, any floating dtype; taken as float32.
-            statistics: ``guided`` ``[K, K]`` and ``outputs`` ``[N, N]``, as `pmpd.exporter.calibrate.guided` makes
-                them. Without ``outputs`` (of wide layers there are none) rows are quantized by themselves; without both
-                (those of the output layer), as by `AnyPrecision`.
+            statistics: ``guided`` ``[K, K]`` and ``outputs`` ``[blocks, N / blocks, N / blocks]``, as
+                `pmpd.exporter.calibrate.guided` makes them. Without ``outputs`` rows are quantized by themselves;
+                without both (the output layer has none), as by `AnyPrecision`.
 
         Raises:
             PmpdError: as `AnyPrecision.quantize`, or statistics that are not finite.
@@ -91,38 +92,43 @@ class Guided:
         H = damped(statistics["guided"], weight.shape[1], self.damping)
         sensitivity = np.broadcast_to(H.diagonal(), weight.shape)
         codes = self.start.quantize(weight, {"fisher": sensitivity})
-        together = self.sweeps > 0 and "outputs" in statistics
-        rounds = 1 if together else self.rounds
+        layer, size = weight.astype(np.float32), len(weight)
+        outputs = statistics.get("outputs") if self.sweeps else None
+        blocks = np.array_split(np.arange(size), 1 if outputs is None else len(outputs))
 
-        def improved(n: int) -> NestedCodes:
-            rows = slice(n, n + tile)
+        def improved(rows: npt.NDArray[np.intp]) -> Rows:
             books = {p: book[rows] for p, book in codes.codebooks.items()}
-            return self._improved(weight[rows].astype(np.float32), H, NestedCodes(codes.codes[rows], books), rounds)
+            start = Rows(layer[rows], H, self.parent, NestedCodes(codes.codes[rows], books))
+            return self._improved(start, together=outputs is not None)
 
-        with one_thread_each(min(available_threads(), MAX_THREADS)) as pool:
-            nested = NestedCodes.stack(list(pool.map(improved, range(0, len(weight), tile))))
-        if not together:
-            return nested
-        B = damped(statistics["outputs"], len(weight), self.damping)
-        with one_thread_each(1) as pool:
-            return pool.submit(self._together, weight.astype(np.float32), H, B, nested, tile).result()
+        parts: list[NestedCodes] = []
+        for number, block in enumerate(blocks):
+            with one_thread_each(min(available_threads(), MAX_THREADS)) as pool:
+                tiles = list(pool.map(improved, [block[n : n + tile] for n in range(0, len(block), tile)]))
+                if outputs is None:
+                    parts += [rows.nested for rows in tiles]
+                else:
+                    B = damped(outputs[number], len(block), self.damping)
+                    parts.append(pool.submit(self._together, Rows.joined(tiles), B, tile).result())
+        return NestedCodes.stack(parts)
 
-    def _together(self, weight: Floats, H: Floats, B: Floats, start: NestedCodes, tile: int) -> NestedCodes:
-        rows = Together(weight, H, B, self.parent, start)
-        # As above; the errors of a weight that has none cost as much as the whole of it elsewhere.
-        importance = (1 / (rows.losses() + 1e-9 * rows.norm + 1e-30)).astype(np.float32)  # [p]
+    def _together(self, rows: Rows, B: Floats, tile: int) -> NestedCodes:
+        layer = Together(rows, B)
+        # As below, and of rows as if they were by themselves.
+        total = (rows.losses() + 1e-9 * rows.norms) @ B.diagonal()  # [p]
+        importance = (1 / (total + 1e-30)).astype(np.float32)
         for _ in range(self.sweeps):
-            rows.descend(importance, tile=tile, passes=self.passes)
+            layer.descend(importance, tile=tile, passes=self.passes)
         return rows.nested
 
-    def _improved(self, weight: Floats, H: Floats, start: NestedCodes, rounds: int) -> NestedCodes:
-        books = {p: book[:, 0].astype(np.float32) for p, book in start.codebooks.items()}
-        rows = Rows(weight, H, self.parent, start.codes, books)
-        before = rows.losses()
+    def _improved(self, rows: Rows, *, together: bool) -> Rows:
+        start, before = copy(rows), rows.losses()
         # Of rows without an error at some precision, a change there costs as much as one of a whole weight elsewhere.
         importance = (1 / (before + 1e-9 * rows.norms + 1e-30)).astype(np.float32)  # [p, R]
-        rows.descend(importance, rounds=rounds, passes=self.passes)
-        better = ((importance * rows.losses()).sum(0) < (importance * before).sum(0))[:, None]  # [R, 1]
-        codebooks = {p: np.where(better, book, books[p]).astype(np.float16) for p, book in rows.codebooks.items()}
-        codes = np.where(better, rows.codes, start.codes)
-        return NestedCodes(codes, {p: book[:, None] for p, book in codebooks.items()})
+        for _ in range(1 if together else self.rounds):
+            rows.fit()
+            rows.descend(importance, passes=self.passes)
+        if not together:  # where codebooks follow
+            rows.fit()
+        rows.keep(start, (importance * rows.losses()).sum(0) >= (importance * before).sum(0))
+        return rows

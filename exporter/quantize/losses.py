@@ -27,13 +27,13 @@ def predicted_losses(
 
     With the errors d of a row and its Hessian H, it is ``d H dᵀ``, summed over the rows. ``guided`` statistics are H of
     all rows, ``fisher`` of each row the diagonal. Where ``outputs`` B are known too, it is ``B_rs d_r H d_sᵀ``, summed
-    over all pairs of rows, with B scaled to a mean of one on its diagonal: rows may make up for each other.
+    over all pairs of rows of a block, with B scaled to a mean of one on its diagonal: rows may make up for each other.
 
     Args:
         weight: ``[N, K]``.
         nested: the weight quantized.
         parent: bits of its codes.
-        statistics: ``guided`` ``[K, K]``, with or without ``outputs`` ``[N, N]``, or ``fisher`` ``[N, K]``.
+        statistics: ``guided`` ``[K, K]``, with or without ``outputs`` ``[blocks, n, n]``, or ``fisher`` ``[N, K]``.
 
     Raises:
         PmpdError: there are neither.
@@ -43,7 +43,7 @@ def predicted_losses(
         raise PmpdError("no statistics say what its errors cost: choose whole precisions")
     outputs = statistics.get("outputs")
     if outputs is not None:
-        outputs = outputs / max(float(outputs.diagonal().mean()), 1e-30)
+        outputs = outputs / max(float(outputs.diagonal(0, 1, 2).mean()), 1e-30)
     (N, K), losses = weight.shape, dict[int, float]()
     for bits, book in nested.codebooks.items():
         groups = np.arange(K) // group_size(K, book.shape[1])
@@ -51,6 +51,6 @@ def predicted_losses(
         errors = book[np.arange(N)[:, None], groups, codes] - weight.astype(np.float32)
         products = errors @ statistics[known] if known == "guided" else statistics[known] * errors
         if outputs is not None:
-            products = outputs @ products
+            products = (outputs @ products.reshape(*outputs.shape[:2], K)).reshape(N, K)
         losses[bits] = float((products * errors).sum(dtype=np.float64))
     return losses

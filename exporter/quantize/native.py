@@ -20,7 +20,7 @@ from pmpd.tvm_kernels.library.link import compile_for_host
 __all__ = ["descend", "require_compiled", "sums", "sums_nbytes"]
 
 _SOURCE = Path(__file__).with_name("descent.c")
-_WIDE = 128  # as in the C code
+_TALL, _WIDE, _BLOCK = 512, 128, 64  # as in the C code
 Floats = npt.NDArray[np.float32]
 
 
@@ -86,7 +86,9 @@ def sums(codes: npt.NDArray[np.uint8], H: Floats, levels: int) -> tuple[Floats, 
     R, K = codes.shape
     lines = np.empty((R, levels, _padded(K)), dtype=np.float32)
     pairs = np.empty((R, levels, levels), dtype=np.float64)
-    _library().pmpd_sums(*_addresses(codes, H, lines, pairs), *map(ctypes.c_int64, (R, K, levels)))
+    order = np.empty((R, K), dtype=np.uint16)
+    ends = np.empty((R, -(-K // _TALL), levels + 1), dtype=np.uint16)
+    _library().pmpd_sums(*_addresses(codes, H, lines, pairs, order, ends), *map(ctypes.c_int64, (R, K, levels)))
     return lines[:, :, :K], pairs
 
 
@@ -98,6 +100,8 @@ def descend(
     gradient: Floats,
     between: Floats | None = None,
     before: Floats | None = None,
+    *,
+    last: bool = False,
 ) -> int:
     """Make one pass of coordinate descent over all columns; return how many codes have changed.
 
@@ -107,14 +111,19 @@ def descend(
         values: ``[P, R, levels]``, what each parent code stands for at each precision.
         weight: ``[P, R]``, what each precision's loss counts.
         gradient: ``[P, R, K]``, the product of H with each row's error, kept up to date in place.
-        between: ``[R, R]``, how much of each other row's gradient counts in a row's, with zeros on the diagonal; None
+        between: ``[R, R]``, how much of each row's gradient counts in those of others, with zeros on the diagonal; None
             if rows are independent.
         before: ``[P, R, K]``, the gradient that has all that counts of the others already.
+        last: no pass follows, and nobody needs the gradient, which saves work.
     """
     P, R, levels = values.shape
     arrays = _addresses(codes, H, values, weight, gradient)
     others = [None, None] if between is None or before is None else _addresses(between, before)
-    changes: int = _library().pmpd_descend(*arrays, *others, *map(ctypes.c_int64, (P, R, codes.shape[1], levels)))
+    K = codes.shape[1]
+    steps, places = np.empty((P, R, K), dtype=np.float32), np.empty((P, R, K), dtype=np.uint8)
+    counts = np.empty((-(-K // _BLOCK), P, R), dtype=np.uint8)
+    sizes = map(ctypes.c_int64, (P, R, K, levels, last))
+    changes: int = _library().pmpd_descend(*arrays, *others, *_addresses(steps, places, counts), *sizes)
     return changes
 
 

@@ -8,12 +8,19 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tiny_models import plain_model, save_with_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from pmpd.eval.speed.contenders import PEERS, ModelShape, Process, make_models
+from pmpd.eval.speed.contenders.importance import write_importance
+from pmpd.exporter.calibrate.batches import calibration_batches
+from pmpd.exporter.calibrate.text import text_tokens
+from pmpd.exporter.config import BUILT_IN
+from pmpd.exporter.source.opening import open_checkpoint
 
 # The Python that has the peers' packages; `pmpd-eval speed` calls it --peer-python.
 PYTHON = os.environ.get("PMPD_PEER_PYTHON", sys.executable)
@@ -148,3 +155,42 @@ def test_given_weights(peer: str, kind: str, variants: dict[str, float], tmp_pat
         make_models(peer, python=PYTHON, contender=PEERS[peer], options=again)
         with Process(peer, python=PYTHON, contender=PEERS[peer], options={**again, "variant": "F16"}) as process:
             assert apart(process.run(prompt=ids[:16], answer=ids[16:])["nll"], expected) < 0.02
+
+
+def test_the_importance_matrix_is_the_mean_square_of_inputs(tmp_path: Path) -> None:
+    folder = save_with_tokenizer(tmp_path / "model")
+    write_importance(folder, tmp_path / "importance.npz")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["importance.npz"]
+    model = plain_model(folder)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            seen = inputs.setdefault(f"model.{name}.weight", [])
+            module.register_forward_hook(lambda _, given, __, seen=seen: seen.append(given[0]))
+    tokens = text_tokens(BUILT_IN, open_checkpoint(str(folder)).tokenizer())
+    with torch.no_grad():
+        for ids in calibration_batches(tokens, 64, 256):
+            model.model(ids[:, :-1])
+    with np.load(tmp_path / "importance.npz") as means:
+        assert set(means.files) == set(inputs)
+        for name, tensors in inputs.items():
+            expected = torch.cat(tensors).square().mean((0, 1))
+            np.testing.assert_allclose(means[name], expected, rtol=0.05, atol=1e-3 * float(expected.max()))
+
+
+@pytest.mark.full
+def test_llama_cpp_quantizes_with_an_importance_matrix(tmp_path: Path) -> None:
+    need("llama.cpp")
+    checkpoint(tmp_path / "model", "llama")
+    names = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    sizes = {f"model.layers.{i}.{name}.weight": 512 if "down" in name else 256 for i in range(2) for name in names}
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "importance.npz", **{name: rng.random(size, np.float32) ** 8 for name, size in sizes.items()})
+    make = {
+        "threads": 1, "folder": str(tmp_path), "weights": str(tmp_path / "model"),
+        "importance": str(tmp_path / "importance.npz"), "variants": ["Q2_K", "Q2_K_imatrix"],
+    }  # fmt: skip
+    make_models("llama.cpp", python=PYTHON, contender=PEERS["llama.cpp"], options=make)
+    without, with_matrix = ((tmp_path / f"{variant}.gguf").read_bytes() for variant in ("Q2_K", "Q2_K_imatrix"))
+    assert len(without) == len(with_matrix)
+    assert without != with_matrix

@@ -152,7 +152,7 @@ def test_one_layer_of_statistics_is_in_memory_at_a_time(cache: Path) -> None:
     class Ones:
         name: ClassVar[str] = "fisher"
 
-        def nbytes(self, rows: int, columns: int) -> int:
+        def nbytes(self, weight: str, rows: int, columns: int) -> int:
             return 4 * rows * columns
 
         def compute(self, _: Any, __: Any, weights: Collection[str], write: Callable[..., None], *___: Any) -> None:
@@ -222,7 +222,7 @@ class Tokens:
         for name in weights:
             write(name, np.array(count, dtype=np.float32))
 
-    def nbytes(self, rows: int, columns: int) -> int:
+    def nbytes(self, weight: str, rows: int, columns: int) -> int:
         return 4
 
     def select(self, layer: Any, part: int, array: npt.NDArray[np.generic]) -> dict[str, npt.NDArray[np.float32]]:

@@ -136,7 +136,7 @@ def test_losses_are_errors_weighted_by_what_they_matter(kind: str) -> None:
     H, B = (factor @ factor.T for factor in factors)
     statistics, hessian = {"guided": H}, np.kron(np.eye(6), H)
     if kind == "outputs":
-        statistics, hessian = {"guided": H, "outputs": B}, np.kron(B * (6 / np.trace(B)), H)
+        statistics, hessian = {"guided": H, "outputs": B[None]}, np.kron(B * (6 / np.trace(B)), H)
     if kind == "fisher":
         statistics = {"fisher": random.random((6, 40), np.float32)}
         hessian = np.diag(statistics["fisher"].reshape(-1))

@@ -6,6 +6,7 @@ then single given tokens, without sampling; every other setting, also of the qua
 
 from __future__ import annotations
 
+import ctypes
 import json
 import runpy
 import time
@@ -17,6 +18,7 @@ from typing import Any
 __all__ = ["LlamaCpp", "load", "make"]
 
 _SOURCE = Path(__file__).with_name("gguf_source.py")
+IMPORTANCE = "_imatrix"  # as in `peers.py`
 
 
 class LlamaCpp:
@@ -85,12 +87,16 @@ def load(options: Mapping[str, Any]) -> LlamaCpp:
 def make(options: Mapping[str, Any]) -> None:
     """Make the missing variants: an F16 model, and from it each quantized one, named as llama.cpp names them.
 
-    Beside each file lies another with what a step reads of it.
+    With ``_imatrix`` behind its name a variant is quantized with the importance matrix of ``options["importance"]``
+    (`importance.py`). Beside each file lies another with what a step reads of it.
     """
     import llama_cpp
 
     _silence(llama_cpp)
-    kinds = {variant: getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant}", None) for variant in options["variants"]}
+    kinds = {
+        variant: getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{variant.removesuffix(IMPORTANCE)}", None)
+        for variant in options["variants"]
+    }
     if unknown := [variant for variant, kind in kinds.items() if kind is None]:
         raise ValueError(f"llama.cpp has no quantization {unknown[0]}: take Q4_0, Q4_K_M, Q3_K_M, Q2_K, …")
     source = runpy.run_path(str(_SOURCE))
@@ -116,12 +122,35 @@ def _make_files(options: Mapping[str, Any], kinds: Mapping[str, Any], api: Any, 
             continue
         params = api.llama_model_quantize_default_params()
         params.ftype, params.nthread = kind, options["threads"]
+        if variant.endswith(IMPORTANCE):
+            matrix = _importance(api, Path(options["importance"]), source)
+            params.imatrix = ctypes.cast(matrix, type(params.imatrix) if params.imatrix else ctypes.c_void_p)
         draft = target.with_suffix(".partial")
         if api.llama_model_quantize(str(source).encode(), str(draft).encode(), params):
             raise RuntimeError(f"llama.cpp cannot quantize to {variant}")
         draft.rename(target)
     if not kept:
         source.unlink()
+
+
+def _importance(api: Any, file: Path, source: Path) -> Any:
+    """Return an importance matrix as llama.cpp takes it: an array whose last element has no name."""
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(source)
+    architecture = reader.fields["general.architecture"].contents()
+    layers = reader.fields[f"{architecture}.block_count"].contents()
+    names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture), layers)
+    entry = api.llama_model_imatrix_data
+    with np.load(file) as means:
+        known = [(names.get_name(name, try_suffixes=(".weight",)), means[name]) for name in means.files]
+    entries = [
+        entry(name.encode(), mean.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), mean.size) for name, mean in known
+    ]
+    array = (entry * (len(entries) + 1))(*entries)
+    array.kept = known
+    return array
 
 
 def _silence(api: Any) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.manifest import Manifest
 
-__all__ = ["PEERS", "ModelShape", "Peer", "parse_peers", "weights_name"]
+__all__ = ["IMPORTANCE", "PEERS", "ModelShape", "Peer", "parse_peers", "weights_name"]
 
 _FOLDER = Path(__file__).parent
 PEERS = {"llama.cpp": _FOLDER / "llama_cpp.py", "onnxruntime-genai": _FOLDER / "onnxruntime_genai.py"}
 FAMILIES = ("llama", "phi")
+IMPORTANCE = "_imatrix"
+"""Ends the name of a variant of llama.cpp that is quantized with an importance matrix."""
 
 
 @dataclass(frozen=True)
