@@ -70,9 +70,9 @@ class Guided:
                 name = f"model.layers.{index}.{layer}.weight"
                 if name not in weights:
                     return
-                gradients = gradients[:, 1:].flatten(0, 1).float()  # [B (T - 1), N]
-                root = gradients.square().mean(-1, keepdim=True).sqrt()
-                factors = [inputs[:, 1:].flatten(0, 1).float() * root]
+                gradients = gradients[:, 1:].flatten(0, 1)  # [B (T - 1), N]
+                root = gradients.float().square().mean(-1, keepdim=True).sqrt()
+                factors = [(inputs[:, 1:].flatten(0, 1) * root).to(inputs.dtype)]
                 factors += gradients.chunk(_blocks(gradients.shape[1]), dim=1)
                 if name not in moments:
                     moments[name] = [SecondMoments(x.shape[1]) for x in factors]

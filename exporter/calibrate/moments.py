@@ -51,7 +51,7 @@ class Moments:
                 name = f"model.layers.{index}.{layer}.weight"
                 if name not in weights:
                     return
-                tokens = inputs.float().flatten(0, 1)  # [B T, K]
+                tokens = inputs.flatten(0, 1)  # [B T, K]
                 if name not in moments:
                     moments[name] = SecondMoments(tokens.shape[1])
                 moments[name].add(tokens)

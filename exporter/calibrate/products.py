@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pmpd.exporter.calibrate.sweep import fast_dtype
-
 __all__ = ["SecondMoments"]
 
 BLOCK = 1024
@@ -17,8 +15,8 @@ BLOCK = 1024
 class SecondMoments:
     """The sum over tokens of ``x xᵀ``, which is symmetric: half of it is computed.
 
-    Products are of bfloat16 where the processor computes with it: what rounding adds to the sum over many tokens is far
-    below what it differs by from one text to another.
+    Products are of the tokens' type. What bfloat16 adds to a sum over many tokens is far below what the sum differs by
+    from one text to another.
 
     Args:
         size: K, of x.
@@ -28,8 +26,7 @@ class SecondMoments:
         self._lower = torch.zeros(size, size)
 
     def add(self, tokens: torch.Tensor) -> None:
-        """Add those of as many tokens, float32 ``[T, K]``."""
-        tokens = tokens.to(fast_dtype())
+        """Add those of as many tokens, ``[T, K]``."""
         for first in range(0, len(self._lower), BLOCK):
             rows, columns = slice(first, first + BLOCK), slice(0, first + BLOCK)
             self._lower[rows, columns] += tokens[:, rows].T @ tokens[:, columns]
