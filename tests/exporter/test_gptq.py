@@ -70,7 +70,7 @@ def test_moments_are_those_of_plain_hooks(name: str, tmp_path: Path, monkeypatch
     assert got.keys() == want.keys()
     for key, array in got.items():
         torch.testing.assert_close(torch.from_numpy(array), want[key], rtol=1e-4, atol=1e-4)
-        assert array.nbytes == statistic.nbytes(*linears[key].weight.shape)
+        assert array.nbytes == statistic.nbytes(key, *linears[key].weight.shape)
 
 
 def progress(items: Any, total: int) -> Any:
