@@ -65,7 +65,7 @@ class Rows:
         return whole
 
     def part(self, which: slice) -> Self:
-        """Return some of the rows, which keep no track of each other."""
+        """Return a copy of some of the rows."""
         part = copy(self)
         part.weight, part.target = self.weight[which], self.target[which]
         part.codes, part.products = self.codes[which].copy(), self.products[:, which].copy()

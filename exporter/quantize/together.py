@@ -25,7 +25,6 @@ class Together:
     Args:
         rows: all of them, as they are by themselves.
         B: float32 ``[N, N]``, symmetric and positive definite.
-
     """
 
     def __init__(self, rows: Rows, B: Floats) -> None:

@@ -308,6 +308,10 @@ def test_the_shape_of_peers_models(manifest: Manifest) -> None:
         (["--peer", "llama:Q4_0"], "unknown peer 'llama': choose one of llama.cpp"),
         (["--peer", "llama.cpp"], "'' is no variant: give llama.cpp:VARIANT"),
         (["--peer", "llama.cpp:../x"], "'../x' is no variant"),
+        (
+            ["--peer", "onnxruntime-genai:int4g32_imatrix"],
+            "takes no importance matrix: leave _imatrix out of int4g32_imatrix",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line(demo_bundle: Path, arguments: list[str], message: str) -> None:

@@ -31,7 +31,7 @@ def write_importance(weights: Path, file: Path, *, quiet: bool = True) -> None:
         file: written whole, or not at all.
 
     Raises:
-        PmpdError: there is no tokenizer, or as `open_checkpoint`.
+        PmpdError: there is no tokenizer, the file cannot be written, or as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(str(weights))
     tokenizer = checkpoint.tokenizer()
@@ -57,6 +57,11 @@ def write_importance(weights: Path, file: Path, *, quiet: bool = True) -> None:
     )
     means: dict[str, Any] = {name: torch.stack(of_batches).mean(0).numpy() for name, of_batches in squares.items()}
     draft = file.with_suffix(".partial")
-    with draft.open("wb") as stream:
-        np.savez(stream, **means)
-    draft.rename(file)
+    try:
+        with draft.open("wb") as stream:
+            np.savez(stream, **means)
+        draft.rename(file)
+    except OSError as error:
+        raise PmpdError(f"cannot write {file} ({error.strerror}): choose another --peer-models") from None
+    finally:
+        draft.unlink(missing_ok=True)

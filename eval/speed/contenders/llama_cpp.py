@@ -99,6 +99,8 @@ def make(options: Mapping[str, Any]) -> None:
     }
     if unknown := [variant for variant, kind in kinds.items() if kind is None]:
         raise ValueError(f"llama.cpp has no quantization {unknown[0]}: take Q4_0, Q4_K_M, Q3_K_M, Q2_K, …")
+    if any(variant.endswith(IMPORTANCE) for variant in kinds) and not hasattr(llama_cpp, "llama_model_imatrix_data"):
+        raise ValueError("this llama-cpp-python takes no importance matrix: install a newer one (0.3.36 does)")
     source = runpy.run_path(str(_SOURCE))
     if any(not _file(options, variant).exists() for variant in kinds):
         _make_files(options, kinds, llama_cpp, source["write"])
@@ -124,7 +126,7 @@ def _make_files(options: Mapping[str, Any], kinds: Mapping[str, Any], api: Any, 
         params.ftype, params.nthread = kind, options["threads"]
         if variant.endswith(IMPORTANCE):
             matrix = _importance(api, Path(options["importance"]), source)
-            params.imatrix = ctypes.cast(matrix, type(params.imatrix) if params.imatrix else ctypes.c_void_p)
+            params.imatrix = ctypes.cast(matrix, ctypes.POINTER(api.llama_model_imatrix_data))
         draft = target.with_suffix(".partial")
         if api.llama_model_quantize(str(source).encode(), str(draft).encode(), params):
             raise RuntimeError(f"llama.cpp cannot quantize to {variant}")

@@ -54,6 +54,10 @@ def parse_peers(specs: tuple[str, ...]) -> tuple[Peer, ...]:
         # A variant becomes a file name.
         if bad := [variant for variant in named if not re.fullmatch(r"\w+", variant)]:
             raise PmpdError(f"peer {spec!r}: {bad[0]!r} is no variant: give {name}:VARIANT,… (Q4_0, int4g32, …)")
+        if name != "llama.cpp" and (bad := [variant for variant in named if variant.endswith(IMPORTANCE)]):
+            raise PmpdError(
+                f"peer {spec!r}: {bad[0]!r}: only llama.cpp takes an importance matrix: leave {IMPORTANCE} out"
+            )
         peers.update(dict.fromkeys(Peer(name, variant) for variant in named))
     return tuple(peers)
 
