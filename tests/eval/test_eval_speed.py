@@ -310,7 +310,7 @@ def test_the_shape_of_peers_models(manifest: Manifest) -> None:
         (["--peer", "llama.cpp:../x"], "'../x' is no variant"),
         (
             ["--peer", "onnxruntime-genai:int4g32_imatrix"],
-            "takes no importance matrix: leave _imatrix out of int4g32_imatrix",
+            "'int4g32_imatrix': only llama.cpp takes an importance matrix: leave _imatrix out",
         ),
     ],
 )
