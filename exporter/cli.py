@@ -66,6 +66,10 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
     return None if bits is None else bits[0]
 
 
+def _tuned(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    return () if value == "none" else _bits(context, parameter, value)
+
+
 @click.command(
     "pmpd-export",
     cls=Command,
@@ -163,6 +167,13 @@ def _single_bits(context: click.Context, parameter: click.Parameter, value: str 
 )
 @click.option(
     "--calibration-length", type=int, metavar="N", default=256, show_default=True, help="Tokens in each sequence."
+)
+@click.option(
+    "--tune",
+    callback=_tuned,
+    metavar="LIST|none",
+    help="Precisions whose codebooks are tuned end to end on the calibration text.  [default: those of up to 3 bits, "
+    "or none above 1 G parameters]",
 )
 @list_option(
     "--target",

@@ -33,6 +33,7 @@ __all__ = [
 
 DEFAULT_PRECISIONS = (5, 4, 3)
 DEFAULT_HEAD_PRECISION = 6
+DEFAULT_TUNED = 3
 DEFAULT_EMBEDDING_PRECISION = 6
 PLAIN_METHOD = "anyprecision"
 """What quantizes without statistics."""
@@ -59,6 +60,12 @@ def calibration_text(argument: str | None) -> Path | str | None:
 
 def _mixes(precisions: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(bits for bits in precisions if not isinstance(bits, int))
+
+
+def _planes(precisions: tuple[float, ...], parent: int) -> tuple[int, ...]:
+    if _mixes(precisions):
+        return tuple(range(parent, math.floor(precisions[-1]) - 1, -1))
+    return tuple(map(int, precisions))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,7 @@ class ResolvedConfig:
     calibration: Path | str | None
     calibration_samples: int
     calibration_length: int
+    tune: tuple[int, ...]
     targets: tuple[str, ...]
     kernels_required: bool
     accuracy: str
@@ -108,9 +116,7 @@ class ResolvedConfig:
 
         Those of the precisions; with mixes all from the lowest precision to the parent, for layers to choose from.
         """
-        if self.mixes:
-            return tuple(range(self.parent, math.floor(self.precisions[-1]) - 1, -1))
-        return tuple(map(int, self.precisions))
+        return _planes(self.precisions, self.parent)
 
     def to_json(self) -> dict[str, Any]:
         """Return what decides the bundle's contents, as JSON-ready data; of local paths only the last part."""
@@ -119,7 +125,7 @@ class ResolvedConfig:
             del document[name]
         document["model"] = published_name(self.model)
         document["precisions"] = list(self.precisions)
-        document["targets"] = list(self.targets)
+        document["targets"], document["tune"] = list(self.targets), list(self.tune)
         document["calibration"] = getattr(self.calibration, "name", self.calibration)
         return document
 
@@ -151,6 +157,8 @@ class ExportConfig:
             the method cannot do without. `Export.prepare` says for which models it is `NO_TEXT`.
         calibration_samples: sequences of that text.
         calibration_length: tokens of each sequence.
+        tune: precisions whose codebooks are tuned end to end, on the text of the calibration (`pmpd.exporter.tune`);
+            default those of up to `DEFAULT_TUNED` bits of method guided. `Export.prepare` says for which models none.
         targets: machines to build kernels for; default this one, if TVM and a compiler are installed.
         accuracy: how kernels compute, ``exact`` or ``int8``; default int8, or exact with more than one group per row,
             for which there is only a slow kernel, in float32.
@@ -178,6 +186,7 @@ class ExportConfig:
     calibration: Path | str | None = None
     calibration_samples: int = 64
     calibration_length: int = 256
+    tune: tuple[int, ...] | None = None
     targets: tuple[str, ...] | None = None
     accuracy: str | None = None
     overwrite: bool = False
@@ -225,6 +234,7 @@ class ExportConfig:
             raise PmpdError(f"groups {self.groups}: int8 kernels take one codebook per row: use --accuracy exact")
         self._check_calibration()
         self._check_mixes()
+        self._check_tune()
 
     @property
     def _bits(self) -> tuple[float, ...]:
@@ -264,6 +274,21 @@ class ExportConfig:
                 f"--method {' or '.join(methods)}, or whole precisions"
             )
 
+    def _check_tune(self) -> None:
+        if not self.tune:
+            return
+        tuned = ",".join(map(str, self.tune))
+        if unknown := set(self.tune) - set(_planes(self._bits, self._parent)):
+            raise PmpdError(f"tune {tuned}: no layer has {min(unknown)} bits: choose among {list(self._bits)}")
+        method, calibration = self._quantization()
+        if calibration == NO_TEXT:
+            remedy = f"--calibration {BUILT_IN} or a file" if METHODS[method].needs else "--method guided"
+            raise PmpdError(f"tune {tuned}: codebooks are tuned on a calibration text: take {remedy}")
+
+    @property
+    def _parent(self) -> int:
+        return math.ceil(self._bits[0]) if self.parent is None else self.parent
+
     def _quantization(self) -> tuple[str, Path | str]:
         """Return the method and the calibration text, with their defaults."""
         method, calibration = self.method, self.calibration
@@ -276,18 +301,21 @@ class ExportConfig:
     def resolve(self) -> ResolvedConfig:
         """Return the configuration with every default filled in."""
         high, host = self._bits[0], host_target()
-        targets, (method, calibration) = self.targets, self._quantization()
+        targets, tune, (method, calibration) = self.targets, self.tune, self._quantization()
         schedule = parse_schedule(self.schedule or f"uniform:{high}", self._bits)
         named = {high, self.prefill, *schedule.precisions}
         if targets is None:
             targets = () if host is None else (host,)
+        if tune is None:
+            guided = method == "guided" and calibration != NO_TEXT
+            tune = tuple(bits for bits in _planes(self._bits, self._parent) if guided and bits <= DEFAULT_TUNED)
         return ResolvedConfig(
             model=self.model,
             output=self.output,
             revision=self.revision,
             precisions=self._bits,
             optional=tuple(bits for bits in self._bits if self.precisions is None and bits not in named),
-            parent=math.ceil(high) if self.parent is None else self.parent,
+            parent=self._parent,
             method=method,
             seed_precision=self.seed_precision,
             prefill=high if self.prefill is None else self.prefill,
@@ -300,6 +328,7 @@ class ExportConfig:
             calibration=None if calibration == NO_TEXT else calibration,
             calibration_samples=self.calibration_samples,
             calibration_length=self.calibration_length,
+            tune=tune,
             targets=targets,
             kernels_required=self.targets is not None,
             accuracy=self.accuracy or ("int8" if self.groups == 1 else "exact"),

@@ -27,8 +27,9 @@ from pmpd.exporter.bundle.kernels import build_kernels, built_kernels
 from pmpd.exporter.bundle.layers import LinearLayer, checkpoint_shapes, plain_tensors
 from pmpd.exporter.bundle.plan import WeightPlan
 from pmpd.exporter.bundle.workspace import Workspace, bytes_on_disk
-from pmpd.exporter.calibrate.collect import collect_statistics
+from pmpd.exporter.calibrate.collect import calibration_pieces, collect_statistics
 from pmpd.exporter.calibrate.store import StatisticsStore
+from pmpd.exporter.calibrate.sweep import fast_dtype
 from pmpd.exporter.config import BUILT_IN, NO_TEXT, OWN_TEXT, PLAIN_METHOD, ExportConfig, ResolvedConfig
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
@@ -38,7 +39,9 @@ from pmpd.exporter.quantize.moments import one_thread_each
 from pmpd.exporter.quantize.native import require_compiled
 from pmpd.exporter.source.checkpoint import Checkpoint
 from pmpd.exporter.source.opening import open_checkpoint
+from pmpd.exporter.source.reference import load_model
 from pmpd.exporter.source.tokenizer import copy_text_files
+from pmpd.exporter.tune import Coded, Tuner, rate
 from pmpd.exporter.verify.agreement import Check, require_passed
 from pmpd.exporter.verify.bundle import Verification, summarize
 from pmpd.exporter.verify.float_graph import FloatGraph
@@ -48,6 +51,7 @@ from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import MissingExtraError, PmpdError
+from pmpd.runtime.format.bitplanes import unpack
 from pmpd.runtime.format.bundle import Bundle, sha256_of
 from pmpd.runtime.format.manifest import MANIFEST_NAME, Manifest
 from pmpd.runtime.format.precision import describe_mix
@@ -61,6 +65,8 @@ _PLAIN = "plain tensors"
 CALIBRATED = 3_000_000_000
 """Parameters up to which calibration is the default: a larger model takes hours, and tens of gigabytes."""
 
+TUNED = 1_000_000_000
+"""Parameters up to which codebooks are tuned by default: each precision takes as long as a pass of training."""
 
 MAX_WORKERS = 4
 """Layers that are quantized at a time, at most: each takes memory for its statistics."""
@@ -102,6 +108,8 @@ class Export:
             log.warning("warning   quantized without statistics, which costs quality below 5 bits: %s", reason)
             plain = replace(config, method=PLAIN_METHOD, calibration=NO_TEXT).resolve()
             outline = Outline.of(plain, checkpoint.source, checkpoint.config)
+        if config.tune is None and outline.parameters > TUNED and outline.config.tune:
+            outline = replace(outline, config=replace(outline.config, tune=()))
         for name, shape in checkpoint_shapes(outline.network):
             checkpoint.require(name, shape)  # a missing one is better found now than in an hour
         export = cls(outline, checkpoint, _fingerprint(outline, checkpoint))
@@ -217,6 +225,7 @@ class Export:
             self._build_kernels(workspace)
             copy_text_files(self.checkpoint, workspace.path)
             self._quantize(workspace)
+            self._tune(workspace)
             outline = replace(self.outline, mixes=self._mixes(workspace))
             outline.write_graphs(workspace.path)
             kernels = built_kernels(config.targets, workspace)
@@ -260,6 +269,30 @@ class Export:
                 tensors = chain(tensors, coarse)
             workspace.write(layer.name, tensors, note=losses)
 
+    def _tune(self, workspace: Workspace) -> None:
+        """Learn the codebooks of precisions end to end, one precision after the other."""
+        steps, text = {f"tune {bits} bits": bits for bits in self.config.tune}, self.config.calibration
+        left = {step: bits for step, bits in steps.items() if step not in workspace.done}
+        if not left or text is None:
+            return
+        if text == OWN_TEXT:
+            text = BUILT_IN  # the model would have to write once more
+        pieces = calibration_pieces(self.config, text, self.checkpoint.tokenizer())
+        tuner = Tuner(load_model(self.checkpoint, blocks_as_stored=True), pieces, fast_dtype())
+        for step, bits in left.items():
+            books = workspace.kept(step)  # by a run that was killed while it wrote them to their places
+            if books is None:
+                layers = {layer.name: (layer, self._coded(workspace, layer, bits)) for layer in self._nested}
+                tuned = tuner.tune(layers, rate=rate(bits), progress=partial(track, step=step))
+                log.info("tuned     %d bits: KL %.3g before, %.3g after", bits, tuned.before, tuned.after)
+                books = tuned.codebooks
+                workspace.keep(step, books)
+            workspace.write(step, ((self.plan.codebook(layer, bits).name, book) for layer, book in books.items()))
+
+    def _coded(self, workspace: Workspace, layer: LinearLayer, bits: int) -> Coded:
+        planes = workspace.read(self.plan.planes(layer.name))[:bits]
+        return unpack(planes, layer.module.in_features), workspace.read(self.plan.codebook(layer.name, bits))
+
     def side_by_side(
         self, function: Callable[[LinearLayer], Result], layers: Sequence[LinearLayer]
     ) -> Iterator[tuple[LinearLayer, Result]]:
@@ -277,6 +310,11 @@ class Export:
             finally:
                 for _, future in waiting:
                     future.cancel()
+
+    @property
+    def _nested(self) -> list[LinearLayer]:
+        """The layers that have several precisions."""
+        return [layer for layer in self.plan.linears if layer.module.nested]
 
     @property
     def _workers(self) -> int:
@@ -312,8 +350,7 @@ class Export:
         Raises:
             PmpdError: no choice comes near a precision.
         """
-        nested = [layer for layer in self.plan.linears if layer.module.nested]
-        sizes = {layer.name: self.plan.planes(layer.name).length // layer.parent for layer in nested}
+        sizes = {layer.name: self.plan.planes(layer.name).length // layer.parent for layer in self._nested}
         mixes = {}
         for precision in self.config.mixes:
             losses = {name: {int(planes): loss for planes, loss in workspace.done[name].items()} for name in sizes}

@@ -35,6 +35,7 @@ _OF_WEIGHTS = (
     "calibration",
     "calibration_samples",
     "calibration_length",
+    "tune",
     "targets",
     "accuracy",
 )

@@ -21,6 +21,7 @@ WEIGHTS_CODE = (
     _EXPORTER / "arch",
     _EXPORTER / "nn",
     _EXPORTER / "quantize",
+    _EXPORTER / "tune",
     _EXPORTER / "bundle" / "coarse.py",
     _EXPORTER / "bundle" / "layers.py",
     _EXPORTER / "bundle" / "plan.py",

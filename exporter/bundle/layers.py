@@ -19,6 +19,8 @@ from pmpd.exporter.nn import BitplaneLinear, Index, Linear, Stored
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bitplanes import pack
 
+Places = slice | npt.NDArray[np.intp]
+
 if TYPE_CHECKING:
     from pmpd.exporter.quantize import NestedCodes
     from pmpd.exporter.source.checkpoint import Checkpoint
@@ -57,26 +59,24 @@ class LinearLayer:
         """Take the rows and columns of a part from a matrix of the shape of the checkpoint's weight."""
         return _select(_select(matrix, self.module.parts[part].index, axis=0), self.module.columns, axis=1)
 
-    def _row_scales(self) -> npt.NDArray[np.float32] | None:
-        """Return what each row of the checkpoint's is multiplied by, ``[N, 1]``; None if nothing changes."""
-        parts = self.module.parts
-        if all(part.scale == 1.0 for part in parts):
-            return None
-        return np.repeat([part.scale for part in parts], [part.out_rows for part in parts])[:, None].astype(np.float32)
+    def places(self, part: int) -> tuple[Places, Places]:
+        """Return where the merged matrix holds the rows and the columns of a part's weight in the checkpoint."""
+        module = self.module
+        columns: Places = slice(None)
+        if module.columns is not None:
+            columns = _inverse(module.columns, module.source_features)
+        first, rows = sum(before.out_rows for before in module.parts[:part]), module.parts[part]
+        if rows.index is None:
+            return slice(first, first + rows.out_rows), columns
+        return first + _inverse(rows.index, rows.rows), columns
 
     def unstack(self, weight: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
-        """Undo `weight`: the checkpoint's tensors that a merged matrix ``[N, K]`` stands for."""
-        module = self.module
-        scales = self._row_scales()
-        if scales is not None:
-            weight = weight / scales
-        if module.columns is not None:
-            weight = _unselect(weight, module.columns, size=module.source_features, axis=1)
-        tensors, row = {}, 0
-        for name, part in zip(self.weight_names, module.parts, strict=True):
-            rows = weight[row : row + part.out_rows]
-            tensors[name] = rows if part.index is None else _unselect(rows, part.index, size=part.rows, axis=0)
-            row += part.out_rows
+        """Return the checkpoint's tensors that a merged matrix ``[N, K]`` stands for: the inverse of `part_weight`."""
+        tensors = {}
+        for part, name in enumerate(self.weight_names):
+            (rows, columns), scale = self.places(part), self.module.parts[part].scale
+            tensor = weight[rows][:, columns]
+            tensors[name] = tensor if scale == 1.0 else tensor / np.float32(scale)
         return tensors
 
     def bias(self, checkpoint: Checkpoint) -> npt.NDArray[np.float32]:
@@ -181,9 +181,9 @@ def select_both(matrix: npt.NDArray[Any], index: Index) -> npt.NDArray[Any]:
     return matrix if index is None else _select(_select(matrix, index, axis=0), index, axis=1)
 
 
-def _unselect(array: npt.NDArray[Any], index: Sequence[int], *, size: int, axis: int) -> npt.NDArray[Any]:
-    """Undo `select` of every one of `size` elements."""
+def _inverse(index: Sequence[int], size: int) -> npt.NDArray[np.intp]:
+    """Return where each of `size` elements went when they were selected by an index."""
     places = np.asarray(index)
     back = np.empty(size, dtype=np.intp)
     back[places[places >= 0]] = np.flatnonzero(places >= 0)
-    return np.take(array, back, axis=axis)
+    return back

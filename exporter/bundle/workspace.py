@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,7 @@ from pmpd.exporter.bundle.destination import Destination, work_folder
 from pmpd.exporter.bundle.plan import WEIGHTS_FILE, WeightPlan
 from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.errors import PmpdError
-from pmpd.runtime.format.manifest import MANIFEST_NAME
+from pmpd.runtime.format.manifest import MANIFEST_NAME, Tensor
 
 __all__ = ["PROBE_PREFIX", "Workspace", "bytes_on_disk"]
 
@@ -120,6 +120,33 @@ class Workspace:
             file.flush()
             os.fsync(file.fileno())
         self.record(step, note=note)
+
+    def read(self, tensor: Tensor) -> npt.NDArray[Any]:
+        """Return a tensor of the weight file, which a finished step has written."""
+        with (self.path / WEIGHTS_FILE).open("rb") as file:
+            file.seek(tensor.offset)
+            return np.frombuffer(file.read(tensor.length), tensor.dtype).reshape(tensor.shape)
+
+    def keep(self, name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Keep a step's result whole before parts of it replace what it was made from. A kill does not harm it."""
+        file = self._kept(name)
+        unfinished = file.with_suffix(".partial")
+        with unfinished.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]  # names are no options of it
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.rename(file)
+
+    def kept(self, name: str) -> dict[str, npt.NDArray[Any]] | None:
+        """Return what `keep` has kept under a name, None if nothing."""
+        file = self._kept(name)
+        if not file.exists():
+            return None
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def _kept(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
 
     def record(self, step: str, *, note: Any = None) -> None:
         """Put a step on record whose results are on disk, with a note: JSON-ready data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,17 @@ from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bundle import sha256_of
 
-__all__ = ["collect_statistics"]
+__all__ = ["calibration_pieces", "collect_statistics"]
+
+
+def calibration_pieces(config: ResolvedConfig, text: Path | str, tokenizer: Any) -> list[torch.Tensor]:
+    """Return the pieces of a text, a file or `BUILT_IN`, that an export works with: int64 ``[1, T]`` each.
+
+    Raises:
+        PmpdError: the text cannot be read, or is too short.
+    """
+    ids = text_tokens(text, tokenizer)
+    return calibration_batches(ids, config.calibration_samples, config.calibration_length)
 
 
 def collect_statistics(
@@ -50,8 +61,7 @@ def collect_statistics(
                 return model, write_text(model, starts, samples=samples, length=length, progress=_track)
         if tokenizer is None:
             raise PmpdError(f"{checkpoint.path} has no tokenizer for a calibration text: take --calibration {OWN_TEXT}")
-        batches = calibration_batches(text_tokens(text, tokenizer), samples, length)
-        return load_model(checkpoint, blocks_as_stored=True), batches
+        return load_model(checkpoint, blocks_as_stored=True), calibration_pieces(config, text, tokenizer)
 
     identity = (checkpoint.identity(), sha256_of(text) if isinstance(text, Path) else text, samples, length, shapes)
     return StatisticsStore.collect(
