@@ -31,6 +31,7 @@ from pmpd.exporter.calibrate.collect import calibration_pieces, collect_statisti
 from pmpd.exporter.calibrate.store import StatisticsStore
 from pmpd.exporter.calibrate.sweep import fast_dtype
 from pmpd.exporter.config import BUILT_IN, NO_TEXT, OWN_TEXT, PLAIN_METHOD, ExportConfig, ResolvedConfig
+from pmpd.exporter.memory import peak_memory
 from pmpd.exporter.nn import BitplaneLogits
 from pmpd.exporter.outline import Outline, coarse_bits, file_entry
 from pmpd.exporter.quantize import METHODS, Method, NestedCodes
@@ -45,7 +46,7 @@ from pmpd.exporter.tune import Coded, Tuner, rate
 from pmpd.exporter.verify.agreement import Check, require_passed
 from pmpd.exporter.verify.bundle import Verification, summarize
 from pmpd.exporter.verify.float_graph import FloatGraph
-from pmpd.exporter.verify.quality import Sample, logits_nbytes
+from pmpd.exporter.verify.quality import Sample
 from pmpd.exporter.verify.texts import text_ids
 from pmpd.runtime.console.output import byte_text
 from pmpd.runtime.console.progress import track
@@ -155,40 +156,15 @@ class Export:
                 self.config.groups,
             )
 
-    @property
-    def peak_memory(self) -> int:
-        """Estimated peak of resident memory in bytes.
-
-        That is the libraries and the largest layer as floats, a few times over; in the verification the checkpoint
-        too (a folder's is mapped from its files) and the logits of two models.
-        """
-        largest = max(layer.module.out_features * layer.module.in_features for layer in self.plan.layers)
-        logits = 2 * logits_nbytes(self.outline.family.shape.vocab_size) if self.config.verify else 0
-        return int(700e6 + max(12 * largest + self.checkpoint.tensor_nbytes + logits, self._calibration_memory))
-
-    @property
-    def _calibration_memory(self) -> int:
-        """Estimated peak of the calibration in bytes, or 0."""
-        config, shape = self.config, self.outline.family.shape
-        if config.calibration is None:
-            return 0
-        if "fisher" in METHODS[config.method].needs:
-            return 12 * self.outline.parameters  # weights, their sensitivities and gradients
-        # The blocks as stored, embedding and head, what goes into each block, the moments of the widest layer.
-        states = config.calibration_samples * config.calibration_length * shape.hidden_size * (shape.layers + 1)
-        widest = 12 * max(layer.module.in_features for layer in self.plan.linears) ** 2
-        # Then the moments of as many layers as are quantized at a time, of inputs and outputs, which are no wider.
-        model = self.checkpoint.tensor_nbytes + 8 * shape.vocab_size * shape.hidden_size
-        return max(model + 4 * states + widest, 2 * self._workers * widest)
-
     def describe(self) -> list[str]:
         """Return the plan in lines for a person."""
+        memory = peak_memory(self.outline, self.checkpoint.tensor_nbytes, workers=self._workers)
         return [
             *self.outline.describe(),
             *self.checkpoint.describe(),
             f"method    {self._quantizer()}",
             f"kernels   {self._kernels()}",
-            f"needs     {byte_text(self.plan.size)} of disk, about {byte_text(self.peak_memory)} of memory",
+            f"needs     {byte_text(self.plan.size)} of disk, about {byte_text(memory)} of memory",
         ]
 
     @property
@@ -203,7 +179,8 @@ class Export:
         texts = {None: "without a text", BUILT_IN: "on the built-in text", OWN_TEXT: "on text of the model's own"}
         text = f"on {config.calibration.name}" if isinstance(config.calibration, Path) else texts[config.calibration]
         pieces = f", {config.calibration_samples} pieces of {config.calibration_length} tokens"
-        return f"{config.method}, {text}{pieces if config.calibration else ''}"
+        tuned = f"; codebooks of {'/'.join(map(str, config.tune))} bits tuned end to end" if config.tune else ""
+        return f"{config.method}, {text}{pieces if config.calibration else ''}{tuned}"
 
     def _kernels(self) -> str:
         config = self.config

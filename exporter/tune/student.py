@@ -161,12 +161,13 @@ class _Product(torch.autograd.Function):
     """A product with what codes stand for, which is computed once more on the way back instead of kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, book: torch.Tensor, *rest: Any) -> torch.Tensor:
-        codes, first, dtype = rest
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        x, book, codes, first, dtype = inputs
         places = _places(codes, first)
         ctx.save_for_backward(x, book, codes, first)
         ctx.dtype = dtype
-        return linear(x.to(dtype), book.gather(1, places).to(dtype)).to(x.dtype)
+        product: torch.Tensor = linear(x.to(dtype), book.gather(1, places).to(dtype)).to(x.dtype)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

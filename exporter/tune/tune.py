@@ -22,13 +22,13 @@ __all__ = ["Tuned", "Tuner", "rate"]
 Progress = Callable[..., Iterable[torch.Tensor]]  # takes pieces, and their number as `total`
 
 HELD_OUT = 8  # one piece of so many only judges
-WARM_UP = 4  # steps until the rate is reached; then it falls to zero
-BETAS = (0.9, 0.95)  # of Adam: a hundred steps are few
+WARM_UP = 8  # steps until the rate is reached; then it falls to zero
+BETAS = (0.9, 0.99)  # of Adam: steps are few
 
 
 def rate(bits: int) -> float:
     """Return Adam's rate for codebooks of so many bits, as a share of their values: few values have far to go."""
-    return 0.02 / (1 << bits)
+    return 0.016 / (1 << bits)
 
 
 @dataclass(frozen=True)

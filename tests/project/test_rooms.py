@@ -17,7 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "tvm_kernels": ("targets", "models", "codegen", "ops", "library", "__init__", "bench", "tuning"),
     "exporter": (
         *("documents", "demo", "source", "graph", "nn", "arch", "onnx_model", "quantize", "allocate", "bundle"),
-        *("config", "calibrate", "outline", "verify", "skeleton", "pipeline", "__init__", "cli"),
+        *("config", "calibrate", "tune", "outline", "verify", "memory", "skeleton", "pipeline", "__init__", "cli"),
     ),
     "eval": ("data", "measure", "report", "speed", "tasks", "runner", "comparison", "__init__", "cli"),
     "npu_backend": ("hardware", "machine", "program", "study", "recipes", "__init__", "cli"),
