@@ -172,7 +172,7 @@ def _tuned(context: click.Context, parameter: click.Parameter, value: str | None
     "--tune",
     callback=_tuned,
     metavar="LIST|none",
-    help="Precisions whose codebooks are tuned end to end on the calibration text.  [default: those of up to 3 bits, "
+    help="Precisions whose codebooks are tuned end to end on the calibration text.  [default: those of up to 4 bits, "
     "or none above 1 G parameters]",
 )
 @list_option(

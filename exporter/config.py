@@ -33,7 +33,7 @@ __all__ = [
 
 DEFAULT_PRECISIONS = (5, 4, 3)
 DEFAULT_HEAD_PRECISION = 6
-DEFAULT_TUNED = 3
+DEFAULT_TUNED = 4
 DEFAULT_EMBEDDING_PRECISION = 6
 PLAIN_METHOD = "anyprecision"
 """What quantizes without statistics."""

@@ -45,6 +45,8 @@ class Student:
 
     def load(self, layers: Mapping[str, tuple[LinearLayer, Coded]]) -> None:
         """Compute with codes from now on, of layers by their names. Layers that are not among them stay."""
+        # Where codes become indices: fresh memory for each product would take longer than the product.
+        scratch = torch.empty(max(codes.size for _, (codes, _) in layers.values()), dtype=torch.int64)
         for name, (layer, (codes, book)) in layers.items():
             parts = []
             for part, weight in enumerate(layer.weight_names):
@@ -57,6 +59,7 @@ class Student:
                     book[rows].astype(np.float32) / np.float32(scale),
                     self.model.get_submodule(module).bias,
                     self.dtype,
+                    scratch,
                 )
                 self._replace(module, coded)
                 parts.append(coded)
@@ -143,18 +146,25 @@ class _CodedLinear(torch.nn.Module):
         book: npt.NDArray[np.float32],
         bias: torch.Tensor | None,
         dtype: torch.dtype,
+        scratch: torch.Tensor,
     ) -> None:
         super().__init__()
         rows, count, levels = book.shape
         self.codes = torch.from_numpy(codes)
+        self.scratch = scratch[: codes.size].view(codes.shape)
         self.first = torch.from_numpy(groups * levels) if count > 1 else None  # of each column's group
         self.book = torch.nn.Parameter(torch.from_numpy(book.reshape(rows, count * levels)))
         self.bias, self.dtype = bias, dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply ``[..., K]``."""
-        y: torch.Tensor = _Product.apply(x, self.book, self.codes, self.first, self.dtype)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _Product.apply(x, self.book, self._places, self.dtype)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
+
+    def _places(self) -> torch.Tensor:
+        """Return where in its row's codebook each weight's value is, until any layer is asked for its own."""
+        places = self.scratch.copy_(self.codes)
+        return places if self.first is None else places.add_(self.first)
 
 
 class _Product(torch.autograd.Function):
@@ -162,24 +172,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        x, book, codes, first, dtype = inputs
-        places = _places(codes, first)
-        ctx.save_for_backward(x, book, codes, first)
-        ctx.dtype = dtype
-        product: torch.Tensor = linear(x.to(dtype), book.gather(1, places).to(dtype)).to(x.dtype)
+        x, book, places, dtype = inputs
+        ctx.save_for_backward(x, book)
+        ctx.places, ctx.dtype = places, dtype
+        product: torch.Tensor = linear(x.to(dtype), book.gather(1, places()).to(dtype)).to(x.dtype)
         return product
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        x, book, codes, first = ctx.saved_tensors
-        places, gradient = _places(codes, first), gradients[0].to(ctx.dtype)
+        (x, book), places = ctx.saved_tensors, ctx.places()
+        gradient = gradients[0].to(ctx.dtype)
         of_inputs = (gradient @ book.gather(1, places).to(ctx.dtype)).to(x.dtype)
         of_weight = gradient.flatten(0, -2).T @ x.to(ctx.dtype).flatten(0, -2)
         of_book = torch.zeros_like(book).scatter_add_(1, places, of_weight.to(book.dtype))
-        return of_inputs, of_book, None, None, None
-
-
-def _places(codes: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
-    """Return where in its row's codebook each weight's value is."""
-    places = codes.long()
-    return places if first is None else places + first
+        return of_inputs, of_book, None, None

@@ -199,7 +199,7 @@ def test_what_cannot_be_tuned(config: ExportConfig) -> None:
 
 def test_what_is_tuned_by_default(config: ExportConfig) -> None:
     default = replace(config, tune=None, precisions=(5, 4, 3, 2))
-    assert default.resolve().tune == (3, 2)
-    assert replace(default, precisions=(4, 3.25, 3)).resolve().tune == (3,)
+    assert default.resolve().tune == (4, 3, 2)
+    assert replace(default, precisions=(4, 3.25, 3)).resolve().tune == (4, 3)
     assert replace(default, calibration="none").resolve().tune == ()
     assert replace(default, method="anyprecision").resolve().tune == ()
