@@ -172,8 +172,8 @@ def _tuned(context: click.Context, parameter: click.Parameter, value: str | None
     "--tune",
     callback=_tuned,
     metavar="LIST|none",
-    help="Precisions whose codebooks are tuned end to end on the calibration text.  [default: those of up to 4 bits, "
-    "or none above 1 G parameters]",
+    help="Precisions whose codebooks are tuned end to end on the calibration text, unless they are within "
+    "0.05 nats of the model.  [default: those of up to 4 bits, or none above 1 G parameters]",
 )
 @list_option(
     "--target",

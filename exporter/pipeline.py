@@ -261,7 +261,8 @@ class Export:
             if books is None:
                 layers = {layer.name: (layer, self._coded(workspace, layer, bits)) for layer in self._nested}
                 tuned = tuner.tune(layers, rate=rate(bits), progress=partial(track, step=step))
-                log.info("tuned     %d bits: KL %.3g before, %.3g after", bits, tuned.before, tuned.after)
+                after = "near enough as it is" if tuned.after is None else f"{tuned.after:.3g} after"
+                log.info("tuned     %d bits: KL %.3g before, %s", bits, tuned.before, after)
                 books = tuned.codebooks
                 workspace.keep(step, books)
             workspace.write(step, ((self.plan.codebook(layer, bits).name, book) for layer, book in books.items()))

@@ -17,9 +17,12 @@ import torch
 from pmpd.exporter.bundle.layers import LinearLayer
 from pmpd.exporter.tune.student import Codebooks, Coded, Student
 
-__all__ = ["Tuned", "Tuner", "rate"]
+__all__ = ["NEAR", "Tuned", "Tuner", "rate"]
 
 Progress = Callable[..., Iterable[torch.Tensor]]  # takes pieces, and their number as `total`
+
+NEAR = 0.05
+"""Mean KL in nats below which a precision is left as it is: from 0.042 tuning took 1 %, from 0.095 it took 9."""
 
 HELD_OUT = 8  # one piece of so many only judges
 WARM_UP = 8  # steps until the rate is reached; then it falls to zero
@@ -38,12 +41,13 @@ class Tuned:
     Attributes:
         codebooks: those of least divergence on held-out text.
         before: mean divergence there of the codebooks that it started from, in nats a token.
-        after: that of the tuned ones, which are not `codebooks` if it is not less.
+        after: that of the tuned ones, which are not `codebooks` if it is not less; None if there are none, because the
+            start is nearer than `NEAR`.
     """
 
     codebooks: Codebooks
     before: float
-    after: float
+    after: float | None
 
 
 class Tuner:
@@ -78,6 +82,8 @@ class Tuner:
         start = {name: coded for name, (_, coded) in layers.items()}
         self._student.load(layers)
         before = self._judge()
+        if before < NEAR:
+            return Tuned({name: book for name, (_, book) in start.items()}, before, None)
         self._learn(rate, progress)
         for book in self._student.books:
             book.data = book.data.half().float()

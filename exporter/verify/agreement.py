@@ -19,6 +19,9 @@ Doubles = npt.NDArray[np.float64]
 # floor is measured with. Measured: 0.4 to 0.6 times the floor for exact kernels, 1.5 to 4.2 times for 8-bit ones. The
 # largest divergence of a position is no measure: at one position of 32 right kernels had 9.5 times the floor.
 FLOOR_FACTOR = 9.0
+# The largest angle of a position shows a single wrong one. It varies more: right kernels had 10.2 times the floor and
+# 3.8 in the mean (8-bit ones of Qwen2.5-Coder-0.5B at 5 bits). This allows an error six times the noise.
+POSITION_FACTOR = 36.0
 REMEDY = "nothing was published: please report this line, or export with --no-verify to get the bundle as it is"
 # What float32 logits themselves resolve.
 LEAST_DISTANCE = 1e-10
@@ -119,8 +122,9 @@ def compare(
     floor: Distance,
     note: str = "",
 ) -> Check:
-    """Check that logits differ from a reference by no more than `FLOOR_FACTOR` times what rounding does to them.
+    """Check that logits differ from a reference by no more than a few times what rounding does to them.
 
+    `FLOOR_FACTOR` times in the mean of the positions, `POSITION_FACTOR` times at the worst.
     `floor` is what noise of the size of that rounding does to the same model at the same positions.
     """
     distance = Distance.of(logits, reference)
@@ -128,7 +132,7 @@ def compare(
         name=name,
         figures={
             MEAN_KL: Figure(distance.mean_kl, FLOOR_FACTOR * floor.mean_kl + LEAST_DISTANCE),
-            "largest 1 - cosine": Figure(distance.angle, FLOOR_FACTOR * floor.angle + LEAST_DISTANCE),
+            "largest 1 - cosine": Figure(distance.angle, POSITION_FACTOR * floor.angle + LEAST_DISTANCE),
         },
         note="; ".join(text for text in (_same_tokens(distance), note) if text),
     )

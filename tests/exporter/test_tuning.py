@@ -15,7 +15,7 @@ from pmpd.exporter import Export, ExportConfig, export_bundle
 from pmpd.exporter.bundle.layers import LinearLayer
 from pmpd.exporter.bundle.workspace import Workspace
 from pmpd.exporter.source.reference import load_model
-from pmpd.exporter.tune import Coded, Student, Tuner, rate
+from pmpd.exporter.tune import NEAR, Coded, Student, Tuner, rate
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bitplanes import dequantize, pack
@@ -104,6 +104,7 @@ def test_tuning_lowers_the_divergence_on_tokens_that_it_has_not_seen(tiny: Path)
     export = without_text(tiny, precisions=(4, 3, 2))
     by_tuner, layers = tuner(export), coded_layers(export, 2)
     tuned = by_tuner.tune(layers, rate=rate(2))
+    assert tuned.after is not None
     assert tuned.after < 0.97 * tuned.before
     learned = {name: (layer, (codes, tuned.codebooks[name])) for name, (layer, (codes, _)) in layers.items()}
     assert by_tuner.tune(learned, rate=0).before == pytest.approx(tuned.after, rel=1e-5)
@@ -111,9 +112,20 @@ def test_tuning_lowers_the_divergence_on_tokens_that_it_has_not_seen(tiny: Path)
 
 def test_tuning_that_goes_wrong_changes_nothing(tiny: Path) -> None:
     export = without_text(tiny, precisions=(4, 3, 2))
-    layers = coded_layers(export, 3)
+    layers = coded_layers(export, 2)
     tuned = tuner(export).tune(layers, rate=100)
+    assert tuned.after is not None
     assert not tuned.after < tuned.before
+    for name, (_, (_, book)) in layers.items():
+        np.testing.assert_array_equal(tuned.codebooks[name], book)
+
+
+def test_what_is_near_the_model_is_left_as_it_is(tiny: Path) -> None:
+    export = without_text(tiny, precisions=(6, 2))
+    layers = coded_layers(export, 6)
+    tuned = tuner(export).tune(layers, rate=rate(6))
+    assert tuned.before < NEAR
+    assert tuned.after is None
     for name, (_, (_, book)) in layers.items():
         np.testing.assert_array_equal(tuned.codebooks[name], book)
 
