@@ -109,7 +109,9 @@ class Export:
             log.warning("warning   quantized without statistics, which costs quality below 5 bits: %s", reason)
             plain = replace(config, method=PLAIN_METHOD, calibration=NO_TEXT).resolve()
             outline = Outline.of(plain, checkpoint.source, checkpoint.config)
-        if config.tune is None and outline.parameters > TUNED and outline.config.tune:
+        if outline.config.tune and checkpoint.tokenizer() is None and config.tune is not None:
+            raise PmpdError(f"{checkpoint.path} has no tokenizer for a text to tune codebooks on: leave out --tune")
+        if config.tune is None and (outline.parameters > TUNED or checkpoint.tokenizer() is None):
             outline = replace(outline, config=replace(outline.config, tune=()))
         for name, shape in checkpoint_shapes(outline.network):
             checkpoint.require(name, shape)  # a missing one is better found now than in an hour

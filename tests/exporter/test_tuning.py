@@ -207,6 +207,14 @@ def test_what_cannot_be_tuned(config: ExportConfig) -> None:
         replace(config, calibration="none", method="anyprecision")
 
 
+def test_without_a_tokenizer_nothing_is_tuned(config: ExportConfig, tmp_path: Path) -> None:
+    folder = TINY_MODELS["llama"].save(tmp_path / "model")
+    own = replace(config, model=str(folder), calibration="own")
+    with pytest.raises(PmpdError, match="model has no tokenizer for a text to tune codebooks on: leave out --tune"):
+        Export.prepare(own)
+    assert Export.prepare(replace(own, tune=None)).config.tune == ()
+
+
 def test_what_is_tuned_by_default(config: ExportConfig) -> None:
     default = replace(config, tune=None, precisions=(5, 4, 3, 2))
     assert default.resolve().tune == (4, 3, 2)
