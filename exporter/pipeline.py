@@ -109,7 +109,7 @@ class Export:
             log.warning("warning   quantized without statistics, which costs quality below 5 bits: %s", reason)
             plain = replace(config, method=PLAIN_METHOD, calibration=NO_TEXT).resolve()
             outline = Outline.of(plain, checkpoint.source, checkpoint.config)
-        if outline.config.tune and checkpoint.tokenizer() is None and config.tune is not None:
+        if config.tune and checkpoint.tokenizer() is None:
             raise PmpdError(f"{checkpoint.path} has no tokenizer for a text to tune codebooks on: leave out --tune")
         if config.tune is None and (outline.parameters > TUNED or checkpoint.tokenizer() is None):
             outline = replace(outline, config=replace(outline.config, tune=()))

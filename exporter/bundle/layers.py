@@ -19,13 +19,13 @@ from pmpd.exporter.nn import BitplaneLinear, Index, Linear, Stored
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.bitplanes import pack
 
-Places = slice | npt.NDArray[np.intp]
-
 if TYPE_CHECKING:
     from pmpd.exporter.quantize import NestedCodes
     from pmpd.exporter.source.checkpoint import Checkpoint
 
 __all__ = ["LinearLayer", "checkpoint_scope", "checkpoint_shapes", "parent_scope", "plain_tensors", "select_both"]
+
+Places = slice | npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
