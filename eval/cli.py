@@ -48,8 +48,8 @@ _SCHEDULES = click.option(
     "schedules",
     multiple=True,
     metavar="SPEC",
-    help="A row of the table, such as uniform:4 or static:3@16,2@32. Repeatable.  [default: uniform at every "
-    "precision]",
+    help="A row of the table, such as uniform:4, static:3@16,2@32, or prefill:3,uniform:3 with the prompt at 3 bits. "
+    "Repeatable.  [default: uniform at every precision]",
 )
 _RESOURCES = combine(
     click.option("--kernels", type=FILE, metavar="FILE", help="Use this kernel library instead of the bundle's."),

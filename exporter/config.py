@@ -303,7 +303,7 @@ class ExportConfig:
         high, host = self._bits[0], host_target()
         targets, tune, (method, calibration) = self.targets, self.tune, self._quantization()
         schedule = parse_schedule(self.schedule or f"uniform:{high}", self._bits)
-        named = {high, self.prefill, *schedule.precisions}
+        named = {high, self.prefill, schedule.prefill, *schedule.precisions}
         if targets is None:
             targets = () if host is None else (host,)
         if tune is None:

@@ -84,8 +84,8 @@ _EXAMPLES = (
 @click.option(
     "--schedule",
     metavar="SPEC",
-    help="Bits of the weights at each step: uniform:4, or static:3@16,2@32 for 3 bits from step 16 and 2 from step 32."
-    "  [default: the bundle's]",
+    help="Bits of the weights at each step: uniform:4, or static:3@16,2@32 for 3 bits from step 16 and 2 from step 32. "
+    "prefill:3,uniform:3 runs the prompt at 3 bits, too.  [default: the bundle's]",
 )
 @click.option(
     "--sampling",

@@ -74,7 +74,7 @@ class Scheduled:
     def warm_up(self, prompt: Sequence[int]) -> None:
         """Run prefill and every precision of the schedule once: weights are read from disk on first use."""
         self._generator.reset()
-        self._generator.prefill(prompt[:1])
+        self._generator.prefill(prompt[:1], precision=self._schedule.prefill)
         for precision in self._schedule.precisions:
             self._generator.decode(prompt[:1], precision=precision)
 
@@ -104,10 +104,11 @@ class Scheduled:
         generator = self._generator
         generator.reset()
         begin = time.perf_counter()
-        prefilled = generator.prefill(prompt)
+        prefilled = generator.prefill(prompt, precision=self._schedule.prefill)
         seconds = time.perf_counter() - begin
         plan = generator.begin(self._schedule, prefilled)
-        logits, precisions = list[npt.NDArray[np.float32]](), [generator.bundle.manifest.prefill_precision]
+        logits = list[npt.NDArray[np.float32]]()
+        precisions = [self._schedule.prefill or generator.bundle.manifest.prefill_precision]
         for start, end, bits in _forced_runs(plan, len(answer) - 1):
             logits.append(generator.decode(answer[start:end], precision=bits))
             precisions += [bits] * (end - start)

@@ -42,6 +42,11 @@ class QualityRow:
     decode_tps: Estimate | None
     samples: tuple[Sample, ...]
 
+    @property
+    def own_prefill(self) -> bool:
+        """Whether the schedule has a precision of its own for prompts."""
+        return self.name.startswith("prefill:")
+
     @classmethod
     def of(
         cls,
@@ -90,9 +95,11 @@ class QualityResults:
 
     @property
     def prefill_tps(self) -> dict[str, Estimate]:
-        """Prompt tokens per second, by accuracy, and of ``fp``: all schedules of an accuracy run the same graph."""
+        """Prompt tokens per second of the prefill graph, by accuracy, and of ``fp``."""
         groups: dict[str, list[Sample]] = {}
         for row in self.rows:
+            if row.own_prefill:
+                continue
             groups.setdefault(row.accuracy or FP, []).extend(row.samples)
         rates = {name: _rate([(s.prompt_tokens, s.prefill_seconds) for s in group]) for name, group in groups.items()}
         return {name: rate for name, rate in rates.items() if rate is not None}
@@ -100,7 +107,8 @@ class QualityResults:
     def high(self, row: QualityRow) -> QualityRow:
         """Return the row of most bits with the same kernels: what a schedule is compared with beside ``fp``."""
         return max(
-            (other for other in self.schedules if other.accuracy == row.accuracy), key=lambda r: r.average_bits or 0
+            (other for other in self.schedules if other.accuracy == row.accuracy),
+            key=lambda r: (r.average_bits or 0, not r.own_prefill),
         )
 
     @property
@@ -130,7 +138,7 @@ class QualityResults:
             "included, KV cache not.",
         ]
         if prefill:
-            lines.append(f"Prefill runs the same graph under every schedule: {', '.join(prefill)}.")
+            lines.append(f"Prompts, unless a schedule says prefill: {', '.join(prefill)}.")
         if any(row.decode_tps for row in self.schedules):
             lines.append("decode tokens/s: all decode steps of all answers over all their seconds.")
         return lines

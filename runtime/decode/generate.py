@@ -144,14 +144,12 @@ class Generator:
         """Empty the KV cache."""
         self.sequence.reset()
 
-    def prefill(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append prompt tokens at the prefill precision; return the logits ``[V]`` of the last position.
+    def prefill(self, ids: Sequence[int], *, precision: float | None = None) -> npt.NDArray[np.float32]:
+        """Append prompt tokens, at the bundle's prefill precision unless another is given, in bits.
 
-        Raises:
-            ContextLengthError: the cache has no room for them.
-            PmpdError: no tokens, one that is not in the vocabulary, or another thread is using the generator.
+        Returns the logits ``[V]`` of the last position. Raises as `decode` does.
         """
-        return self.sequence.prefill(ids)
+        return self.sequence.prefill(ids, precision=precision)
 
     def begin(self, schedule: Schedule, logits: npt.NDArray[np.float32]) -> Plan:
         """Return the schedule's plan for the prompt that was prefilled and gave `logits` ``[V]``."""
@@ -287,7 +285,10 @@ class Generator:
             manifest = self.bundle.manifest
             schedule = parse_schedule(manifest.schedules.get(schedule, schedule), manifest.precisions)
         schedule = schedule or self._default
-        for precision in schedule.precisions:
+        asked = set(schedule.precisions)
+        if schedule.prefill not in (None, self.bundle.manifest.prefill_precision):
+            asked.add(schedule.prefill)
+        for precision in asked:
             if precision not in conversation.precisions:
                 raise PmpdError(
                     f"schedule {schedule}: {unknown_choice('precision', precision, conversation.precisions)}"

@@ -23,6 +23,8 @@ __all__ = ["DEFAULT_CONTEXT_LENGTH", "Sequence"]
 DEFAULT_CONTEXT_LENGTH = 4096
 # Prompts go in by pieces, so that the memory of activations does not grow with the prompt.
 PREFILL_CHUNK = 512
+# Decode graphs give logits of every position, so their pieces are short enough for that many logits.
+DECODE_CHUNK_LOGITS = 1 << 24
 
 
 class Sequence:
@@ -93,18 +95,29 @@ class Sequence:
             self.cache.truncate(length)
             del self.tokens[length:]
 
-    def prefill(self, ids: abc.Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append prompt tokens at the prefill precision; return the logits ``[V]`` of the last position.
+    def prefill(self, ids: abc.Sequence[int], *, precision: float | None = None) -> npt.NDArray[np.float32]:
+        """Append prompt tokens; return the logits ``[V]`` of the last position.
+
+        Args:
+            ids: the tokens.
+            precision: of the weights, in bits; None for the bundle's prefill precision. Another one runs that
+                precision's decode graph, which is somewhat slower, as it computes the logits of all positions.
 
         Raises:
             ContextLengthError: the cache has no room for them.
-            PmpdError: no tokens, one that is not in the vocabulary, or another thread is at work.
+            PmpdError: no tokens, one that is not in the vocabulary, a precision that is not loaded, or another thread
+                is at work.
         """
         with self.exclusive():
             self.check(ids)
-            for start in range(0, len(ids), PREFILL_CHUNK):
-                chunk = ids[start : start + PREFILL_CHUNK]
-                logits = self._append(chunk, self._prefill.run)
+            manifest = self.engine.bundle.manifest
+            if precision is None or precision == manifest.prefill_precision:
+                runner, size = self._prefill, PREFILL_CHUNK
+            else:
+                runner = self._runner(precision)
+                size = max(1, min(PREFILL_CHUNK, DECODE_CHUNK_LOGITS // manifest.architecture.vocab_size))
+            for start in range(0, len(ids), size):
+                logits = self._append(ids[start : start + size], runner.run)
             last: npt.NDArray[np.float32] = logits[-1]
             return last
 

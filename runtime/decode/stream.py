@@ -50,9 +50,9 @@ def decode_tokens(
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             trace.reused_tokens = min(same, len(history) - 1)  # the last token is run again, for its logits
         conversation.truncate(trace.reused_tokens)
-        logits = conversation.prefill(history[trace.reused_tokens :])
+        logits = conversation.prefill(history[trace.reused_tokens :], precision=schedule.prefill)
         trace.prefill_seconds = time.perf_counter() - begin
-        precision = conversation.engine.bundle.manifest.prefill_precision
+        precision = schedule.prefill or conversation.engine.bundle.manifest.prefill_precision
         _check_finite(logits, f"of the prompt (prefill, {precision} bits)")
         plan = conversation.begin(schedule, logits)
         token_id = sampler(logits, history)

@@ -60,6 +60,11 @@ class Schedule(Protocol):
         """Every precision that its plans may ask for, in bits."""
         ...
 
+    @property
+    def prefill(self) -> float | None:
+        """The precision of the prompt, in bits; None for the bundle's prefill precision."""
+        ...
+
     def begin(self, prefill: Prefill) -> Plan:
         """Return the plan of one answer. Called once, after prefill; what it keeps of `prefill` it must copy."""
         ...

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pmpd.runtime.errors import PmpdError, one_line, unknown_choice
+from pmpd.runtime.format.precision import PRECISION, parse_precision
 from pmpd.runtime.schedule.base import Schedule
 from pmpd.runtime.schedule.static import parse_static, parse_uniform
 
@@ -19,11 +20,12 @@ class ScheduleKind:
 
     Attributes:
         example: one as users write it, for messages.
-        parse: from the arguments and the model's precisions to the schedule; raises PmpdError with the reason alone.
+        parse: from the arguments, the model's precisions and the prompt's to the schedule; raises PmpdError with the
+            reason alone.
     """
 
     example: str
-    parse: Callable[[str, Sequence[float]], Schedule]
+    parse: Callable[[str, Sequence[float], float | None], Schedule]
 
 
 KINDS = {
@@ -37,23 +39,35 @@ def parse_schedule(text: str, precisions: Sequence[float]) -> Schedule:
 
     ``uniform:P``, or just ``P``, decodes every token at P bits; P may be a mix, such as 3.25. ``static:P@STEP,…``
     switches to P bits at decode step STEP; where no precision is given for step 0, the highest one starts.
-    (``static:3@0`` is therefore ``uniform:3``.)
+    (``static:3@0`` is therefore ``uniform:3``.) ``prefill:P,`` before any of them has the prompt run at P bits, and not
+    at the bundle's prefill precision.
 
     Raises:
         PmpdError: the text is not a schedule, a precision is not in the model, or the order breaks Eq. 3.
     """
     shown = one_line(repr(text), 100)
-    kind, colon, arguments = text.strip().partition(":")
+    prefill, scheduled = _split_prefill(text.strip(), shown)
+    kind, colon, arguments = scheduled.partition(":")
     if not colon and re.fullmatch("[0-9.]+", kind):
         kind, arguments = "uniform", kind
     if kind not in KINDS:
         examples = [known.example for known in KINDS.values()]
         raise PmpdError(f"{unknown_choice('schedule', text, examples)} (these are examples)")
     try:
-        schedule = KINDS[kind].parse(arguments, precisions)
+        schedule = KINDS[kind].parse(arguments, precisions, prefill)
     except PmpdError as error:
         raise PmpdError(f"schedule {shown}: {error}") from None
-    for precision in schedule.precisions:
+    for precision in (*schedule.precisions, *(() if prefill is None else (prefill,))):
         if precision not in precisions:
             raise PmpdError(f"schedule {shown}: {unknown_choice('precision', precision, precisions)}")
     return schedule
+
+
+def _split_prefill(text: str, shown: str) -> tuple[float | None, str]:
+    """Return the precision of ``prefill:P,`` at the start of a schedule, or None, and what follows it."""
+    if not text.startswith("prefill:"):
+        return None, text
+    match = re.fullmatch(f"prefill:({PRECISION}) *, *(.+)", text)
+    if match is None:
+        raise PmpdError(f"schedule {shown}: it does not fit the form prefill:BITS,SCHEDULE, as in prefill:3,uniform:3")
+    return parse_precision(match[1]), match[2]

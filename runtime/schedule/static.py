@@ -22,12 +22,14 @@ class StaticSchedule:
 
     `switches` pairs each precision p with its starting point st(p) (Algorithm 1). Precisions fall and starting points
     do not (Eq. 3); the first precision starts at step 0. A uniform schedule has one pair. It is its own plan.
+    `prefill` is the precision of the prompt, as in `Schedule`.
 
     Raises:
         PmpdError: no switch at step 0, rising precisions, or starting points out of order.
     """
 
     switches: tuple[tuple[float, int], ...]
+    prefill: float | None = None
 
     def __post_init__(self) -> None:
         if fault := _fault(self.switches):
@@ -47,33 +49,39 @@ class StaticSchedule:
         return next(precision for precision, start in reversed(self.switches) if start <= step)
 
     def __str__(self) -> str:
+        prefill = "" if self.prefill is None else f"prefill:{self.prefill},"
         if len(self.switches) == 1:
-            return f"uniform:{self.switches[0][0]}"
-        return "static:" + ",".join(f"{precision}@{start}" for precision, start in self.switches)
+            return f"{prefill}uniform:{self.switches[0][0]}"
+        return f"{prefill}static:" + ",".join(f"{precision}@{start}" for precision, start in self.switches)
 
 
 def step_precisions(schedule: Schedule, steps: int) -> tuple[float, ...]:
     """Return the bits of the first `steps` decode steps, for callers that have no prompt to begin a plan with.
 
     Raises:
-        PmpdError: the schedule is not static.
+        PmpdError: the schedule is not static, or has a precision of its own for prompts.
     """
     if not isinstance(schedule, StaticSchedule):
         raise PmpdError(
             f"schedule {one_line(schedule, 100)} decides by the prompt, and here is none: give a static schedule, "
             "such as uniform:4 or static:3@16"
         )
+    if schedule.prefill is not None:
+        raise PmpdError(
+            f"schedule {schedule}: prompts run at the bundle's prefill precision here: leave out "
+            f"prefill:{schedule.prefill}"
+        )
     return tuple(map(schedule.precision, range(steps)))
 
 
-def parse_uniform(text: str, precisions: Sequence[float]) -> StaticSchedule:
+def parse_uniform(text: str, precisions: Sequence[float], prefill: float | None) -> StaticSchedule:
     """Read ``BITS``. Raises PmpdError with the reason alone."""
     if not re.fullmatch(PRECISION, text.strip()):
         raise PmpdError(f"{one_line(repr(text), 100)} does not fit the form uniform:BITS")
-    return StaticSchedule(((parse_precision(text.strip()), 0),))
+    return StaticSchedule(((parse_precision(text.strip()), 0),), prefill)
 
 
-def parse_static(text: str, precisions: Sequence[float]) -> StaticSchedule:
+def parse_static(text: str, precisions: Sequence[float], prefill: float | None) -> StaticSchedule:
     """Read ``BITS@STEP,BITS@STEP,…``; the highest precision starts where none is given for step 0.
 
     Raises PmpdError with the reason alone.
@@ -90,7 +98,7 @@ def parse_static(text: str, precisions: Sequence[float]) -> StaticSchedule:
     if fault := _fault(tuple(switches)):
         start = f"; step 0 starts at {max(precisions)} bits, the highest, as no precision is given for it"
         raise PmpdError(fault + (start if implied else ""))
-    return StaticSchedule(tuple(switches))
+    return StaticSchedule(tuple(switches), prefill)
 
 
 def _fault(switches: tuple[tuple[float, int], ...]) -> str | None:

@@ -35,8 +35,8 @@ class FakeGenerator:
     def reset(self) -> None:
         self.calls.append(("reset",))
 
-    def prefill(self, ids: Sequence[int]) -> np.ndarray:
-        self.calls.append(("prefill", tuple(ids)))
+    def prefill(self, ids: Sequence[int], *, precision: float | None = None) -> np.ndarray:
+        self.calls.append(("prefill", tuple(ids)) if precision is None else ("prefill", tuple(ids), precision))
         return np.zeros(V, np.float32)
 
     def begin(self, schedule: Schedule, logits: np.ndarray) -> Plan:
@@ -82,6 +82,7 @@ def test_runs_cover_each_step_once_at_its_precision(first: int, more: int, steps
 def test_teacher_forcing_asks_an_adaptive_plan_after_every_step() -> None:
     class Watchful:
         precisions = (4, 2)
+        prefill = None
 
         def __init__(self) -> None:
             self.last = -1
@@ -119,6 +120,13 @@ def test_teacher_forcing_makes_one_call_per_run_and_feeds_all_but_the_last_token
     assert forced.logits.argmax(axis=1).tolist() == [3, 4, 5, 6]
     assert forced.precisions == (4, 4, 4, 3, 2)
     assert forced.prefill_seconds > 0
+
+
+def test_teacher_forcing_has_the_prompt_at_the_schedules_precision() -> None:
+    model, generator = scheduled("prefill:2,uniform:3")
+    forced = model.force([1, 2], [3, 4])
+    assert generator.calls == [("reset",), ("prefill", (1, 2), 2), ("decode", (3,), 3)]
+    assert forced.precisions == (2, 3)
 
 
 def test_generation_takes_ids_bits_and_times_from_the_stream() -> None:

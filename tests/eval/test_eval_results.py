@@ -111,7 +111,7 @@ def test_prefill_is_one_figure_for_all_schedules(results: QualityResults) -> Non
     assert results.prefill_tps.keys() == {"fp", "int8"}
     assert results.prefill_tps["int8"].value == pytest.approx(90 / 4.5)
     text = results.to_markdown()
-    assert "Prefill runs the same graph under every schedule: 20.0 ± " in text
+    assert "Prompts, unless a schedule says prefill: 20.0 ± " in text
     assert text.count("refill tokens/s") == 0
 
 

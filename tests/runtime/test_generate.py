@@ -86,9 +86,42 @@ def test_stream_is_prefill_and_decode_steps_by_the_schedule(generator: Generator
     assert [precision for _, _, precision in streamed] == [4, 4, 4, 3, 3, 2, 2, 2]
 
 
+def test_a_schedule_may_have_the_prompt_at_another_precision(generator: Generator, prompt: list[int]) -> None:
+    tokens = list(generator.stream(prompt, max_new_tokens=3, schedule="prefill:2,uniform:3"))
+    assert [token.precision for token in tokens] == [2, 3, 3]
+    generator.reset()
+    logits = generator.decode(prompt, precision=2)[-1]
+    assert tokens[0].id == int(logits.argmax())
+    generator.reset()
+    np.testing.assert_array_equal(generator.prefill(prompt, precision=2), logits)
+    generator.reset()
+    assert not np.array_equal(generator.prefill(prompt), logits)
+
+
+def test_a_prompt_at_another_precision_goes_in_by_pieces(
+    generator: Generator, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generator.prefill(prompt, precision=2)
+    vocab = generator.bundle.manifest.architecture.vocab_size
+    monkeypatch.setattr("pmpd.runtime.decode.sequence.DECODE_CHUNK_LOGITS", 3 * vocab)
+    generator.reset()
+    np.testing.assert_allclose(generator.prefill(prompt, precision=2), whole, atol=ROUNDING)
+    assert generator.tokens == prompt
+
+
+def test_the_prefill_precision_of_the_bundle_needs_no_decode_graph(bundle: Bundle, prompt: list[int]) -> None:
+    with Generator(bundle, precisions=(3,)) as small:
+        asked = small.generate(prompt, max_new_tokens=3, schedule="prefill:4,uniform:3")
+        plain = small.generate(prompt, max_new_tokens=3, schedule="uniform:3")
+        assert [t.id for t in asked.tokens] == [t.id for t in plain.tokens]
+        with pytest.raises(PmpdError, match="schedule prefill:2,uniform:3: unknown precision '2': choose one of 3"):
+            small.stream(prompt, schedule="prefill:2,uniform:3")
+
+
 def test_any_object_with_precisions_is_a_schedule(generator: Generator, prompt: list[int]) -> None:
     class UpAndDown:
         precisions = (4, 2)
+        prefill = None
 
         def begin(self, prefill: Prefill) -> Self:
             return self
@@ -126,6 +159,7 @@ def test_a_plan_sees_the_prompt_and_every_steps_logits(generator: Generator, pro
 
     class ByPrompt:
         precisions = (4, 2)
+        prefill = None
 
         def begin(self, prefill: Prefill) -> Watchful:
             return Watchful(prefill)

@@ -14,7 +14,8 @@ from pmpd.runtime.schedule.static import step_precisions
 def schedules(draw: st.DrawFn) -> StaticSchedule:
     bits = sorted(draw(st.sets(st.integers(1, 8), min_size=1)), reverse=True)
     starts = [0, *sorted(draw(st.lists(st.integers(0, 50), min_size=len(bits) - 1, max_size=len(bits) - 1)))]
-    return StaticSchedule(tuple(zip(bits, starts, strict=True)))
+    prefill = draw(st.none() | st.sampled_from(bits))
+    return StaticSchedule(tuple(zip(bits, starts, strict=True)), prefill)
 
 
 @given(schedules())
@@ -69,6 +70,7 @@ def test_a_static_schedule_is_its_own_plan() -> None:
 def test_callers_without_a_prompt_take_static_schedules_only() -> None:
     class ByPrompt:
         precisions = (4, 2)
+        prefill = None
 
         def begin(self, prefill: Prefill) -> Plan:
             return StaticSchedule(((4, 0),))
@@ -78,6 +80,19 @@ def test_callers_without_a_prompt_take_static_schedules_only() -> None:
 
     with pytest.raises(PmpdError, match="schedule learned:a decides by the prompt, and here is none"):
         step_precisions(ByPrompt(), 5)
+
+
+def test_the_prompt_may_have_a_precision_of_its_own() -> None:
+    schedule = parse_schedule("prefill:2, static:3@5", (4, 3, 2))
+    assert schedule == StaticSchedule(((4, 0), (3, 5)), 2)
+    assert str(schedule) == "prefill:2,static:4@0,3@5"
+    assert parse_schedule("prefill:2,3", (4, 3, 2)) == StaticSchedule(((3, 0),), 2)
+    assert parse_schedule("3", (4, 3, 2)).prefill is None
+
+
+def test_callers_without_a_prompt_take_no_precision_for_it() -> None:
+    with pytest.raises(PmpdError, match=r"^schedule prefill:2,uniform:3: prompts run at .*: leave out prefill:2$"):
+        step_precisions(StaticSchedule(((3, 0),), 2), 5)
 
 
 def test_explicit_start_replaces_the_highest_precision() -> None:
@@ -107,6 +122,11 @@ def test_explicit_start_replaces_the_highest_precision() -> None:
         ("uniform:４", "schedule 'uniform:４': '４' does not fit the form uniform:BITS"),
         ("４", "unknown schedule '４'"),
         ("static:3@２", "'3@２' does not fit the form"),
+        ("prefill:3", "does not fit the form prefill:BITS,SCHEDULE, as in prefill:3,uniform:3"),
+        ("prefill:,uniform:3", "does not fit the form prefill:BITS,SCHEDULE"),
+        ("prefill:5,uniform:3", "unknown precision '5': choose one of 4, 3, 2"),
+        ("prefill:3,prefill:3,uniform:3", "unknown schedule"),
+        ("prefill:3,static:3@5,4@9", "must fall, never rise"),
         ("4.", "'4.' does not fit the form uniform:BITS"),
         ("uniform:3.125", "does not fit the form"),
         ("3.25", "unknown precision '3.25': choose one of"),

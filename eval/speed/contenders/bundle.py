@@ -17,6 +17,7 @@ class _Steps:
     """A schedule as a list: the precision of each decode step."""
 
     bits: Sequence[float]
+    prefill = None
 
     @property
     def precisions(self) -> tuple[float, ...]:
