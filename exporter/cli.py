@@ -173,7 +173,7 @@ def _tuned(context: click.Context, parameter: click.Parameter, value: str | None
     callback=_tuned,
     metavar="LIST|none",
     help="Precisions whose codebooks are tuned end to end on the calibration text, unless they are within "
-    "0.05 nats of the model.  [default: those of up to 4 bits, or none above 1 G parameters]",
+    "0.05 nats of the model.  [default: those of up to 4 bits, or none above 2 G parameters]",
 )
 @list_option(
     "--target",

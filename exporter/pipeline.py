@@ -66,7 +66,7 @@ _PLAIN = "plain tensors"
 CALIBRATED = 3_000_000_000
 """Parameters up to which calibration is the default: a larger model takes hours, and tens of gigabytes."""
 
-TUNED = 1_000_000_000
+TUNED = 2_000_000_000
 """Parameters up to which codebooks are tuned by default: each precision takes as long as a pass of training."""
 
 MAX_WORKERS = 4

@@ -1,0 +1,139 @@
+"""What each schedule made of each sample: measured once, kept on disk, and read again by whoever asks next.
+
+A search that was killed, one with another tolerance, and one of other switch points all use what is there. Each line of
+the file is what one sample gave; a line that a kill cut off is measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pmpd.eval.measure.models import Answer, Forced
+from pmpd.eval.solve.forks import Forks
+from pmpd.eval.tasks.base import Baseline, Item
+from pmpd.eval.tasks.rouge import Rouge
+from pmpd.runtime import StaticSchedule
+
+__all__ = ["Outcome", "Outcomes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One answer: the task's scores of it, its length in tokens, and its text."""
+
+    scores: Mapping[str, float]
+    tokens: int
+    text: str
+
+
+class Outcomes:
+    """Outcomes of a task's items under static schedules.
+
+    Args:
+        task: how answers are scored. Where an item has no references, the answer under `reference` is one.
+        items: what is asked.
+        reference: the schedule that others are compared with.
+        forks: makes answers; called when the first is missing.
+        path: the file that outcomes are kept in.
+    """
+
+    def __init__(
+        self,
+        task: Rouge,
+        items: Sequence[Item],
+        *,
+        reference: StaticSchedule,
+        forks: Callable[[], Forks],
+        path: Path,
+    ) -> None:
+        self._task, self._items, self._reference = task, items, reference
+        self._keys = [_key(item) for item in items]
+        self._open = forks
+        self._forks: Forks | None = None
+        self._path = path
+        self._known, self._whole = _read(path)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps that were computed, not those that were on disk."""
+        return 0 if self._forks is None else self._forks.steps
+
+    def known(self, schedule: StaticSchedule) -> list[Outcome]:
+        """Return the outcomes of a schedule that are known, item by item."""
+        found = (self._known.get(key, {}).get(str(schedule)) for key in self._keys)
+        return [outcome for outcome in found if outcome is not None]
+
+    def of(self, index: int, schedules: Iterable[StaticSchedule]) -> dict[StaticSchedule, Outcome]:
+        """Return the outcomes of one item, computing those that are not known.
+
+        Raises:
+            PmpdError: an answer cannot be computed.
+        """
+        asked = list(schedules)
+        known = self._known.setdefault(self._keys[index], {})
+        missing = [schedule for schedule in asked if str(schedule) not in known]
+        if missing:
+            found = self._measure(self._items[index], missing, known.get(str(self._reference)))
+            known |= {str(schedule): outcome for schedule, outcome in found.items()}
+            line = {"item": self._keys[index], "outcomes": {str(s): asdict(outcome) for s, outcome in found.items()}}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(("" if self._whole else "\n") + json.dumps(line) + "\n")
+            self._whole = True
+        return {schedule: known[str(schedule)] for schedule in asked}
+
+    def _measure(
+        self, item: Item, schedules: Sequence[StaticSchedule], reference: Outcome | None
+    ) -> dict[StaticSchedule, Outcome]:
+        if self._forks is None:
+            self._forks = self._open()
+        needed = not item.references and reference is None and self._reference not in schedules
+        answers = dict(self._forks.answers(item.ids, [*schedules, *([self._reference] if needed else [])]))
+        if reference is not None:
+            text = reference.text
+        else:
+            text = self._task.tokenizer.decode(answers[self._reference].ids) if self._reference in answers else ""
+        outcomes = dict[StaticSchedule, Outcome]()
+        for schedule, answer in answers.items():
+            sample, _ = self._task.measure(_Given(answer), item, Baseline(text=text))
+            outcomes[schedule] = Outcome(scores=sample.scores, tokens=len(answer.ids), text=sample.output)
+        return outcomes
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A `ModelUnderTest` whose answer is known."""
+
+    answer: Answer
+
+    def warm_up(self, prompt: Sequence[int]) -> None: ...
+
+    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
+        return self.answer
+
+    def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
+        raise NotImplementedError("tasks of answers score no given text")
+
+
+def _key(item: Item) -> str:
+    """Return what an item is known by: its tokens and references, wherever it came from."""
+    return hashlib.sha256(json.dumps([item.ids, item.references]).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Outcome]], bool]:
+    """Return what a file holds, and whether its last line is whole."""
+    known = dict[str, dict[str, Outcome]]()
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        try:
+            document = json.loads(line)
+            outcomes = {name: Outcome(**outcome) for name, outcome in document["outcomes"].items()}
+            key = str(document["item"])
+        except (ValueError, TypeError, KeyError):  # cut off
+            continue
+        known.setdefault(key, {}).update(outcomes)
+    return known, not text or text.endswith("\n")

@@ -1,0 +1,72 @@
+"""A schedule that was found becomes part of its bundle, at once or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from pmpd.runtime import Bundle
+from pmpd.runtime.console.output import write_atomically
+from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.format.manifest import MANIFEST_NAME, FileEntry, Manifest
+
+__all__ = ["check_name", "is_report", "publish"]
+
+FOLDER = "schedules"
+
+
+def check_name(manifest: Manifest, name: str) -> None:
+    """Raise PmpdError unless a bundle can have a schedule of this name."""
+    try:
+        replace(manifest, schedules={**manifest.schedules, name: "uniform:1"})
+    except PmpdError:
+        raise PmpdError(f"schedule name {name!r:.60}: use letters, digits, '.', '_' and '-'") from None
+
+
+def publish(bundle: Bundle, name: str, schedule: str, report: str, *, default: bool) -> Manifest:
+    """Write a schedule into a bundle, with the JSON text of how it was found.
+
+    The report is a new file, ``schedules/NAME-HASH.json``; then `bundle.json` is replaced, which names it; then the
+    report that the name had before goes. Killed between two of them, the bundle is the old or the new one.
+
+    Args:
+        bundle: an open bundle.
+        name: of the schedule; one that exists is replaced.
+        schedule: its text.
+        report: what is known of it.
+        default: whether it becomes the bundle's default schedule.
+
+    Returns: the new manifest.
+
+    Raises:
+        PmpdError: the name does not fit, or the bundle cannot be written.
+    """
+    check_name(bundle.manifest, name)
+    # What is on disk may be newer than what was opened: another schedule was found meanwhile.
+    manifest = Manifest.from_json((bundle.path / MANIFEST_NAME).read_text(encoding="utf-8"))
+    data = report.encode()
+    digest = hashlib.sha256(data).hexdigest()
+    file = f"{FOLDER}/{name}-{digest[:8]}.json"
+    if (bundle.path / FOLDER).is_symlink():
+        raise PmpdError(f"{bundle.path / FOLDER} is a link: nothing is written outside a bundle, remove it")
+    (bundle.path / FOLDER).mkdir(exist_ok=True)
+    write_atomically(bundle.path / file, data)
+    old = [known for known in manifest.files if is_report(known, name) and known != file]
+    files = {known: entry for known, entry in manifest.files.items() if known not in old}
+    manifest = replace(
+        manifest,
+        files={**files, file: FileEntry(size=len(data), sha256=digest)},
+        schedules={**manifest.schedules, name: schedule},
+        default_schedule=name if default else manifest.default_schedule,
+    )
+    write_atomically(bundle.path / MANIFEST_NAME, manifest.to_json())
+    for known in old:
+        (bundle.path / known).unlink(missing_ok=True)
+    return manifest
+
+
+def is_report(file: str, name: str | None = None) -> bool:
+    """Return whether a file of a bundle says how a schedule was found, the one of this name if one is given."""
+    path = Path(file)
+    return path.parent == Path(FOLDER) and name in (None, path.stem[:-9])

@@ -1,0 +1,154 @@
+"""What a search found, as a table for people and as JSON for the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pmpd.eval.measure.scoring import Metric
+from pmpd.eval.measure.statistics import Estimate
+from pmpd.eval.solve.race import Contestant, Race, Tolerance
+from pmpd.runtime import StaticSchedule
+from pmpd.runtime.console.output import json_text, markdown_table
+
+__all__ = ["Phase", "Solution"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a search: its name, what came of it, and the decode steps that it computed."""
+
+    name: str
+    race: Race[StaticSchedule]
+    steps: int
+
+    @property
+    def schedules(self) -> list[StaticSchedule]:
+        """The candidates, cheap ones first."""
+        return [contestant.schedule for contestant in self.race.contestants]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """A schedule for a task, and what it rests on.
+
+    Attributes:
+        task, data, data_sha256: what was asked.
+        samples: how many.
+        skipped: those that did not fit the model's context.
+        metric: by which quality was measured.
+        tolerance: how much of it might be lost.
+        objective: what was minimized.
+        target_tps: the speed that was asked for, if one was.
+        reference: the highest precision, which all are compared with.
+        best: the schedule that was found.
+        tokens: lengths of the answers under each schedule, of the samples that it was measured on.
+        phases: the search.
+    """
+
+    task: str
+    data: str
+    data_sha256: str
+    samples: int
+    skipped: int
+    metric: Metric
+    tolerance: Tolerance
+    objective: str
+    target_tps: float | None
+    reference: StaticSchedule
+    best: StaticSchedule
+    tokens: Mapping[StaticSchedule, Sequence[int]]
+    phases: tuple[Phase, ...]
+
+    @property
+    def loss(self) -> Estimate:
+        """The metric under the schedule that was found minus that of the reference, paired."""
+        if self.best == self.reference:
+            return Estimate(0.0, 0.0, self.samples)
+        return next(c.difference for c in self._rows() if c.schedule == self.best)
+
+    def average_bits(self, schedule: StaticSchedule) -> float | None:
+        """Return the mean bits of the decode steps of all answers; None if they have none."""
+        bits = [schedule.precision(step) for count in self.tokens[schedule] for step in range(count - 1)]
+        return sum(bits) / len(bits) if bits else None
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in a sentence."""
+        label, bits, high = self.metric.label, self.average_bits(self.best), self.average_bits(self.reference)
+        if high is None:
+            return f"{self.best}: all answers have one token, so there is no decode step to lower"
+        if self.best == self.reference:
+            return f"{self.best}: no lower precision keeps {label} within {self.tolerance}"
+        return (
+            f"{self.best}: {bits:.2f} bits on average where {self.reference} has {high:.2f}, {label} "
+            f"{self._difference(self.loss)} on {self.samples} samples"
+        )
+
+    def to_markdown(self) -> str:
+        """Return the table of all candidates, and the verdict."""
+        scored = self._rows()
+        header = ["schedule", "average bits", "samples", self.metric.label, f"difference to {self.reference}", ""]
+        reference = Estimate.of(self.phases[0].race.reference)
+        table = [header]
+        if self.reference not in {row.schedule for row in scored}:
+            count, score = str(reference.count), self._score(reference)
+            table.append([str(self.reference), self._bits(self.reference), count, score, "", ""])
+        for row in scored:
+            mean = Estimate.of(row.scores)
+            what = "found" if row.schedule == self.best else "" if row.keeps else "loses too much"
+            difference = "" if row.schedule == self.reference else self._difference(row.difference)
+            cells = [str(row.schedule), self._bits(row.schedule), str(mean.count), self._score(mean), difference, what]
+            table.append(cells)
+        steps = sum(phase.steps for phase in self.phases)
+        notes = f"{steps:,} decode steps computed; ± is half of a 95 % interval, differences are paired."
+        return f"{markdown_table(table)}\n\n{self.verdict}\n{notes}"
+
+    def to_json(self) -> str:
+        """Return everything as JSON text."""
+        document: dict[str, Any] = {
+            "schedule": str(self.best),
+            "verdict": self.verdict,
+            "task": self.task,
+            "data": {"name": self.data, "sha256": self.data_sha256, "samples": self.samples, "skipped": self.skipped},
+            "metric": self.metric.name,
+            "tolerance": str(self.tolerance),
+            "minimize": self.objective,
+            "target_tps": self.target_tps,
+            "reference": str(self.reference),
+            "phases": [
+                {
+                    "name": phase.name,
+                    "decode_steps": phase.steps,
+                    "candidates": [self._json(row) for row in phase.race.contestants],
+                }
+                for phase in self.phases
+            ],
+        }
+        return json_text(document)
+
+    def _json(self, row: Contestant[StaticSchedule]) -> dict[str, Any]:
+        return {
+            "schedule": str(row.schedule),
+            "cost": row.cost,
+            "average_bits": self.average_bits(row.schedule),
+            "score": asdict(Estimate.of(row.scores)),
+            "difference": asdict(row.difference),
+            "keeps_quality": row.keeps,
+        }
+
+    def _rows(self) -> list[Contestant[StaticSchedule]]:
+        """Return the candidates of all phases, each once, in their order."""
+        rows = {row.schedule: row for phase in self.phases for row in phase.race.contestants}
+        return list(rows.values())
+
+    def _bits(self, schedule: StaticSchedule) -> str:
+        bits = self.average_bits(schedule)
+        return "–" if bits is None else f"{bits:.2f}"
+
+    def _score(self, estimate: Estimate) -> str:
+        return estimate.text(self.metric.digits)
+
+    def _difference(self, estimate: Estimate) -> str:
+        return estimate.text(self.metric.digits, sign=True)

@@ -1,0 +1,282 @@
+"""A static schedule for a task: the cheapest one that keeps the quality of the highest precision.
+
+First the precisions of the whole answer (PMPD paper, Section 4.1): the lowest uniform one that keeps the quality is
+what decoding starts with. Then the switch points (Section 4.2, Eq. 1-3): from when on lower ones will do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+from pmpd.eval.measure.metrics import rouge_scorer
+from pmpd.eval.measure.scoring import Metric
+from pmpd.eval.runner import Settings, prepare, read_items
+from pmpd.eval.solve.forks import Forks
+from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_points
+from pmpd.eval.solve.outcomes import Outcomes
+from pmpd.eval.solve.publish import is_report
+from pmpd.eval.solve.race import Race, Tolerance, best_of, cheapest
+from pmpd.eval.solve.solution import Phase, Solution
+from pmpd.eval.speed.traffic import step_bytes
+from pmpd.eval.tasks.base import Item
+from pmpd.eval.tasks.registry import TASKS
+from pmpd.eval.tasks.rouge import Rouge
+from pmpd.runtime import Bundle, Generator, StaticSchedule
+from pmpd.runtime.console.progress import Progress, progress
+from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.format.bundle import sha256_of
+
+__all__ = ["OBJECTIVES", "StaticSettings", "solve"]
+
+OBJECTIVES = ("bits", "bytes", "time")
+"""What may be minimized: mean bits of the decoder's layers, bytes that a step reads, or its measured time."""
+
+TIMED_STEPS = 16  # a precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticSettings:
+    """What to search for.
+
+    Attributes:
+        evaluation: task, data and options of its evaluation; its schedules and accuracies do not matter.
+        tolerance: how much quality may be lost.
+        minimize: one of `OBJECTIVES`.
+        target_tps: tokens per second to reach: then the best quality at this speed is looked for, and `tolerance` and
+            `minimize` do not matter.
+        points: candidate switch points N, the start and the end of an answer included.
+        metric: of the task; default its first.
+        low_prefill: whether the prompt, too, may have fewer bits than the bundle gives it.
+        early: whether candidates may leave the search before they have seen all samples (`race.cheapest`).
+
+    Raises:
+        PmpdError: a value out of range, or an unknown choice.
+    """
+
+    evaluation: Settings
+    tolerance: Tolerance
+    minimize: str = "bits"
+    target_tps: float | None = None
+    points: int = 4
+    metric: str | None = None
+    low_prefill: bool = False
+    early: bool = True
+
+    def __post_init__(self) -> None:
+        if self.minimize not in OBJECTIVES:
+            raise PmpdError(unknown_choice("objective", self.minimize, OBJECTIVES))
+        if self.target_tps is not None and not 0 < self.target_tps < float("inf"):
+            raise PmpdError(f"target must be a number of tokens per second above 0, got {self.target_tps}")
+        switch_points(1, self.points)
+        if not issubclass(TASKS[self.evaluation.task], Rouge):
+            answering = [name for name, kind in TASKS.items() if issubclass(kind, Rouge)]
+            raise PmpdError(
+                f"the task {self.evaluation.task} scores given texts, and a schedule is found by answers: choose one "
+                f"of {', '.join(answering)}"
+            )
+
+
+def solve(bundle: Bundle, settings: StaticSettings) -> Solution:
+    """Find a static schedule. The bundle is not changed.
+
+    Answers are kept in the user's cache (`outcomes.py`), so a search that was interrupted goes on where it was.
+
+    Raises:
+        PmpdError: an option or record that does not fit, data without any usable item, or a speed that no schedule
+            reaches.
+        MissingExtraError: a package is missing.
+    """
+    search = _Search(bundle, settings)
+    high = bundle.manifest.precisions[0]
+    reference = StaticSchedule(((high, 0),))
+    if len(search.items) < 2:
+        raise PmpdError(f"{settings.evaluation.data} has one sample that fits: a schedule needs two or more")
+    if settings.target_tps is None:
+        return search.to_a_loss(reference)
+    return search.to_a_speed(reference, settings.target_tps)
+
+
+class _Search:
+    """Everything that both phases share."""
+
+    def __init__(self, bundle: Bundle, settings: StaticSettings) -> None:
+        task, _ = prepare(bundle, settings.evaluation)
+        assert isinstance(task, Rouge)
+        self.bundle, self.settings, self.task = bundle, settings, task
+        self.metric = _metric(task.metrics, settings.metric)
+        rouge_scorer()
+        self.items, self.skipped = read_items(task, settings.evaluation)
+        self.outcomes = Outcomes(
+            task,
+            self.items,
+            reference=StaticSchedule(((bundle.manifest.precisions[0], 0),)),
+            forks=lambda: Forks(self.generator, max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids),
+            path=_cache_file(bundle, settings.evaluation, task.max_new_tokens),
+        )
+        self._generator: Generator | None = None
+        self._seconds: dict[float, float] = {}
+
+    @property
+    def generator(self) -> Generator:
+        """The bundle, loaded when it is needed first."""
+        if self._generator is None:
+            evaluation = self.settings.evaluation
+            self._generator = Generator(
+                self.bundle,
+                threads=evaluation.threads,
+                context_length=max(map(self.task.positions, self.items)),
+                kernels=evaluation.kernels or True,
+                accuracy=evaluation.accuracies[0] if evaluation.accuracies else None,
+                require_fast_kernels=evaluation.require_fast_kernels,
+            )
+        return self._generator
+
+    def to_a_loss(self, reference: StaticSchedule) -> Solution:
+        """Find the cheapest schedule within the tolerance."""
+        find = partial(cheapest, tolerance=self.settings.tolerance, early=self.settings.early)
+        cost = self._cost(self.settings.minimize)
+        precisions = self.bundle.manifest.precisions
+        costs = {pair: cost[pair.switches[0][0]] for pair in pairs(precisions, self._prefills())}
+        phases = [self._run("allocate", find, costs, reference)]
+        best = phases[0].race.best
+        steps, lower = self._longest(reference) - 1, [p for p in precisions if p <= best.switches[0][0]]
+        if steps > 0 and len(lower) > 1:
+            # Schedules that start lower have been tried: they begin with a precision that did not do.
+            candidates = [
+                schedule
+                for schedule in static_schedules(
+                    lower, switch_points(steps, self.settings.points), prefill=best.prefill
+                )
+                if schedule.switches[0] == (lower[0], 0) and len(schedule.switches) > 1
+            ]
+            costs = {schedule: mean_cost(schedule, cost, steps) for schedule in candidates}
+            phases.append(self._run("switch", find, costs, reference))
+            if phases[1].race.best != reference:
+                best = phases[1].race.best
+        return self._solution(reference, best, phases, self.settings.minimize)
+
+    def to_a_speed(self, reference: StaticSchedule, target_tps: float) -> Solution:
+        """Find the best schedule at a speed."""
+        cost = self._cost("time")
+        precisions = self.bundle.manifest.precisions
+        first = self._run("answers", best_of, {reference: cost[precisions[0]]}, reference)
+        steps = self._longest(reference) - 1
+        points = switch_points(max(steps, 0), self.settings.points)
+        costs = {schedule: mean_cost(schedule, cost, steps) for schedule in static_schedules(precisions, points)}
+        fast = {schedule: seconds for schedule, seconds in costs.items() if seconds <= 1 / target_tps}
+        if not fast:
+            fastest = min(costs, key=lambda schedule: costs[schedule])
+            raise PmpdError(
+                f"no schedule of this bundle reaches {target_tps:g} tokens/s here: {fastest} has "
+                f"{1 / costs[fastest]:.1f}; export lower precisions, or ask for less"
+            )
+        second = self._run("switch", best_of, fast, reference)
+        return self._solution(reference, second.race.best, [first, second], "time")
+
+    def _run(
+        self,
+        name: str,
+        find: Callable[..., Race[StaticSchedule]],
+        costs: Mapping[StaticSchedule, float],
+        reference: StaticSchedule,
+    ) -> Phase:
+        before = self.outcomes.steps
+        with progress(name, total=len(self.items), unit="sample") as shown:
+            race = find(costs, reference, partial(self._scores, shown=shown), samples=len(self.items))
+        return Phase(name, race, self.outcomes.steps - before)
+
+    def _scores(
+        self, part: range, schedules: Sequence[StaticSchedule], *, shown: Progress
+    ) -> dict[StaticSchedule, list[float]]:
+        scores: dict[StaticSchedule, list[float]] = {schedule: [] for schedule in schedules}
+        for index in part:
+            for schedule, outcome in self.outcomes.of(index, schedules).items():
+                scores[schedule].append(outcome.scores[self.metric.score])
+            shown.advance()
+        return scores
+
+    def _cost(self, objective: str) -> dict[float, float]:
+        """Return what a decode step costs at each precision."""
+        manifest = self.bundle.manifest
+        if objective == "bits":
+            return {precision: float(precision) for precision in manifest.precisions}
+        if objective == "bytes":
+            return {p: step_bytes(manifest, precision=p, positions=0) for p in manifest.precisions}
+        if not self._seconds:
+            self._seconds = _step_seconds(self.generator, self.items[0])
+        return self._seconds
+
+    def _prefills(self) -> list[float | None]:
+        """Return the precisions that the prompt may have, low to high; the bundle's own is None."""
+        manifest = self.bundle.manifest
+        lower = sorted(p for p in manifest.precisions if p < manifest.prefill_precision)
+        return [*(lower if self.settings.low_prefill else []), None]
+
+    def _longest(self, schedule: StaticSchedule) -> int:
+        """Return the tokens of the longest answer that is known of a schedule."""
+        return max(outcome.tokens for outcome in self.outcomes.known(schedule))
+
+    def _solution(
+        self, reference: StaticSchedule, best: StaticSchedule, phases: Sequence[Phase], objective: str
+    ) -> Solution:
+        return Solution(
+            task=self.settings.evaluation.task,
+            data=self.settings.evaluation.data.name,
+            data_sha256=sha256_of(self.settings.evaluation.data),
+            samples=len(self.items),
+            skipped=self.skipped,
+            metric=self.metric,
+            tolerance=self.settings.tolerance,
+            objective=objective,
+            target_tps=self.settings.target_tps,
+            reference=reference,
+            best=best,
+            tokens={s: [o.tokens for o in self.outcomes.known(s)] for phase in phases for s in phase.schedules},
+            phases=tuple(phases),
+        )
+
+
+def _metric(metrics: Sequence[Metric], name: str | None) -> Metric:
+    named = {metric.name: metric for metric in metrics}
+    if name is not None and name not in named:
+        raise PmpdError(unknown_choice("metric", name, named))
+    return metrics[0] if name is None else named[name]
+
+
+def _step_seconds(generator: Generator, item: Item) -> dict[float, float]:
+    """Return the median time of a decode step at each precision, one after the other behind the same prompt."""
+    sequence = generator.sequence
+    sequence.reset()
+    token = int(sequence.prefill(item.ids).argmax())
+    times: dict[float, list[float]] = {precision: [] for precision in sequence.precisions}
+    for _ in range(TIMED_STEPS + 1):
+        for precision, seconds in times.items():
+            begin = time.perf_counter()
+            sequence.step(token, precision=precision, margin=0.0)
+            seconds.append(time.perf_counter() - begin)
+            sequence.truncate(len(item.ids))
+    return {precision: median(seconds[1:]) for precision, seconds in times.items()}
+
+
+def _cache_file(bundle: Bundle, evaluation: Settings, tokens: int) -> Path:
+    """Return the file for answers of up to so many tokens, of these weights and kernels, scored by this task."""
+    manifest = bundle.manifest
+    what = {
+        "files": {name: entry.sha256 for name, entry in manifest.files.items() if not is_report(name)},
+        "prefill": manifest.prefill_precision,
+        "kernels": evaluation.kernels and sha256_of(evaluation.kernels),
+        "accuracy": evaluation.accuracies[0] if evaluation.accuracies else manifest.accuracy,
+        "task": evaluation.task,
+        "tokens": tokens,
+    }
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "pmpd" / "schedules" / f"{digest[:16]}.jsonl"
