@@ -64,8 +64,8 @@ class Outcomes:
 
     def known(self, schedule: StaticSchedule) -> list[Outcome]:
         """Return the outcomes of a schedule that are known, item by item."""
-        found = (self._known.get(key, {}).get(str(schedule)) for key in self._keys)
-        return [outcome for outcome in found if outcome is not None]
+        outcomes = (self._known.get(key, {}).get(str(schedule)) for key in self._keys)
+        return [outcome for outcome in outcomes if outcome is not None]
 
     def of(self, index: int, schedules: Iterable[StaticSchedule]) -> dict[StaticSchedule, Outcome]:
         """Return the outcomes of one item, computing those that are not known.
@@ -77,9 +77,9 @@ class Outcomes:
         known = self._known.setdefault(self._keys[index], {})
         missing = [schedule for schedule in asked if str(schedule) not in known]
         if missing:
-            found = self._measure(self._items[index], missing, known.get(str(self._reference)))
-            known |= {str(schedule): outcome for schedule, outcome in found.items()}
-            line = {"item": self._keys[index], "outcomes": {str(s): asdict(outcome) for s, outcome in found.items()}}
+            measured = self._measure(self._items[index], missing, known.get(str(self._reference)))
+            known |= {str(schedule): outcome for schedule, outcome in measured.items()}
+            line = {"item": self._keys[index], "outcomes": {str(s): asdict(outcome) for s, outcome in measured.items()}}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(("" if self._whole else "\n") + json.dumps(line) + "\n")

@@ -66,7 +66,7 @@ class Contestant(Generic[S]):
         cost: in whatever is minimized.
         scores: on the samples that it was measured on: the first ones.
         difference: to the reference on the same samples, paired.
-        keeps: whether its mean is within the tolerance.
+        keeps: whether its mean is within the tolerance, where there is one.
     """
 
     schedule: S
@@ -122,9 +122,7 @@ def cheapest(
     return _race(best, reference, costs, scores, tolerance)
 
 
-def best_of(
-    costs: Mapping[S, float], reference: S, measure: Measure[S], *, samples: int, tolerance: Tolerance
-) -> Race[S]:
+def best_of(costs: Mapping[S, float], reference: S, measure: Measure[S], *, samples: int) -> Race[S]:
     """Return the candidate of the best mean score, and of equal ones the cheapest. Arguments as of `cheapest`."""
     scores: dict[S, list[float]] = {schedule: [] for schedule in (reference, *costs)}
     for start in range(0, samples, ROUND):
@@ -132,7 +130,7 @@ def best_of(
         for schedule, values in measure(part, list(scores)).items():
             scores[schedule] += values
     best = min(costs, key=lambda schedule: (-math.fsum(scores[schedule]), costs[schedule]))
-    return _race(best, reference, costs, scores, tolerance)
+    return _race(best, reference, costs, scores, None)
 
 
 def _survivors(alive: Sequence[S], scores: Mapping[S, list[float]], reference: S, tolerance: Tolerance) -> list[S]:
@@ -160,7 +158,7 @@ def _keeps(ours: Sequence[float], theirs: Sequence[float], tolerance: Tolerance)
 
 
 def _race(
-    best: S, reference: S, costs: Mapping[S, float], scores: Mapping[S, list[float]], tolerance: Tolerance
+    best: S, reference: S, costs: Mapping[S, float], scores: Mapping[S, list[float]], tolerance: Tolerance | None
 ) -> Race[S]:
     theirs = scores[reference]
     contestants = tuple(
@@ -169,7 +167,7 @@ def _race(
             costs[schedule],
             tuple(scores[schedule]),
             Estimate.of(np.subtract(scores[schedule], theirs[: len(scores[schedule])]).tolist()),
-            _keeps(scores[schedule], theirs, tolerance),
+            tolerance is None or _keeps(scores[schedule], theirs, tolerance),
         )
         for schedule in sorted(costs, key=lambda schedule: costs[schedule])
     )

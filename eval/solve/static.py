@@ -267,7 +267,7 @@ def _step_seconds(generator: Generator, item: Item) -> dict[float, float]:
 
 
 def _cache_file(bundle: Bundle, evaluation: Settings, tokens: int) -> Path:
-    """Return the file for answers of up to so many tokens, of these weights and kernels, scored by this task."""
+    """Return the file for answers of up to `tokens` tokens, of these weights and kernels, scored by this task."""
     manifest = bundle.manifest
     what = {
         "files": {name: entry.sha256 for name, entry in manifest.files.items() if not is_report(name)},

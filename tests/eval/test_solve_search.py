@@ -162,6 +162,6 @@ def test_a_single_sample_is_no_reason_to_leave() -> None:
 
 def test_the_best_at_a_price_and_of_equal_ones_the_cheapest() -> None:
     samples = Samples({"high": [3.0] * 10, "a": [1.0] * 10, "b": [2.0] * 10, "c": [2.0] * 10})
-    found = best_of({"c": 2.0, "b": 1.5, "a": 1.0}, "high", samples, samples=10, tolerance=NOTHING)
+    found = best_of({"c": 2.0, "b": 1.5, "a": 1.0}, "high", samples, samples=10)
     assert found.best == "b"
     assert set(samples.asked.values()) == {10}

@@ -1,0 +1,172 @@
+"""Answers under many schedules at once, and what is kept of them, on the demo model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pmpd.eval.data.records import Template
+from pmpd.eval.measure.models import Scheduled
+from pmpd.eval.solve.forks import Forks
+from pmpd.eval.solve.grid import pairs, static_schedules, switch_points
+from pmpd.eval.solve.outcomes import Outcomes
+from pmpd.eval.tasks.base import Item
+from pmpd.eval.tasks.rouge import Rouge
+from pmpd.runtime import Bundle, Generator, StaticSchedule, Tokenizer, parse_schedule
+
+PROMPTS = ["Once upon a time, there was a little girl named Lily.", "Tom had a red ball. He"]
+TOKENS = 9
+BITS = (4, 3, 2)
+HIGH = StaticSchedule(((4, 0),))
+
+
+@pytest.fixture(scope="module")
+def bundle(demo_bundle: Path) -> Bundle:
+    return Bundle.open(demo_bundle)
+
+
+@pytest.fixture(scope="module")
+def generator(bundle: Bundle) -> Generator:
+    return Generator(bundle, context_length=64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle: Bundle) -> Tokenizer:
+    return Tokenizer.from_bundle(bundle)
+
+
+def test_forks_are_the_answers_that_the_generator_gives(
+    bundle: Bundle, generator: Generator, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode(PROMPTS[0])
+    schedules = [
+        *static_schedules(BITS, switch_points(TOKENS - 1, 4)),
+        *static_schedules((3, 2), (0, 3, TOKENS - 1), prefill=2),
+        *pairs((3,), (3,)),
+    ]
+    forks = Forks(generator, max_new_tokens=TOKENS, stop_ids=bundle.stop_ids)
+    found = dict(forks.answers(ids, schedules))
+    assert set(found) == set(schedules)
+    for schedule in schedules:
+        alone = Scheduled(generator, schedule).generate(ids, max_new_tokens=TOKENS, stop_ids=bundle.stop_ids)
+        assert found[schedule].ids == alone.ids, schedule
+        assert found[schedule].precisions == alone.precisions, schedule
+    # As many steps as there are different beginnings: prompts of 4, 3 and 2 bits apart.
+    steps = [(s.prefill, *map(s.precision, range(TOKENS - 1))) for s in schedules]
+    assert forks.steps == len({bits[:end] for bits in steps for end in range(2, len(bits) + 1)})
+
+
+def test_an_answer_that_ends_is_not_gone_on_with(generator: Generator, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(PROMPTS[0])
+    schedules = [parse_schedule(text, BITS) for text in ("4", "static:2@6", "static:2@1")]
+    free = dict(Forks(generator, max_new_tokens=TOKENS, stop_ids=()).answers(ids, schedules))
+    stop = free[schedules[0]].ids[4]
+    assert stop not in free[schedules[0]].ids[:4]
+    forks = Forks(generator, max_new_tokens=TOKENS, stop_ids=(stop,))
+    ended = dict(forks.answers(ids, schedules))
+    assert ended[schedules[0]].ids == ended[schedules[1]].ids == free[schedules[0]].ids[:4]
+    assert ended[schedules[0]].precisions == (4,) * 4
+    for schedule in schedules:
+        alone = Scheduled(generator, schedule).generate(ids, max_new_tokens=TOKENS, stop_ids=(stop,))
+        assert ended[schedule].ids == alone.ids
+
+
+def test_an_answer_without_a_token(generator: Generator, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(PROMPTS[0])
+    ((_, answer),) = Forks(generator, max_new_tokens=1, stop_ids=()).answers(ids, [HIGH])
+    assert (len(answer.ids), answer.precisions) == (1, (4,))
+    ((_, none),) = Forks(generator, max_new_tokens=5, stop_ids=answer.ids).answers(ids, [HIGH])
+    assert (none.ids, none.precisions, none.seconds) == ((), (), ())
+
+
+Opened = Callable[..., tuple[Outcomes, list[Forks]]]
+
+
+@pytest.fixture
+def opened(generator: Generator, tokenizer: Tokenizer, tmp_path: Path) -> Opened:
+    """Open the same file again; the list has what computed answers, if anything had to."""
+    task = Rouge(
+        tokenizer=tokenizer, stop_ids=(), max_new_tokens=TOKENS, context_length=64, template=Template("{text}")
+    )
+
+    def open_outcomes(*, references: tuple[str, ...] = ()) -> tuple[Outcomes, list[Forks]]:
+        made = list[Forks]()
+
+        def forks() -> Forks:
+            made.append(Forks(generator, max_new_tokens=TOKENS, stop_ids=()))
+            return made[-1]
+
+        items = [
+            Item(source=f"x:{i}", prompt=text, ids=tuple(tokenizer.encode(text)), references=references)
+            for i, text in enumerate(PROMPTS)
+        ]
+        return Outcomes(task, items, reference=HIGH, forks=forks, path=tmp_path / "kept" / "x.jsonl"), made
+
+    return open_outcomes
+
+
+def test_outcomes_are_measured_once(opened: Opened) -> None:
+    first, made = opened()
+    low = StaticSchedule(((2, 0),))
+    found = first.of(1, [HIGH, low])
+    assert first.steps == made[0].steps == 2 * (TOKENS - 1)
+    assert found[HIGH].scores["rougeL"] == 100  # without references the reference's own answer is one
+    assert found[HIGH].tokens == TOKENS
+    assert 0 < found[low].scores["rougeL"] < 100
+    assert first.known(low) == [found[low]]
+    again, made = opened()
+    assert again.of(1, [low, HIGH]) == found
+    assert (made, again.steps) == ([], 0)
+    assert again.known(HIGH) == [found[HIGH]]
+
+
+@pytest.mark.parametrize("order", [["low"], ["high", "low"], ["low", "high"]], ids=" then ".join)
+def test_an_answer_is_compared_with_the_references_own_wherever_it_comes_from(opened: Opened, order: list[str]) -> None:
+    schedules = {"high": HIGH, "low": StaticSchedule(((2, 0),))}
+    together = opened()[0].of(0, schedules.values())
+    opened()[0]._path.unlink()
+    for name in order:  # each in a process of its own
+        found = opened()[0].of(0, [schedules[name]])
+        assert found == {schedules[name]: together[schedules[name]]}
+
+
+def test_references_of_the_data_come_first(opened: Opened) -> None:
+    outcomes, _ = opened(references=("a b c", "d e f"))
+    assert outcomes.of(0, [HIGH])[HIGH].scores["rougeL"] < 100
+
+
+@pytest.mark.parametrize("left", [0, 1, 40, -1], ids=str)
+def test_a_line_that_a_kill_cut_off_is_measured_again(opened: Opened, left: int) -> None:
+    first, _ = opened()
+    whole = first.of(0, [HIGH])
+    file = first._path
+    file.write_bytes(file.read_bytes()[:left])
+    second, made = opened()
+    assert second.of(0, [HIGH]) == whole
+    assert len(made) == (left != -1)  # all but the new line is there
+    second.of(1, [HIGH])
+    third, made = opened()
+    assert (third.of(0, [HIGH]), made) == (whole, [])
+    assert len(third.known(HIGH)) == 2
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"item": "a", "outcomes": {"uniform:4": 3}}', "\x00", "null"])
+def test_lines_that_are_none_are_passed_over(opened: Opened, line: str) -> None:
+    first, _ = opened()
+    whole = first.of(0, [HIGH])
+    file = first._path
+    file.write_text(line + "\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    second, made = opened()
+    assert (second.of(0, [HIGH]), made) == (whole, [])
+
+
+def test_what_is_kept_is_plain(opened: Opened) -> None:
+    outcomes, _ = opened()
+    outcomes.of(0, [HIGH])
+    (line,) = outcomes._path.read_text(encoding="utf-8").splitlines()
+    document = json.loads(line)
+    assert document["outcomes"].keys() == {"uniform:4"}
+    assert document["outcomes"]["uniform:4"].keys() == {"scores", "tokens", "text"}
