@@ -31,7 +31,7 @@ from pmpd.runtime.console.palette import shade_of
 from pmpd.runtime.errors import ContextLengthError, PmpdError, one_line
 
 if TYPE_CHECKING:
-    from pmpd.runtime import Generator, Manifest, NodeKernel, Sampling, Token, Tokenizer
+    from pmpd.runtime import Bundle, Generator, NodeKernel, Sampling, Token, Tokenizer
 
 log = logging.getLogger("pmpd.runtime")
 
@@ -199,7 +199,7 @@ def main(
     opened = Bundle.open(bundle, verify=verify)
     warn_unverified(bundle, verified=opened.manifest.verified)
     if info:
-        click.echo("\n".join(_info(opened.manifest)))
+        click.echo("\n".join(_info(opened)))
         return
     if preset == "model":
         sampling = replace(Sampling.from_config(opened.generation_config), **chosen)
@@ -398,10 +398,11 @@ def _read_tools(file: Path) -> list[dict[str, Any]]:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _info(manifest: Manifest) -> Iterator[str]:
+def _info(bundle: Bundle) -> Iterator[str]:
     """Yield what `--info` prints, line by line."""
     from pmpd.runtime.format.precision import describe_mix
 
+    manifest = bundle.manifest
     model, source, quality = manifest.architecture, manifest.source, manifest.quality
     size = sum(entry.size for entry in manifest.files.values())
     kernels = f"{', '.join(manifest.kernels)}: {manifest.accuracy}" if manifest.kernels else "none"
@@ -410,7 +411,9 @@ def _info(manifest: Manifest) -> Iterator[str]:
     yield f"bundle    {byte_text(size)}, context {manifest.context_length}, made by {producer}"
     yield f"bits      {'/'.join(map(str, manifest.precisions))}, prefill at {manifest.prefill_precision}"
     yield from (f"mix       {name}: {one_line(describe_mix(planes), 500)}" for name, planes in manifest.mixes.items())
-    yield f"schedule  {manifest.schedule}"
+    for name, text in manifest.schedules.items():
+        chosen = " (default)" if name == manifest.default_schedule else ""
+        yield f"schedule  {name}{chosen}: {bundle.why(name) or text}"
     yield f"kernels   {kernels}"
     if quality is None:
         yield "quality   not measured"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 from pmpd.runtime import Bundle
 from pmpd.runtime.console.output import write_atomically
 from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.format.manifest import MANIFEST_NAME, FileEntry, Manifest
 
-__all__ = ["check_name", "is_report", "publish"]
+__all__ = ["check_name", "publish"]
 
 FOLDER = "schedules"
 
@@ -52,8 +51,8 @@ def publish(bundle: Bundle, name: str, schedule: str, report: str, *, default: b
         raise PmpdError(f"{bundle.path / FOLDER} is a link: nothing is written outside a bundle, remove it")
     (bundle.path / FOLDER).mkdir(exist_ok=True)
     write_atomically(bundle.path / file, data)
-    old = [known for known in manifest.files if is_report(known, name) and known != file]
-    files = {known: entry for known, entry in manifest.files.items() if known not in old}
+    old = manifest.reports.get(name, file)
+    files = {known: entry for known, entry in manifest.files.items() if known != old}
     manifest = replace(
         manifest,
         files={**files, file: FileEntry(size=len(data), sha256=digest)},
@@ -61,12 +60,6 @@ def publish(bundle: Bundle, name: str, schedule: str, report: str, *, default: b
         default_schedule=name if default else manifest.default_schedule,
     )
     write_atomically(bundle.path / MANIFEST_NAME, manifest.to_json())
-    for known in old:
-        (bundle.path / known).unlink(missing_ok=True)
+    if old != file:
+        (bundle.path / old).unlink(missing_ok=True)
     return manifest
-
-
-def is_report(file: str, name: str | None = None) -> bool:
-    """Return whether a file of a bundle says how a schedule was found, the one of this name if one is given."""
-    path = Path(file)
-    return path.parent == Path(FOLDER) and name in (None, path.stem[:-9])

@@ -22,7 +22,6 @@ from pmpd.eval.runner import Settings, prepare, read_items
 from pmpd.eval.solve.forks import Forks
 from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_points
 from pmpd.eval.solve.outcomes import Outcomes
-from pmpd.eval.solve.publish import is_report
 from pmpd.eval.solve.race import Race, Tolerance, best_of, cheapest
 from pmpd.eval.solve.solution import Phase, Solution
 from pmpd.eval.speed.traffic import step_bytes
@@ -269,8 +268,9 @@ def _step_seconds(generator: Generator, item: Item) -> dict[float, float]:
 def _cache_file(bundle: Bundle, evaluation: Settings, tokens: int) -> Path:
     """Return the file for answers of up to `tokens` tokens, of these weights and kernels, scored by this task."""
     manifest = bundle.manifest
+    reports = manifest.reports.values()
     what = {
-        "files": {name: entry.sha256 for name, entry in manifest.files.items() if not is_report(name)},
+        "files": {name: entry.sha256 for name, entry in manifest.files.items() if name not in reports},
         "prefill": manifest.prefill_precision,
         "kernels": evaluation.kernels and sha256_of(evaluation.kernels),
         "accuracy": evaluation.accuracies[0] if evaluation.accuracies else manifest.accuracy,

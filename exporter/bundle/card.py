@@ -53,7 +53,7 @@ tags: [onnx, pmpd]
 | context | {manifest.context_length} tokens |
 | precisions | {phases}, from {manifest.parent_precision} bit-planes |
 {mixes}| output layer | {tables} |
-| default schedule | `{manifest.schedule}` |
+| schedule | `{manifest.schedule}`, unless another was found since: `pmpd-run {name} --info` |
 | kernels | {kernels} |
 | licence of the weights | {source.license or "see the source model"} |
 | made by | {manifest.producer} |
@@ -71,7 +71,7 @@ from pmpd.runtime import Bundle, Generator, Tokenizer
 bundle = Bundle.open("{name}")
 tokenizer = Tokenizer.from_bundle(bundle)
 generator = Generator(bundle, tokenizer=tokenizer)
-for token in generator.stream(tokenizer.encode("Once upon a time"), max_new_tokens=100, schedule="{manifest.schedule}"):
+for token in generator.stream(tokenizer.encode("Once upon a time"), max_new_tokens=100):
     print(token.text, end="", flush=True)
 ```
 

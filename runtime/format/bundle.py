@@ -125,6 +125,18 @@ class Bundle:
             return {}
         return parse_object(_read_text(file, limit=MAX_MANIFEST_BYTES), one_line(file))
 
+    def why(self, schedule: str) -> str | None:
+        """Return what a search said of the schedule that it found, in a sentence; None if there was no search.
+
+        Raises:
+            BundleError: its report is not a JSON object in UTF-8.
+        """
+        report = self.manifest.reports.get(schedule)
+        if report is None:
+            return None
+        verdict = parse_object(_read_text(self.path / report, limit=MAX_MANIFEST_BYTES), report).get("verdict")
+        return one_line(verdict, 300) if isinstance(verdict, str) else None
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """The token ids that end a text, as ``eos_token_id`` states them: none, one or several.

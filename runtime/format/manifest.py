@@ -337,6 +337,12 @@ class Manifest:
         others = {graph.file for graph in self.graphs} | set(self.kernels.values())
         return frozenset(tensor.file for tensor in self.tensors) - others
 
+    @cached_property
+    def reports(self) -> dict[str, str]:
+        """The file that says how a schedule was found, by the schedule's name: ``schedules/NAME-HASH.json``."""
+        matches = (re.fullmatch(rf"schedules/({_PLAIN_NAME})-[0-9a-f]{{8}}\.json", file) for file in self.files)
+        return {match[1]: match[0] for match in matches if match}
+
     @property
     def schedule(self) -> str:
         """The text of the default schedule."""

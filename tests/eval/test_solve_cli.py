@@ -82,6 +82,9 @@ def test_what_is_found_decodes_from_then_on(bundle: Path, data: Path) -> None:
     assert bits != [4] * 8
     words = [str(bundle), "-p", STORIES[0], "-n", "4", "--schedule", "stories", "-q"]
     assert CliRunner().invoke(run_main, words).exit_code == 0
+    info = CliRunner().invoke(run_main, [str(bundle), "--info"]).stdout.splitlines()
+    assert "schedule  default: uniform:4" in info
+    assert f"schedule  stories (default): {document['verdict']}" in info
 
 
 def test_a_tolerance_that_nothing_meets(bundle: Path, tmp_path: Path, data: Path) -> None:
@@ -204,6 +207,21 @@ def test_a_name_is_replaced_with_its_report(bundle: Path) -> None:
     reports = sorted(path.name for path in (bundle / "schedules").iterdir())
     assert sorted(name.rpartition("-")[0] for name in reports) == ["mine", "mine-2"]
     assert {f"schedules/{name}" for name in reports} <= set(manifest.files)
+
+
+@pytest.mark.parametrize("report", ['{"verdict": 3}', "{}"])
+def test_a_report_without_a_verdict_says_nothing(bundle: Path, report: str) -> None:
+    publish(Bundle.open(bundle), "mine", "uniform:3", report, default=True)
+    opened = Bundle.open(bundle)
+    assert (opened.why("mine"), opened.why("default")) == (None, None)
+
+
+def test_a_report_that_is_no_json_is_one_clear_line(bundle: Path) -> None:
+    publish(Bundle.open(bundle), "mine", "uniform:3", "{", default=True)
+    result = CliRunner().invoke(run_main, [str(bundle), "--info"])
+    assert result.exit_code == 1
+    assert "schedules/mine-" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("write", [1, 2])
