@@ -10,15 +10,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
+from typing import Protocol, TypeVar
 
 from pmpd.eval.measure.models import Answer
-from pmpd.runtime import Generator, StaticSchedule
+from pmpd.runtime import Generator
 
-__all__ = ["Forks"]
+__all__ = ["Fixed", "Forks"]
+
+
+class Fixed(Protocol):
+    """A schedule that is its own plan, such as a static one. It can be hashed, and equal ones are the same."""
+
+    @property
+    def prefill(self) -> float | None:
+        """The precision of the prompt in bits; None for the bundle's."""
+        ...
+
+    def precision(self, step: int) -> float:
+        """Return the precision of decode step `step`."""
+        ...
+
+
+S = TypeVar("S", bound=Fixed)
 
 
 class Forks:
-    """Answers of a bundle under any number of static schedules.
+    """Answers of a bundle under any number of schedules that are fixed beforehand.
 
     Args:
         generator: over the bundle; nobody else may use it meanwhile.
@@ -35,9 +52,7 @@ class Forks:
         self._stops = frozenset(stop_ids)
         self.steps = 0
 
-    def answers(
-        self, prompt: Sequence[int], schedules: Iterable[StaticSchedule]
-    ) -> Iterator[tuple[StaticSchedule, Answer]]:
+    def answers(self, prompt: Sequence[int], schedules: Iterable[S]) -> Iterator[tuple[S, Answer]]:
         """Yield each schedule and its greedy answer, as `Generator.stream` would give it.
 
         The prompt runs once for each precision that schedules have for it. The time of a step that several answers
@@ -49,7 +64,7 @@ class Forks:
         """
         default = self._sequence.engine.bundle.manifest.prefill_precision
 
-        def order(schedule: StaticSchedule) -> tuple[float, ...]:
+        def order(schedule: S) -> tuple[float, ...]:
             return (schedule.prefill or default, *map(schedule.precision, range(self._limit - 1)))
 
         for prefill, group in groupby(sorted(schedules, key=order, reverse=True), key=lambda s: s.prefill or default):
@@ -59,9 +74,9 @@ class Forks:
         self,
         prompt: Sequence[int],
         prefill: float,
-        schedules: Iterable[StaticSchedule],
-        bits_of: Callable[[StaticSchedule], tuple[float, ...]],
-    ) -> Iterator[tuple[StaticSchedule, Answer]]:
+        schedules: Iterable[S],
+        bits_of: Callable[[S], tuple[float, ...]],
+    ) -> Iterator[tuple[S, Answer]]:
         begin = time.perf_counter()
         self._sequence.reset()
         tokens = [int(self._sequence.prefill(prompt, precision=prefill).argmax())]
