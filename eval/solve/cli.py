@@ -58,6 +58,7 @@ log = logging.getLogger("pmpd.eval")
 @click.option(
     "--switch-points", type=int, default=4, show_default=True, metavar="N", help="Candidate switch points of an answer."
 )
+@click.option("--adaptive", is_flag=True, help="Try schedules that go up where the model is unsure, too.")
 @click.option("--low-prefill", is_flag=True, help="Try fewer bits for the prompt, too.")
 @click.option("--exact", is_flag=True, help="Measure every candidate on every sample.")
 @click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]")
@@ -73,6 +74,7 @@ def main(
     minimize: str,
     target_tps: float | None,
     switch_points: int,
+    adaptive: bool,
     low_prefill: bool,
     exact: bool,
     name: str | None,
@@ -90,17 +92,18 @@ def main(
     from pmpd.eval.runner import Settings
     from pmpd.eval.solve.publish import check_name, publish
     from pmpd.eval.solve.race import Tolerance
-    from pmpd.eval.solve.static import StaticSettings, solve
+    from pmpd.eval.solve.search import SearchSettings, solve
     from pmpd.runtime import Bundle
 
     check_outputs(json_file)
-    settings = StaticSettings(
+    settings = SearchSettings(
         evaluation=Settings(data=data or Path(), **options),
         tolerance=Tolerance.parse(tolerance),
         minimize=minimize,
         target_tps=target_tps,
         points=switch_points,
         metric=metric,
+        adaptive=adaptive,
         low_prefill=low_prefill,
         early=not exact,
     )

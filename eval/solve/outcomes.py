@@ -8,37 +8,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pmpd.eval.measure.models import Answer, Forced
+from pmpd.eval.measure.models import Answer, Forced, Scheduled
 from pmpd.eval.solve.forks import Forks
 from pmpd.eval.tasks.base import Baseline, Item
 from pmpd.eval.tasks.rouge import Rouge
-from pmpd.runtime import StaticSchedule
+from pmpd.runtime import Generator, Schedule, StaticSchedule
 
 __all__ = ["Outcome", "Outcomes"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One answer: the task's scores of it, its length in tokens, and its text."""
+    """One answer: the task's scores of it, its tokens, how many of its decode steps had each precision, and its text.
+
+    The step that gives the token that ends an answer is not counted.
+    """
 
     scores: Mapping[str, float]
     tokens: int
+    steps: Mapping[str, int]
     text: str
 
 
 class Outcomes:
-    """Outcomes of a task's items under static schedules.
+    """Outcomes of a task's items under schedules.
 
     Args:
         task: how answers are scored. Where an item has no references, the answer under `reference` is one.
         items: what is asked.
         reference: the schedule that others are compared with.
-        forks: makes answers; called when the first is missing.
+        generator: makes answers; called when the first is missing.
         path: the file that outcomes are kept in.
+
+    Attributes:
+        steps: decode steps that were computed, not those that were on disk.
     """
 
     def __init__(
@@ -46,28 +54,23 @@ class Outcomes:
         task: Rouge,
         items: Sequence[Item],
         *,
-        reference: StaticSchedule,
-        forks: Callable[[], Forks],
+        reference: Schedule,
+        generator: Callable[[], Generator],
         path: Path,
     ) -> None:
         self._task, self._items, self._reference = task, items, reference
         self._keys = [_key(item) for item in items]
-        self._open = forks
-        self._forks: Forks | None = None
+        self._generator = generator
+        self.steps = 0
         self._path = path
         self._known, self._whole = _read(path)
 
-    @property
-    def steps(self) -> int:
-        """Decode steps that were computed, not those that were on disk."""
-        return 0 if self._forks is None else self._forks.steps
-
-    def known(self, schedule: StaticSchedule) -> list[Outcome]:
+    def known(self, schedule: Schedule) -> list[Outcome]:
         """Return the outcomes of a schedule that are known, item by item."""
         outcomes = (self._known.get(key, {}).get(str(schedule)) for key in self._keys)
         return [outcome for outcome in outcomes if outcome is not None]
 
-    def of(self, index: int, schedules: Iterable[StaticSchedule]) -> dict[StaticSchedule, Outcome]:
+    def of(self, index: int, schedules: Iterable[Schedule]) -> dict[Schedule, Outcome]:
         """Return the outcomes of one item, computing those that are not known.
 
         Raises:
@@ -86,22 +89,34 @@ class Outcomes:
             self._whole = True
         return {schedule: known[str(schedule)] for schedule in asked}
 
-    def _measure(
-        self, item: Item, schedules: Sequence[StaticSchedule], reference: Outcome | None
-    ) -> dict[StaticSchedule, Outcome]:
-        if self._forks is None:
-            self._forks = self._open()
+    def _measure(self, item: Item, schedules: Sequence[Schedule], reference: Outcome | None) -> dict[Schedule, Outcome]:
         needed = not item.references and reference is None and self._reference not in schedules
-        answers = dict(self._forks.answers(item.ids, [*schedules, *([self._reference] if needed else [])]))
+        answers = self._answers(item, [*schedules, *([self._reference] if needed else [])])
         if reference is not None:
             text = reference.text
         else:
             text = self._task.tokenizer.decode(answers[self._reference].ids) if self._reference in answers else ""
-        outcomes = dict[StaticSchedule, Outcome]()
+        outcomes = dict[Schedule, Outcome]()
         for schedule, answer in answers.items():
             sample, _ = self._task.measure(_Given(answer), item, Baseline(text=text))
-            outcomes[schedule] = Outcome(scores=sample.scores, tokens=len(answer.ids), text=sample.output)
+            steps = dict(Counter(map(str, answer.precisions[1:])))
+            outcomes[schedule] = Outcome(scores=sample.scores, tokens=len(answer.ids), steps=steps, text=sample.output)
         return outcomes
+
+    def _answers(self, item: Item, schedules: Sequence[Schedule]) -> dict[Schedule, Answer]:
+        """Return the answer under each schedule: those of static ones share what they have in common."""
+        generator, task = self._generator(), self._task
+        static = [schedule for schedule in schedules if isinstance(schedule, StaticSchedule)]
+        forks = Forks(generator, max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids)
+        answers: dict[Schedule, Answer] = dict(forks.answers(item.ids, static))
+        self.steps += forks.steps
+        for schedule in schedules:
+            if schedule not in answers:
+                model = Scheduled(generator, schedule)
+                answer = model.generate(item.ids, max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids)
+                self.steps += len(answer.ids) - (len(answer.ids) == task.max_new_tokens)
+                answers[schedule] = answer
+        return answers
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,12 @@ class Contestant(Generic[S]):
 
     Attributes:
         schedule: the candidate.
-        cost: in whatever is minimized.
         scores: on the samples that it was measured on: the first ones.
         difference: to the reference on the same samples, paired.
         keeps: whether its mean is within the tolerance, where there is one.
     """
 
     schedule: S
-    cost: float
     scores: tuple[float, ...]
     difference: Estimate
     keeps: bool
@@ -92,7 +90,7 @@ class Race(Generic[S]):
 
 
 def cheapest(
-    costs: Mapping[S, float],
+    candidates: Sequence[S],
     reference: S,
     measure: Measure[S],
     *,
@@ -100,18 +98,18 @@ def cheapest(
     tolerance: Tolerance,
     early: bool = True,
 ) -> Race[S]:
-    """Return the candidate of least cost whose mean score on all samples is within the tolerance of the reference's.
+    """Return the first candidate whose mean score on all samples is within the tolerance of the reference's.
 
     Args:
-        costs: of each candidate. Of two equal ones the first is tried first.
+        candidates: the cheapest first.
         reference: what they are compared with, and the answer if none is good enough; it need not be a candidate.
         measure: gives scores, round by round.
         samples: how many there are, at least one.
         tolerance: how much the mean may be lower.
         early: whether candidates may leave before all samples were seen. Without it the answer is exact.
     """
-    scores: dict[S, list[float]] = {schedule: [] for schedule in (reference, *costs)}
-    alive = sorted((schedule for schedule in costs if schedule != reference), key=lambda schedule: costs[schedule])
+    scores: dict[S, list[float]] = {schedule: [] for schedule in (reference, *candidates)}
+    alive = [schedule for schedule in candidates if schedule != reference]
     for start in range(0, samples, ROUND):
         part = range(start, min(start + ROUND, samples))
         for schedule, values in measure(part, [reference, *alive]).items():
@@ -119,18 +117,18 @@ def cheapest(
         if early:
             alive = _survivors(alive, scores, reference, tolerance)
     best = next((s for s in alive if _keeps(scores[s], scores[reference], tolerance)), reference)
-    return _race(best, reference, costs, scores, tolerance)
+    return _race(best, reference, candidates, scores, tolerance)
 
 
-def best_of(costs: Mapping[S, float], reference: S, measure: Measure[S], *, samples: int) -> Race[S]:
-    """Return the candidate of the best mean score, and of equal ones the cheapest. Arguments as of `cheapest`."""
-    scores: dict[S, list[float]] = {schedule: [] for schedule in (reference, *costs)}
+def best_of(candidates: Sequence[S], reference: S, measure: Measure[S], *, samples: int) -> Race[S]:
+    """Return the candidate of the best mean score, and of equal ones the first. Arguments as of `cheapest`."""
+    scores: dict[S, list[float]] = {schedule: [] for schedule in (reference, *candidates)}
     for start in range(0, samples, ROUND):
         part = range(start, min(start + ROUND, samples))
         for schedule, values in measure(part, list(scores)).items():
             scores[schedule] += values
-    best = min(costs, key=lambda schedule: (-math.fsum(scores[schedule]), costs[schedule]))
-    return _race(best, reference, costs, scores, None)
+    best = max(candidates, key=lambda schedule: math.fsum(scores[schedule]))
+    return _race(best, reference, candidates, scores, None)
 
 
 def _survivors(alive: Sequence[S], scores: Mapping[S, list[float]], reference: S, tolerance: Tolerance) -> list[S]:
@@ -158,17 +156,20 @@ def _keeps(ours: Sequence[float], theirs: Sequence[float], tolerance: Tolerance)
 
 
 def _race(
-    best: S, reference: S, costs: Mapping[S, float], scores: Mapping[S, list[float]], tolerance: Tolerance | None
+    best: S,
+    reference: S,
+    candidates: Sequence[S],
+    scores: Mapping[S, list[float]],
+    tolerance: Tolerance | None,
 ) -> Race[S]:
     theirs = scores[reference]
     contestants = tuple(
         Contestant(
             schedule,
-            costs[schedule],
             tuple(scores[schedule]),
             Estimate.of(np.subtract(scores[schedule], theirs[: len(scores[schedule])]).tolist()),
             tolerance is None or _keeps(scores[schedule], theirs, tolerance),
         )
-        for schedule in sorted(costs, key=lambda schedule: costs[schedule])
+        for schedule in candidates
     )
     return Race(best, tuple(theirs), contestants)

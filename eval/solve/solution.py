@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pmpd.eval.measure.scoring import Metric
 from pmpd.eval.measure.statistics import Estimate
 from pmpd.eval.solve.race import Contestant, Race, Tolerance
-from pmpd.runtime import StaticSchedule
+from pmpd.runtime import Schedule
 from pmpd.runtime.console.output import json_text, markdown_table
 
 __all__ = ["Phase", "Solution"]
@@ -20,13 +20,8 @@ class Phase:
     """One part of a search: its name, what came of it, and the decode steps that it computed."""
 
     name: str
-    race: Race[StaticSchedule]
+    race: Race[Schedule]
     steps: int
-
-    @property
-    def schedules(self) -> list[StaticSchedule]:
-        """The candidates, cheap ones first."""
-        return [contestant.schedule for contestant in self.race.contestants]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +38,8 @@ class Solution:
         target_tps: the speed that was asked for, if one was.
         reference: the highest precision, which all are compared with.
         best: the schedule that was found.
-        tokens: lengths of the answers under each schedule, of the samples that it was measured on.
+        bits: mean bits of the decode steps of all answers under each schedule; None if there are no such steps.
+        costs: of such a step on average, in what was minimized.
         phases: the search.
     """
 
@@ -56,9 +52,10 @@ class Solution:
     tolerance: Tolerance
     objective: str
     target_tps: float | None
-    reference: StaticSchedule
-    best: StaticSchedule
-    tokens: Mapping[StaticSchedule, Sequence[int]]
+    reference: Schedule
+    best: Schedule
+    bits: Mapping[Schedule, float | None]
+    costs: Mapping[Schedule, float | None]
     phases: tuple[Phase, ...]
 
     @property
@@ -68,15 +65,10 @@ class Solution:
             return Estimate(0.0, 0.0, self.samples)
         return next(c.difference for c in self._rows() if c.schedule == self.best)
 
-    def average_bits(self, schedule: StaticSchedule) -> float | None:
-        """Return the mean bits of the decode steps of all answers; None if they have none."""
-        bits = [schedule.precision(step) for count in self.tokens[schedule] for step in range(count - 1)]
-        return sum(bits) / len(bits) if bits else None
-
     @property
     def verdict(self) -> str:
         """What was found, in a sentence."""
-        label, bits, high = self.metric.label, self.average_bits(self.best), self.average_bits(self.reference)
+        label, bits, high = self.metric.label, self.bits[self.best], self.bits[self.reference]
         if high is None:
             return f"{self.best}: all answers have one token, so there is no decode step to lower"
         if self.best == self.reference:
@@ -128,23 +120,23 @@ class Solution:
         }
         return json_text(document)
 
-    def _json(self, row: Contestant[StaticSchedule]) -> dict[str, Any]:
+    def _json(self, row: Contestant[Schedule]) -> dict[str, Any]:
         return {
             "schedule": str(row.schedule),
-            "cost": row.cost,
-            "average_bits": self.average_bits(row.schedule),
+            "average_bits": self.bits[row.schedule],
+            "cost": self.costs[row.schedule],
             "score": asdict(Estimate.of(row.scores)),
             "difference": asdict(row.difference),
             "keeps_quality": row.keeps,
         }
 
-    def _rows(self) -> list[Contestant[StaticSchedule]]:
+    def _rows(self) -> list[Contestant[Schedule]]:
         """Return the candidates of all phases, each once, in their order."""
         rows = {row.schedule: row for phase in self.phases for row in phase.race.contestants}
         return list(rows.values())
 
-    def _bits(self, schedule: StaticSchedule) -> str:
-        bits = self.average_bits(schedule)
+    def _bits(self, schedule: Schedule) -> str:
+        bits = self.bits[schedule]
         return "–" if bits is None else f"{bits:.2f}"
 
     def _score(self, estimate: Estimate) -> str:

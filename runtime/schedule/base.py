@@ -47,8 +47,16 @@ class AdaptivePlan(Plan, Protocol):
     A plan without `observe` lets teacher forcing run consecutive steps of one precision in one call.
     """
 
+    @property
+    def margin(self) -> float:
+        """How far below the best a logit may be and matter to the plan, as in `Sequence.step`; infinity for any."""
+        ...
+
     def observe(self, step: int, logits: npt.NDArray[np.float32]) -> None:
-        """See the logits ``[V]`` of decode step `step`, before step + 1 is asked for. The array is only lent."""
+        """See the logits ``[V]`` of decode step `step`, before step + 1 is asked for. The array is only lent.
+
+        Those further than `margin` below the best may be approximate, but are that far below.
+        """
         ...
 
 

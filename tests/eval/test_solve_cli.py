@@ -110,6 +110,19 @@ def test_the_prompt_may_have_fewer_bits(bundle: Path, data: Path) -> None:
     assert table["prefill:2,uniform:2"][-1] == "found"
 
 
+def test_adaptive_schedules_are_tried_when_asked_for(bundle: Path, data: Path, tmp_path: Path) -> None:
+    report = tmp_path / "r.json"
+    options = ("--adaptive", "--dry-run", "-q", "--exact", "--tolerance", "1%", "--json", report)
+    table = rows(schedule(bundle, data, *options))
+    adaptive = {name: cells for name, cells in table.items() if name.startswith("adaptive:")}
+    assert {"adaptive:2,4@0.25", "adaptive:3,4@4"} <= set(adaptive)
+    assert all(2 <= float(cells[0]) <= 4 for cells in adaptive.values())
+    assert float(adaptive["adaptive:2,4@0.25"][0]) < float(adaptive["adaptive:2,4@4"][0])
+    good = {name: float(cells[0]) for name, cells in table.items() if cells[-1] != "loses too much"}
+    (best,) = [name for name, cells in table.items() if cells[-1] == "found"]
+    assert good[best] == min(good.values())
+
+
 @pytest.mark.parametrize("what", ["bytes", "time"])
 def test_other_objectives(bundle: Path, data: Path, tmp_path: Path, what: str) -> None:
     report = tmp_path / "r.json"

@@ -15,7 +15,7 @@ from pmpd.eval.solve.grid import pairs, static_schedules, switch_points
 from pmpd.eval.solve.outcomes import Outcomes
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.rouge import Rouge
-from pmpd.runtime import Bundle, Generator, StaticSchedule, Tokenizer, parse_schedule
+from pmpd.runtime import AdaptiveSchedule, Bundle, Generator, StaticSchedule, Tokenizer, parse_schedule
 
 PROMPTS = ["Once upon a time, there was a little girl named Lily.", "Tom had a red ball. He"]
 TOKENS = 9
@@ -82,39 +82,40 @@ def test_an_answer_without_a_token(generator: Generator, tokenizer: Tokenizer) -
     assert (none.ids, none.precisions, none.seconds) == ((), (), ())
 
 
-Opened = Callable[..., tuple[Outcomes, list[Forks]]]
+Opened = Callable[..., tuple[Outcomes, list[Generator]]]
 
 
 @pytest.fixture
 def opened(generator: Generator, tokenizer: Tokenizer, tmp_path: Path) -> Opened:
-    """Open the same file again; the list has what computed answers, if anything had to."""
+    """Open the same file again; the list has the generator as often as it was asked for."""
     task = Rouge(
         tokenizer=tokenizer, stop_ids=(), max_new_tokens=TOKENS, context_length=64, template=Template("{text}")
     )
 
-    def open_outcomes(*, references: tuple[str, ...] = ()) -> tuple[Outcomes, list[Forks]]:
-        made = list[Forks]()
+    def open_outcomes(*, references: tuple[str, ...] = ()) -> tuple[Outcomes, list[Generator]]:
+        made = list[Generator]()
 
-        def forks() -> Forks:
-            made.append(Forks(generator, max_new_tokens=TOKENS, stop_ids=()))
-            return made[-1]
+        def load() -> Generator:
+            made.append(generator)
+            return generator
 
         items = [
             Item(source=f"x:{i}", prompt=text, ids=tuple(tokenizer.encode(text)), references=references)
             for i, text in enumerate(PROMPTS)
         ]
-        return Outcomes(task, items, reference=HIGH, forks=forks, path=tmp_path / "kept" / "x.jsonl"), made
+        return Outcomes(task, items, reference=HIGH, generator=load, path=tmp_path / "kept" / "x.jsonl"), made
 
     return open_outcomes
 
 
 def test_outcomes_are_measured_once(opened: Opened) -> None:
-    first, made = opened()
+    first, _ = opened()
     low = StaticSchedule(((2, 0),))
     found = first.of(1, [HIGH, low])
-    assert first.steps == made[0].steps == 2 * (TOKENS - 1)
+    assert first.steps == 2 * (TOKENS - 1)
     assert found[HIGH].scores["rougeL"] == 100  # without references the reference's own answer is one
     assert found[HIGH].tokens == TOKENS
+    assert (found[HIGH].steps, found[low].steps) == ({"4": TOKENS - 1}, {"2": TOKENS - 1})
     assert 0 < found[low].scores["rougeL"] < 100
     assert first.known(low) == [found[low]]
     again, made = opened()
@@ -131,6 +132,17 @@ def test_an_answer_is_compared_with_the_references_own_wherever_it_comes_from(op
     for name in order:  # each in a process of its own
         found = opened()[0].of(0, [schedules[name]])
         assert found == {schedules[name]: together[schedules[name]]}
+
+
+def test_adaptive_schedules_have_outcomes_too(opened: Opened) -> None:
+    first, _ = opened()
+    adaptive = AdaptiveSchedule(2, 4, 1.0)
+    found = first.of(0, [adaptive, HIGH])[adaptive]
+    assert first.steps == 2 * (TOKENS - 1)
+    assert sum(found.steps.values()) == TOKENS - 1
+    assert set(found.steps) == {"2", "4"}
+    assert 0 < found.scores["rougeL"] <= 100
+    assert opened()[0].known(adaptive) == [found]
 
 
 def test_references_of_the_data_come_first(opened: Opened) -> None:
@@ -169,4 +181,4 @@ def test_what_is_kept_is_plain(opened: Opened) -> None:
     (line,) = outcomes._path.read_text(encoding="utf-8").splitlines()
     document = json.loads(line)
     assert document["outcomes"].keys() == {"uniform:4"}
-    assert document["outcomes"]["uniform:4"].keys() == {"scores", "tokens", "text"}
+    assert document["outcomes"]["uniform:4"].keys() == {"scores", "tokens", "steps", "text"}

@@ -1,7 +1,8 @@
-"""A static schedule for a task: the cheapest one that keeps the quality of the highest precision.
+"""A schedule for a task: the cheapest one that keeps the quality of the highest precision.
 
 First the precisions of the whole answer (PMPD paper, Section 4.1): the lowest uniform one that keeps the quality is
-what decoding starts with. Then the switch points (Section 4.2, Eq. 1-3): from when on lower ones will do.
+what decoding starts with. Then the switch points (Section 4.2, Eq. 1-3): from when on lower ones will do. Then, where
+asked for, adaptive schedules: from lower precisions up where the model is unsure.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pmpd.eval.measure.metrics import rouge_scorer
 from pmpd.eval.measure.scoring import Metric
 from pmpd.eval.runner import Settings, prepare, read_items
-from pmpd.eval.solve.forks import Forks
 from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_points
 from pmpd.eval.solve.outcomes import Outcomes
 from pmpd.eval.solve.race import Race, Tolerance, best_of, cheapest
@@ -28,21 +30,23 @@ from pmpd.eval.speed.traffic import step_bytes
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.registry import TASKS
 from pmpd.eval.tasks.rouge import Rouge
-from pmpd.runtime import Bundle, Generator, StaticSchedule
+from pmpd.runtime import AdaptiveSchedule, Bundle, Generator, Schedule, StaticSchedule
 from pmpd.runtime.console.progress import Progress, progress
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import sha256_of
+from pmpd.runtime.format.precision import parse_precision
 
-__all__ = ["OBJECTIVES", "StaticSettings", "solve"]
+__all__ = ["OBJECTIVES", "SearchSettings", "solve"]
 
 OBJECTIVES = ("bits", "bytes", "time")
 """What may be minimized: mean bits of the decoder's layers, bytes that a step reads, or its measured time."""
 
 TIMED_STEPS = 16  # a precision
+THRESHOLDS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of adaptive schedules, in nats
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticSettings:
+class SearchSettings:
     """What to search for.
 
     Attributes:
@@ -53,6 +57,7 @@ class StaticSettings:
             `minimize` do not matter.
         points: candidate switch points N, the start and the end of an answer included.
         metric: of the task; default its first.
+        adaptive: whether adaptive schedules are tried, too.
         low_prefill: whether the prompt, too, may have fewer bits than the bundle gives it.
         early: whether candidates may leave the search before they have seen all samples (`race.cheapest`).
 
@@ -66,6 +71,7 @@ class StaticSettings:
     target_tps: float | None = None
     points: int = 4
     metric: str | None = None
+    adaptive: bool = False
     low_prefill: bool = False
     early: bool = True
 
@@ -83,8 +89,8 @@ class StaticSettings:
             )
 
 
-def solve(bundle: Bundle, settings: StaticSettings) -> Solution:
-    """Find a static schedule. The bundle is not changed.
+def solve(bundle: Bundle, settings: SearchSettings) -> Solution:
+    """Find a schedule. The bundle is not changed.
 
     Answers are kept in the user's cache (`outcomes.py`), so a search that was interrupted goes on where it was.
 
@@ -104,9 +110,9 @@ def solve(bundle: Bundle, settings: StaticSettings) -> Solution:
 
 
 class _Search:
-    """Everything that both phases share."""
+    """Everything that the phases share."""
 
-    def __init__(self, bundle: Bundle, settings: StaticSettings) -> None:
+    def __init__(self, bundle: Bundle, settings: SearchSettings) -> None:
         task, _ = prepare(bundle, settings.evaluation)
         assert isinstance(task, Rouge)
         self.bundle, self.settings, self.task = bundle, settings, task
@@ -117,15 +123,14 @@ class _Search:
             task,
             self.items,
             reference=StaticSchedule(((bundle.manifest.precisions[0], 0),)),
-            forks=lambda: Forks(self.generator, max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids),
+            generator=self._load,
             path=_cache_file(bundle, settings.evaluation, task.max_new_tokens),
         )
         self._generator: Generator | None = None
         self._seconds: dict[float, float] = {}
 
-    @property
-    def generator(self) -> Generator:
-        """The bundle, loaded when it is needed first."""
+    def _load(self) -> Generator:
+        """Return the bundle, loaded when it is needed first."""
         if self._generator is None:
             evaluation = self.settings.evaluation
             self._generator = Generator(
@@ -143,64 +148,70 @@ class _Search:
         find = partial(cheapest, tolerance=self.settings.tolerance, early=self.settings.early)
         cost = self._cost(self.settings.minimize)
         precisions = self.bundle.manifest.precisions
-        costs = {pair: cost[pair.switches[0][0]] for pair in pairs(precisions, self._prefills())}
-        phases = [self._run("allocate", find, costs, reference)]
-        best = phases[0].race.best
-        steps, lower = self._longest(reference) - 1, [p for p in precisions if p <= best.switches[0][0]]
+        uniform = sorted(pairs(precisions, self._prefills()), key=lambda pair: cost[pair.switches[0][0]])
+        phases = [self._run("allocate", find, uniform, reference)]
+        start, prefill = phases[0].race.best.precisions[0], phases[0].race.best.prefill
+        steps, lower = self._longest(reference) - 1, [p for p in precisions if p <= start]
         if steps > 0 and len(lower) > 1:
             # Schedules that start lower have been tried: they begin with a precision that did not do.
-            candidates = [
+            switching = [
                 schedule
-                for schedule in static_schedules(
-                    lower, switch_points(steps, self.settings.points), prefill=best.prefill
-                )
-                if schedule.switches[0] == (lower[0], 0) and len(schedule.switches) > 1
+                for schedule in static_schedules(lower, switch_points(steps, self.settings.points), prefill=prefill)
+                if schedule.precisions[0] == start and len(schedule.precisions) > 1
             ]
-            costs = {schedule: mean_cost(schedule, cost, steps) for schedule in candidates}
-            phases.append(self._run("switch", find, costs, reference))
-            if phases[1].race.best != reference:
-                best = phases[1].race.best
-        return self._solution(reference, best, phases, self.settings.minimize)
+            switching.sort(key=lambda schedule: mean_cost(schedule, cost, steps))
+            phases.append(self._run("switch", find, switching, reference))
+            if self.settings.adaptive:
+                adaptive = [
+                    AdaptiveSchedule(low, start, threshold, prefill) for threshold in THRESHOLDS for low in lower[:0:-1]
+                ]
+                phases.append(self._run("adapt", find, adaptive, reference))
+        rows = [row for phase in phases for row in phase.race.contestants]
+        good = [row.schedule for row in rows if row.keeps and len(row.scores) == len(self.items)]
+        spent = {schedule: _spent(self._steps(schedule), cost) or 0.0 for schedule in good}
+        best = min(good, key=lambda schedule: spent[schedule], default=reference)
+        return self._solution(reference, best, phases, cost)
 
     def to_a_speed(self, reference: StaticSchedule, target_tps: float) -> Solution:
         """Find the best schedule at a speed."""
         cost = self._cost("time")
         precisions = self.bundle.manifest.precisions
-        first = self._run("answers", best_of, {reference: cost[precisions[0]]}, reference)
+        first = self._run("answers", best_of, [reference], reference)
         steps = self._longest(reference) - 1
         points = switch_points(max(steps, 0), self.settings.points)
-        costs = {schedule: mean_cost(schedule, cost, steps) for schedule in static_schedules(precisions, points)}
-        fast = {schedule: seconds for schedule, seconds in costs.items() if seconds <= 1 / target_tps}
+        seconds = {schedule: mean_cost(schedule, cost, steps) for schedule in static_schedules(precisions, points)}
+        ordered = sorted(seconds, key=lambda schedule: seconds[schedule])
+        fast = [schedule for schedule in ordered if seconds[schedule] <= 1 / target_tps]
         if not fast:
-            fastest = min(costs, key=lambda schedule: costs[schedule])
             raise PmpdError(
-                f"no schedule of this bundle reaches {target_tps:g} tokens/s here: {fastest} has "
-                f"{1 / costs[fastest]:.1f}; export lower precisions, or ask for less"
+                f"no schedule of this bundle reaches {target_tps:g} tokens/s here: {ordered[0]} has "
+                f"{1 / seconds[ordered[0]]:.1f}; export lower precisions, or ask for less"
             )
         second = self._run("switch", best_of, fast, reference)
-        return self._solution(reference, second.race.best, [first, second], "time")
+        return self._solution(reference, second.race.best, [first, second], cost)
 
     def _run(
-        self,
-        name: str,
-        find: Callable[..., Race[StaticSchedule]],
-        costs: Mapping[StaticSchedule, float],
-        reference: StaticSchedule,
+        self, name: str, find: Callable[..., Race[Any]], candidates: Sequence[Schedule], reference: StaticSchedule
     ) -> Phase:
         before = self.outcomes.steps
         with progress(name, total=len(self.items), unit="sample") as shown:
-            race = find(costs, reference, partial(self._scores, shown=shown), samples=len(self.items))
+            race = find(candidates, reference, partial(self._scores, shown=shown), samples=len(self.items))
         return Phase(name, race, self.outcomes.steps - before)
 
-    def _scores(
-        self, part: range, schedules: Sequence[StaticSchedule], *, shown: Progress
-    ) -> dict[StaticSchedule, list[float]]:
-        scores: dict[StaticSchedule, list[float]] = {schedule: [] for schedule in schedules}
+    def _scores(self, part: range, schedules: Sequence[Schedule], *, shown: Progress) -> dict[Schedule, list[float]]:
+        scores: dict[Schedule, list[float]] = {schedule: [] for schedule in schedules}
         for index in part:
             for schedule, outcome in self.outcomes.of(index, schedules).items():
                 scores[schedule].append(outcome.scores[self.metric.score])
             shown.advance()
         return scores
+
+    def _steps(self, schedule: Schedule) -> dict[float, int]:
+        """Return how many decode steps of all known answers under a schedule had each precision."""
+        steps = Counter[str]()
+        for outcome in self.outcomes.known(schedule):
+            steps.update(outcome.steps)
+        return {parse_precision(precision): count for precision, count in steps.items()}
 
     def _cost(self, objective: str) -> dict[float, float]:
         """Return what a decode step costs at each precision."""
@@ -210,7 +221,7 @@ class _Search:
         if objective == "bytes":
             return {p: step_bytes(manifest, precision=p, positions=0) for p in manifest.precisions}
         if not self._seconds:
-            self._seconds = _step_seconds(self.generator, self.items[0])
+            self._seconds = _step_seconds(self._load(), self.items[0])
         return self._seconds
 
     def _prefills(self) -> list[float | None]:
@@ -224,8 +235,10 @@ class _Search:
         return max(outcome.tokens for outcome in self.outcomes.known(schedule))
 
     def _solution(
-        self, reference: StaticSchedule, best: StaticSchedule, phases: Sequence[Phase], objective: str
+        self, reference: StaticSchedule, best: Schedule, phases: Sequence[Phase], cost: Mapping[float, float]
     ) -> Solution:
+        schedules = [reference, *(row.schedule for phase in phases for row in phase.race.contestants)]
+        steps = {schedule: self._steps(schedule) for schedule in schedules}
         return Solution(
             task=self.settings.evaluation.task,
             data=self.settings.evaluation.data.name,
@@ -234,13 +247,20 @@ class _Search:
             skipped=self.skipped,
             metric=self.metric,
             tolerance=self.settings.tolerance,
-            objective=objective,
+            objective="time" if self.settings.target_tps else self.settings.minimize,
             target_tps=self.settings.target_tps,
             reference=reference,
             best=best,
-            tokens={s: [o.tokens for o in self.outcomes.known(s)] for phase in phases for s in phase.schedules},
+            bits={schedule: _spent(counts, {p: float(p) for p in counts}) for schedule, counts in steps.items()},
+            costs={schedule: _spent(counts, cost) for schedule, counts in steps.items()},
             phases=tuple(phases),
         )
+
+
+def _spent(steps: Mapping[float, int], cost: Mapping[float, float]) -> float | None:
+    """Return the mean cost of steps, of what one costs at each precision; None if there are none."""
+    count = sum(steps.values())
+    return sum(cost[precision] * number for precision, number in steps.items()) / count if count else None
 
 
 def _metric(metrics: Sequence[Metric], name: str | None) -> Metric:
