@@ -23,14 +23,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-# Export the embedded model, generate with it, evaluate it.
+# Export the embedded model, find a schedule for it, generate with it, evaluate it.
 demo: $(VENV)/.installed
-	@echo "demo 1 of 3: export the embedded model"
+	@echo "demo 1 of 4: export the embedded model"
 	$(BIN)/pmpd-export --model demo --precisions 4,3,2 --calibration own --output demo-pmpd --overwrite
-	@echo "demo 2 of 3: write a story, coloured by precision"
-	$(BIN)/pmpd-run demo-pmpd -p "Once upon a time, there was a little girl named Lily." \
-	  -n 100 --schedule static:3@16,2@32 --show-precision
-	@echo "demo 3 of 3: compare schedules with the unquantized model"
+	@echo "demo 2 of 4: find a schedule for it"
+	$(BIN)/pmpd-schedule demo-pmpd --task jsonl --data exporter/demo/openings.jsonl --prompt-template '{prompt}' \
+	  --max-new-tokens 48 --tolerance 20% --as stories
+	@echo "demo 3 of 4: write a story with it, coloured by precision"
+	$(BIN)/pmpd-run demo-pmpd -p "Once upon a time, there was a little girl named Lily." -n 100 --show-precision
+	@echo "demo 4 of 4: compare schedules with the unquantized model"
 	$(BIN)/pmpd-eval demo-pmpd --task fidelity --data exporter/demo/openings.jsonl \
 	  --schedule uniform:4 --schedule uniform:3 --schedule uniform:2 --schedule static:3@16,2@32 --max-new-tokens 48 \
 	  --html demo-report.html --json demo-report.json
