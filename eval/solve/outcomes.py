@@ -34,6 +34,11 @@ class Outcome:
     steps: Mapping[str, int]
     text: str
 
+    def __post_init__(self) -> None:
+        kinds = ((self.scores, dict), (self.tokens, int), (self.steps, dict), (self.text, str))
+        if not all(isinstance(value, kind) for value, kind in kinds):  # from a file that somebody has changed
+            raise TypeError("an outcome has scores, tokens, steps and a text")
+
 
 class Outcomes:
     """Outcomes of a task's items under schedules.

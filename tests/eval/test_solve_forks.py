@@ -21,6 +21,7 @@ PROMPTS = ["Once upon a time, there was a little girl named Lily.", "Tom had a r
 TOKENS = 9
 BITS = (4, 3, 2)
 HIGH = StaticSchedule(((4, 0),))
+BAD = '{"item": "a", "outcomes": {"uniform:4": {"scores": 1, "tokens": 2, "steps": {}, "text": ""}}}'
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_a_line_that_a_kill_cut_off_is_measured_again(opened: Opened, left: int)
     assert len(third.known(HIGH)) == 2
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"item": "a", "outcomes": {"uniform:4": 3}}', "\x00", "null"])
+@pytest.mark.parametrize("line", [BAD, "[]", "{}", '{"item": "a", "outcomes": {"uniform:4": 3}}', "\x00", "null"])
 def test_lines_that_are_none_are_passed_over(opened: Opened, line: str) -> None:
     first, _ = opened()
     whole = first.of(0, [HIGH])
