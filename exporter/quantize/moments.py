@@ -41,6 +41,9 @@ def damped(H: npt.NDArray[np.floating], columns: int, damping: float) -> Floats:
 def feedback(H: Floats) -> Floats:
     """Return the upper triangular U with ``Uᵀ U = H⁻¹``, for H positive definite.
 
+    Moments of a few huge inputs, rounded to float32, may be indefinite all the same (Qwen2.5-0.5B). Then the diagonal
+    gets 0.01 of its mean more, then 0.1, and so on.
+
     Rounding errors of column j are made up for in the columns after it by ``U[j, j + 1:] / U[j, j]`` (GPTQ, Step 3).
     With ``H = R Rᵀ`` for an upper triangular R, U is its inverse; R is the Cholesky factor of H from the last column to
     the first.
@@ -48,7 +51,11 @@ def feedback(H: Floats) -> Floats:
     import torch  # not at the top: a skeleton needs the names of methods alone, and no torch
 
     backwards = torch.from_numpy(H).double().flip(0, 1)
-    factor = torch.linalg.cholesky(backwards).flip(0, 1)
+    more = max(0.01 * float(backwards.diagonal().mean()), 1e-9)
+    while (attempt := torch.linalg.cholesky_ex(backwards)).info:
+        backwards.diagonal().add_(more)
+        more *= 10
+    factor = attempt.L.flip(0, 1)
     inverse: Floats = torch.linalg.solve_triangular(factor, torch.eye(len(H)).double(), upper=True).float().numpy()
     return inverse
 

@@ -87,6 +87,19 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     np.testing.assert_allclose(U.T @ U @ H, np.eye(40), atol=1e-3)
 
 
+@pytest.mark.parametrize(("least", "more"), [(-0.005, 0.01), (-0.05, 0.11), (-0.5, 1.11)])
+def test_what_rounding_made_indefinite_is_damped_more(least: float, more: float) -> None:
+    values = np.linspace(least, 2 - least, 40)  # a mean of 1
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))[0]
+    H = (basis * values @ basis.T).astype(np.float32)
+    U = feedback(H).astype(np.float64)
+    np.testing.assert_allclose(U.T @ U @ (H + more * np.eye(40)), np.eye(40), atol=1e-2)
+
+
+def test_moments_of_nothing_have_a_factor() -> None:
+    assert np.isfinite(feedback(np.zeros((3, 3), np.float32))).all()
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_codes_are_those_of_solving_for_the_columns_that_are_left(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each column, those after it take the values of least output error, given all errors made so far."""
