@@ -78,6 +78,17 @@ class Solution:
             f"{self._difference(self.loss)} on {self.samples} samples"
         )
 
+    @property
+    def caution(self) -> str | None:
+        """What more samples would change, where the interval of the loss is wider than the tolerance; else None."""
+        allowed = self.tolerance.allows(Estimate.of(self.phases[0].race.reference).value)
+        if self.target_tps is not None or self.best == self.reference or (self.loss.ci95 or 0.0) <= allowed:
+            return None
+        return (
+            f"The tolerance of {self.tolerance} is {allowed:.{self.metric.digits}f} here, less than {self.samples} "
+            "samples can tell apart: give more, or check the schedule on other data (pmpd-eval)."
+        )
+
     def to_markdown(self) -> str:
         """Return the table of all candidates, and the verdict."""
         scored = self._rows()
@@ -95,13 +106,14 @@ class Solution:
             table.append(cells)
         steps = sum(phase.steps for phase in self.phases)
         notes = f"{steps:,} decode steps computed; ± is half of a 95 % interval, differences are paired."
-        return f"{markdown_table(table)}\n\n{self.verdict}\n{notes}"
+        return "\n".join(filter(None, [f"{markdown_table(table)}\n", self.verdict, self.caution, notes]))
 
     def to_json(self) -> str:
         """Return everything as JSON text."""
         document: dict[str, Any] = {
             "schedule": str(self.best),
             "verdict": self.verdict,
+            "caution": self.caution,
             "task": self.task,
             "data": {"name": self.data, "sha256": self.data_sha256, "samples": self.samples, "skipped": self.skipped},
             "metric": self.metric.name,

@@ -75,6 +75,8 @@ def test_what_is_found_decodes_from_then_on(bundle: Path, data: Path) -> None:
     (report,) = (bundle / "schedules").iterdir()
     document = json.loads(report.read_text(encoding="utf-8"))
     assert document["schedule"] == found
+    assert "less than 4 samples can tell apart" in document["caution"]
+    assert document["caution"] in result.stdout
     assert document["data"]["samples"] == len(STORIES)
     assert {c["schedule"] for phase in document["phases"] for c in phase["candidates"]} == set(table)
     generator = Generator(Bundle.open(bundle), context_length=64)
@@ -93,6 +95,7 @@ def test_a_tolerance_that_nothing_meets(bundle: Path, tmp_path: Path, data: Path
     result = schedule(bundle, data, "--tolerance", 0, "--switch-points", 2, "--json", report, "--dry-run", "-q")
     assert result.exit_code == 0, result.stderr
     assert "uniform:4: no lower precision keeps ROUGE-L within 0\n" in result.stdout
+    assert "can tell apart" not in result.stdout
     assert json.loads(report.read_text(encoding="utf-8"))["schedule"] == "uniform:4"
     assert (bundle / "bundle.json").read_bytes() == before
     assert not (bundle / "schedules").exists()
