@@ -17,7 +17,7 @@ from pmpd.runtime.errors import PmpdError, one_line
 from pmpd.runtime.format.precision import PRECISION, parse_precision
 from pmpd.runtime.schedule.base import Prefill
 
-__all__ = ["AdaptiveSchedule", "parse_adaptive"]
+__all__ = ["AdaptivePrecision", "AdaptiveSchedule", "parse_adaptive"]
 
 
 @dataclass(frozen=True)
