@@ -107,7 +107,7 @@ def observe(bundle: Bundle, settings: Settings, *, high: float, low: float, quie
         if precision not in bundle.manifest.precisions:
             raise PmpdError(unknown_choice("precision", precision, bundle.manifest.precisions))
     if high <= low:
-        raise PmpdError(f"the high precision must be above the low one, got {high} and {low}")
+        raise PmpdError(f"the high precision must be above the low one, got {high:g} and {low:g}")
     task, _ = prepare(bundle, settings)
     if not isinstance(task, Rouge):
         raise PmpdError(
@@ -135,22 +135,22 @@ def _answers(
     generator: Generator, task: Rouge, item: Item, high: float, low: float, *, seed: int
 ) -> Mapping[str, Answer]:
     """Return the answer of every row, the one that is high throughout first."""
-    name = f"{high}, {high}"
+    name = f"{high:g}, {high:g}"
     whole = _Steps((high,), high)
     forks = Forks(generator, max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids)
     answers = {name: dict(forks.answers(item.ids, [whole]))[whole]}
     steps = max(0, len(answers[name].ids) - 1)
     rows = {
-        f"{high}, {low}": _Steps((low,), high),
-        f"{low}, {high}": _Steps((high,), low),
-        f"{low}, {low}": _Steps((low,), low),
+        f"{high:g}, {low:g}": _Steps((low,), high),
+        f"{low:g}, {high:g}": _Steps((high,), low),
+        f"{low:g}, {low:g}": _Steps((low,), low),
     }
     count = (steps + 1) // 2
     halves = {half: steps_of(steps, count) for half, steps_of in HALVES.items()}
     halves["random half"] = random.Random(seed).sample(range(steps), count)
     for half, chosen in halves.items():
         bits = tuple(high if step in chosen else low for step in range(steps))
-        rows[f"{high}, {high} in the {half}".replace("the every", "every")] = _Steps(bits or (low,), high)
+        rows[f"{high:g}, {high:g} in the {half}".replace("the every", "every")] = _Steps(bits or (low,), high)
     forks = Forks(generator, max_new_tokens=steps + 1, stop_ids=task.stop_ids)
     by_schedule = dict(forks.answers(item.ids, set(rows.values())))
     return answers | {row: by_schedule[schedule] for row, schedule in rows.items()}
