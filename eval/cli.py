@@ -201,12 +201,13 @@ def quality(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports every model it loads
     # Imported here, so that --help answers at once and a missing package is one line.
     from pmpd.eval import runner
+    from pmpd.eval.data.records import unescaped
     from pmpd.runtime import Bundle
 
     if html_file is not None:
         from pmpd.eval.report.page import render_html
     check_outputs(json_file, csv_file, html_file)
-    settings = runner.Settings(data=data or Path(), prompt_template=_unescape(prompt_template), **options)
+    settings = runner.Settings(data=data or Path(), prompt_template=unescaped(prompt_template), **options)
     opened = Bundle.open(bundle, verify=True)
     warn_unverified(bundle, verified=opened.manifest.verified)
     results = runner.evaluate(opened, settings, quiet=is_quiet())
@@ -318,11 +319,6 @@ def _fail_if_unfinished(results: QualityResults | SpeedResults | CompareResults)
     elif isinstance(results.cause, PmpdError):
         what, code = f"{results.cause}; ", FAILED
     raise Failure(f"{what}{results.progress}; missing: {', '.join(results.unfinished)}", code)
-
-
-def _unescape(template: str | None) -> str | None:
-    r"""Return the template with ``\n`` and ``\t`` as a shell passes them in plain quotes made one character."""
-    return None if template is None else template.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 if __name__ == "__main__":

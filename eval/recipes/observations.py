@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from pmpd.eval.data.records import unescaped
 from pmpd.eval.measure.metrics import rouge, rouge_scorer
 from pmpd.eval.measure.models import Answer
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
@@ -162,13 +163,24 @@ def _answers(
 @click.option("--data", metavar="FILE", type=FILE, required=True, help="Examples: JSON lines (.jsonl, .jsonl.gz).")
 @click.option("--limit", type=int, metavar="N", help="Use the first N records only.  [default: all]")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer.  [default: the task's]")
-@click.option("--prompt-template", metavar="TEXT", help=r"The prompt, with {field} for a field of the record.")
+@click.option(
+    "--prompt-template",
+    metavar="TEXT",
+    help=r"The prompt, with {field} for a field of the record and \n for a new line.",
+)
 @click.option("--reference-field", metavar="NAME", help="Field with the reference text.  [default: the task's]")
 @click.option("--high", type=float, metavar="BITS", help="The high precision.  [default: the bundle's lowest but one]")
 @click.option("--low", type=float, metavar="BITS", help="The low precision.  [default: the bundle's lowest]")
 @click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]")
 @json_option()
-def main(bundle: Path, high: float | None, low: float | None, json_file: Path | None, **options: Any) -> None:
+def main(
+    bundle: Path,
+    high: float | None,
+    low: float | None,
+    json_file: Path | None,
+    prompt_template: str | None,
+    **options: Any,
+) -> None:
     """See whether the paper's two observations hold: what low bits do to prompts and to parts of answers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_outputs(json_file)
@@ -176,7 +188,7 @@ def main(bundle: Path, high: float | None, low: float | None, json_file: Path | 
     precisions = opened.manifest.precisions
     results = observe(
         opened,
-        Settings(**options),
+        Settings(prompt_template=unescaped(prompt_template), **options),
         high=high or precisions[-2:][0],
         low=low or precisions[-1],
         quiet=is_quiet(),

@@ -40,7 +40,11 @@ log = logging.getLogger("pmpd.eval")
 @click.option("--data", metavar="FILE", type=FILE, help="Examples: JSON lines (.jsonl, .jsonl.gz).")
 @click.option("--limit", type=int, metavar="N", help="Use the first N records only.  [default: all]")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer.  [default: the task's]")
-@click.option("--prompt-template", metavar="TEXT", help=r"The prompt, with {field} for a field of the record.")
+@click.option(
+    "--prompt-template",
+    metavar="TEXT",
+    help=r"The prompt, with {field} for a field of the record and \n for a new line.",
+)
 @click.option("--reference-field", metavar="NAME", help="Field with the reference text.  [default: the task's]")
 @click.option("--chat/--no-chat", default=None, help="Send prompts through the model's chat template.")
 @click.option(
@@ -77,18 +81,20 @@ def main(
     adaptive: bool,
     low_prefill: bool,
     exact: bool,
+    prompt_template: str | None,
     name: str | None,
     default: bool,
     dry_run: bool,
     json_file: Path | None,
     **options: Any,
 ) -> None:
-    """Find the schedule that decodes a task with the fewest bits at no loss.
+    """Find the schedule of fewest bits that keeps the quality of a task.
 
     Answers under the bundle's highest precision are what others are compared with. The schedule becomes part of the
     bundle: pmpd-run decodes with it from then on, or by name with --schedule.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from pmpd.eval.data.records import unescaped
     from pmpd.eval.runner import Settings
     from pmpd.eval.solve.publish import check_name, publish
     from pmpd.eval.solve.race import Tolerance
@@ -97,7 +103,7 @@ def main(
 
     check_outputs(json_file)
     settings = SearchSettings(
-        evaluation=Settings(data=data or Path(), **options),
+        evaluation=Settings(data=data or Path(), prompt_template=unescaped(prompt_template), **options),
         tolerance=Tolerance.parse(tolerance),
         minimize=minimize,
         target_tps=target_tps,

@@ -24,7 +24,7 @@ STORIES = [
     "One day, a small bird sat on a big tree. It was sad because it could not find its mom.",
     "Sara and Ben went to the park. They saw a big slide and wanted to play on it all day.",
 ]
-TEMPLATE = "{start}"
+TEMPLATE = r"A story.\n{start}"
 
 
 @pytest.fixture
