@@ -1,16 +1,18 @@
 """Quantization methods compared on the same weights: ``python -m pmpd.eval.comparison.methods CHECKPOINT``.
 
 Each method quantizes the linear layers of a checkpoint as `pmpd-export` would; then transformers computes with what the
-codes stand for, at each precision. The output layer and the embedding stay as they are: what is seen is the method's.
+codes stand for, at each precision. Layers of bundles may stand beside them. The output layer and the embedding stay as
+they are: what is seen is the method's.
 """
 
 from __future__ import annotations
 
 import ast
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,14 @@ from pmpd.exporter.calibrate.store import StatisticsStore
 from pmpd.exporter.config import BUILT_IN, ExportConfig, calibration_text, parse_bits
 from pmpd.exporter.pipeline import Export
 from pmpd.exporter.quantize import METHODS
+from pmpd.exporter.quantize.base import NestedCodes
 from pmpd.exporter.source.reference import load_model
+from pmpd.runtime import Bundle
 from pmpd.runtime.console.command import FILE, Command, check_outputs, json_option, print_result
 from pmpd.runtime.console.output import json_text
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import PmpdError, unknown_choice
+from pmpd.runtime.format.bitplanes import unpack
 
 __all__ = ["Choice", "MethodScores", "Windows", "compare_methods", "main", "table"]
 
@@ -97,7 +102,7 @@ class MethodScores:
     """How far a quantized model is from the checkpoint, by window of text.
 
     Attributes:
-        method: and its options.
+        method: and its options; or the name of a bundle.
         precision: bits.
         bits: that a step reads for each weight, with codebooks and padding.
         kl: mean Kullback-Leibler divergence from the checkpoint's predictions, in nats a token.
@@ -107,7 +112,7 @@ class MethodScores:
     """
 
     method: str
-    precision: int
+    precision: float
     bits: float
     kl: list[float]
     loss: list[float]
@@ -154,13 +159,20 @@ class Windows:
 
 
 def compare_methods(
-    model: str, choices: Sequence[Choice], text: Path, *, limit: int = 12, **options: Any
+    model: str,
+    choices: Sequence[Choice],
+    text: Path,
+    *,
+    bundles: Sequence[Bundle] = (),
+    limit: int = 12,
+    **options: Any,
 ) -> Iterator[MethodScores]:
     """Yield each method's scores, precision by precision; first, under the name ``fp``, those of the checkpoint.
 
     Args:
         model: the checkpoint, as `ExportConfig` takes it.
         text: on which to compare; JSON lines, or plain.
+        bundles: of the checkpoint, whose layers are compared, too, as they are.
         limit: windows of the text.
         options: of `ExportConfig`, such as `calibration` and `precisions`.
 
@@ -168,6 +180,7 @@ def compare_methods(
         PmpdError: as `Export.prepare`, `Choice.parse`, and `Windows`.
     """
     exports = [_prepare(model, choice, options) for choice in choices]
+    exported = [_layers_of(bundle, model) for bundle in bundles]
     checkpoint = exports[0][0].checkpoint
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
@@ -182,8 +195,15 @@ def compare_methods(
         seconds = time.monotonic() - begin
         for precision in export.config.planes:
             bits = _bits_read(choice, approximations, precision)
-            with _weights(network, approximations, precision):
+            with _weights(network, approximations, lambda _, precision=precision: precision):  # type: ignore[misc]
                 yield MethodScores(str(choice), precision, bits, *windows.scores(), seconds)
+    for bundle, layers in zip(bundles, exported, strict=True):
+        for number in bundle.manifest.precisions:
+            planes = partial(bundle.manifest.planes, precision=number)
+            read = sum(layer.nbytes(planes(layer.layer.name)) for layer in layers)
+            bits = 8 * read / sum(layer.codes.codes.size for layer in layers)
+            with _weights(network, layers, planes):
+                yield MethodScores(bundle.path.name, number, bits, *windows.scores(), 0.0)
 
 
 def _prepare(model: str, choice: Choice, options: Mapping[str, Any]) -> list[Export]:
@@ -198,6 +218,33 @@ def _prepare(model: str, choice: Choice, options: Mapping[str, Any]) -> list[Exp
     if not choice.options.get("alone"):
         return [Export.prepare(config)]
     return [Export.prepare(replace(config, precisions=(bits,), parent=bits)) for bits in config.resolve().planes]
+
+
+def _layers_of(bundle: Bundle, model: str) -> list[Quantized]:
+    """Return the layers of a bundle that have several precisions.
+
+    Raises:
+        PmpdError: it is not of this checkpoint.
+    """
+    manifest = bundle.manifest
+    config = ExportConfig(
+        model=model, output=Path("unused"), targets=(), precisions=manifest.precisions, parent=manifest.parent_precision
+    )
+    plan = Export.prepare(config).plan
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    layers = []
+    for layer in plan.linears:
+        if not layer.module.nested:
+            continue
+        books = {bits: plan.codebook(layer.name, bits) for bits in config.resolve().planes}
+        for planned in (plan.planes(layer.name), *books.values()):
+            if planned.name not in tensors or tensors[planned.name].shape != planned.shape:
+                raise PmpdError(f"{bundle.path} is no bundle of {model}: it has no {planned.name} of its shape")
+        codes = unpack(bundle.tensor(tensors[plan.planes(layer.name).name]), layer.module.in_features)
+        codebooks = {bits: np.array(bundle.tensor(tensors[book.name])) for bits, book in books.items()}
+        nothing = np.empty(0, np.intp), np.empty(0, np.float16)
+        layers.append(Quantized(layer, NestedCodes(codes, codebooks), *nothing))
+    return layers
 
 
 def _quantize(choice: Choice, export: Export, statistics: StatisticsStore | None) -> list[Quantized]:
@@ -218,13 +265,13 @@ def _bits_read(choice: Choice, layers: Sequence[Quantized], precision: int) -> f
 
 
 @contextmanager
-def _weights(network: torch.nn.Module, layers: Sequence[Quantized], bits: int) -> Iterator[None]:
-    """Give a model of transformers quantized weights for a while."""
+def _weights(network: torch.nn.Module, layers: Sequence[Quantized], bits: Callable[[str], int]) -> Iterator[None]:
+    """Give a model of transformers quantized weights for a while, of so many bits in each layer."""
     parameters = dict(network.named_parameters())
     before = {}
     try:
         for quantized in layers:
-            for name, weight in quantized.layer.unstack(quantized.weight(bits)).items():
+            for name, weight in quantized.layer.unstack(quantized.weight(bits(quantized.layer.name))).items():
                 before[name] = parameters[name].data
                 parameters[name].data = torch.from_numpy(np.ascontiguousarray(weight))
         yield
@@ -243,8 +290,8 @@ def table(results: Sequence[MethodScores]) -> str:
         f"| fp | | | | | | {np.exp(np.mean(fp.loss)):.2f} | | |",
     ]
     for row in rows:
-        base = first[row.precision]
-        ratio = "" if row is base else _ratio(row.kl, base.kl)
+        base = first.get(row.precision)  # the first method has no mixes
+        ratio = "" if base is None or base is row else _ratio(row.kl, base.kl)
         over = Estimate.of([ours - theirs for ours, theirs in zip(row.loss, fp.loss, strict=True)])
         lines.append(
             f"| {row.method} | {row.precision} | {row.bits:.2f} | {Estimate.of(row.kl).text(4)} | {ratio} | "
@@ -279,6 +326,9 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     "precision) or dns:outliers=0.01. Repeatable; the first is what the others are compared with.  [default: "
     "anyprecision, guided]",
 )  # fmt: skip
+@click.option(
+    "--bundle", "bundles", multiple=True, type=FILE, metavar="DIR", help="A bundle of the checkpoint, too. Repeatable."
+)
 @click.option("--precisions", default="4,3,2", show_default=True, metavar="LIST", help="Bits, high to low.")
 @click.option("--parent", type=int, help="Bits of the codes.  [default: the highest precision]")
 @click.option("--limit", type=click.IntRange(2), default=12, show_default=True, help="Windows of 512 tokens.")
@@ -289,6 +339,7 @@ def main(
     calibration: str | None,
     calibration_samples: int,
     methods: tuple[str, ...],
+    bundles: tuple[Path, ...],
     precisions: str,
     parent: int | None,
     limit: int,
@@ -306,6 +357,7 @@ def main(
             model,
             [Choice.parse(method) for method in methods],
             data,
+            bundles=[Bundle.open(bundle) for bundle in bundles],
             limit=limit,
             calibration=calibration_text(calibration),
             calibration_samples=calibration_samples,

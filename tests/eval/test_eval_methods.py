@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tiny_models import TINY_MODELS
 
 from pmpd.eval.comparison.dense_sparse import dense_and_sparse, quantized
 from pmpd.eval.comparison.methods import Choice, MethodScores, compare_methods, main, table
 from pmpd.exporter import Export, ExportConfig
-from pmpd.runtime import PmpdError
+from pmpd.runtime import Bundle, PmpdError
 from pmpd.runtime.format.bitplanes import row_stride
 
 
@@ -117,6 +118,28 @@ def test_no_outliers_are_the_method_itself(export: Export) -> None:
     plain, sparse = quantized(export, layer, None), dense_and_sparse(export, layer, None, outliers=0.0)
     assert np.array_equal(sparse.weight(2), plain.weight(2))
     assert sparse.nbytes(2) == plain.nbytes(2)
+
+
+@pytest.mark.full
+def test_a_bundle_scores_as_the_method_that_it_was_made_by(tmp_path: Path, demo_bundle: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a girl with a red ball and a small dog named Max. " * 80)
+    arguments = ["demo", "--data", str(text), "--limit", "2", "--calibration", "none", "--method", "anyprecision"]
+    file = tmp_path / "scores.json"
+    result = CliRunner().invoke(main, [*arguments, "--bundle", str(demo_bundle), "--json", str(file), "-q"])
+    assert result.exit_code == 0, result.output
+    _, *rows = [MethodScores(**row) for row in json.loads(file.read_text())]
+    assert [row.method for row in rows] == ["anyprecision"] * 3 + ["demo-pmpd"] * 3
+    for ours, theirs in zip(rows[:3], rows[3:], strict=True):
+        assert (ours.precision, ours.bits, ours.kl, ours.loss) == (
+            theirs.precision, theirs.bits, theirs.kl, theirs.loss
+        )  # fmt: skip
+
+
+def test_a_bundle_of_another_model(tmp_path: Path, demo_bundle: Path) -> None:
+    model = TINY_MODELS["llama"].save(tmp_path / "llama")
+    with pytest.raises(PmpdError, match="is no bundle of"):
+        list(compare_methods(str(model), [Choice.parse("rtn")], tmp_path / "x", bundles=[Bundle.open(demo_bundle)]))
 
 
 @pytest.mark.full
