@@ -239,7 +239,7 @@ def _layers_of(bundle: Bundle, model: str) -> list[Quantized]:
         books = {bits: plan.codebook(layer.name, bits) for bits in config.resolve().planes}
         for planned in (plan.planes(layer.name), *books.values()):
             if planned.name not in tensors or tensors[planned.name].shape != planned.shape:
-                raise PmpdError(f"{bundle.path} is no bundle of {model}: it has no {planned.name} of its shape")
+                raise PmpdError(f"{bundle.path} is not a bundle of {model}: it has no {planned.name} of its shape")
         codes = unpack(bundle.tensor(tensors[plan.planes(layer.name).name]), layer.module.in_features)
         codebooks = {bits: np.array(bundle.tensor(tensors[book.name])) for bits, book in books.items()}
         nothing = np.empty(0, np.intp), np.empty(0, np.float16)

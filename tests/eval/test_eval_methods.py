@@ -138,7 +138,7 @@ def test_a_bundle_scores_as_the_method_that_it_was_made_by(tmp_path: Path, demo_
 
 def test_a_bundle_of_another_model(tmp_path: Path, demo_bundle: Path) -> None:
     model = TINY_MODELS["llama"].save(tmp_path / "llama")
-    with pytest.raises(PmpdError, match="is no bundle of"):
+    with pytest.raises(PmpdError, match="is not a bundle of"):
         list(compare_methods(str(model), [Choice.parse("rtn")], tmp_path / "x", bundles=[Bundle.open(demo_bundle)]))
 
 
