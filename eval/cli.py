@@ -13,6 +13,7 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[eval]'`")
 
+from pmpd.eval.tasks.options import TASK_OPTIONS
 from pmpd.runtime.console.command import (
     FAILED,
     FILE,
@@ -152,23 +153,7 @@ def main() -> None:
     "--data", metavar="FILE", type=FILE, help="The texts or prompts: JSON lines (.jsonl, .jsonl.gz) or plain text."
 )
 @_ROWS
-@click.option("--limit", type=int, metavar="N", help="Use the first N records only (perplexity: windows of text).")
-@click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer.  [default: the task's]")
-@click.option(
-    "--prompt-template",
-    metavar="TEXT",
-    help=r"The prompt, with {field} for a field of the record and \n for a new line.  [default: the task's]",
-)
-@click.option(
-    "--reference-field",
-    metavar="NAME",
-    help="Field with the reference text.  [default: the task's; else the fp model's answer is the reference]",
-)
-@click.option(
-    "--chat/--no-chat",
-    default=None,
-    help="Send prompts through the model's chat template.  [default: if both the task and the model have chats]",
-)
+@TASK_OPTIONS
 @click.option(
     "--reference",
     metavar="MODEL",
@@ -190,7 +175,6 @@ def quality(
     json_file: Path | None,
     csv_file: Path | None,
     html_file: Path | None,
-    prompt_template: str | None,
     data: Path | None,
     **options: Any,
 ) -> None:
@@ -201,13 +185,12 @@ def quality(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports every model it loads
     # Imported here, so that --help answers at once and a missing package is one line.
     from pmpd.eval import runner
-    from pmpd.eval.data.records import unescaped
     from pmpd.runtime import Bundle
 
     if html_file is not None:
         from pmpd.eval.report.page import render_html
     check_outputs(json_file, csv_file, html_file)
-    settings = runner.Settings(data=data or Path(), prompt_template=unescaped(prompt_template), **options)
+    settings = runner.Settings(data=data or Path(), **options)
     opened = Bundle.open(bundle, verify=True)
     warn_unverified(bundle, verified=opened.manifest.verified)
     results = runner.evaluate(opened, settings, quiet=is_quiet())

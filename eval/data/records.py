@@ -14,7 +14,7 @@ from typing import Any
 
 from pmpd.runtime.errors import PmpdError, unknown_choice
 
-__all__ = ["Record", "Template", "read_records", "unescaped"]
+__all__ = ["Record", "Template", "read_records"]
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 _FIELD = re.compile(r"(\w+)(?:\[(\d+)\])?")
@@ -96,11 +96,6 @@ class Template:
         """Return the text with the record's fields put in. Raises PmpdError for a field that is missing or not text."""
         parts = ((literal, name) for literal, name, _, _ in self._parts())
         return "".join(literal + (record.text(name) if name is not None else "") for literal, name in parts)
-
-
-def unescaped(template: str | None) -> str | None:
-    r"""Return a template with ``\n`` and ``\t``, as a shell passes them in plain quotes, made one character."""
-    return None if template is None else template.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 def read_records(path: Path) -> Iterator[Record]:

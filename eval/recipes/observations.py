@@ -16,13 +16,13 @@ from typing import Any
 
 import click
 
-from pmpd.eval.data.records import unescaped
 from pmpd.eval.measure.metrics import rouge, rouge_scorer
 from pmpd.eval.measure.models import Answer
 from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
 from pmpd.eval.runner import Settings, prepare, read_items
 from pmpd.eval.solve.forks import Forks
 from pmpd.eval.tasks.base import Item
+from pmpd.eval.tasks.options import TASK_OPTIONS
 from pmpd.eval.tasks.rouge import Rouge
 from pmpd.runtime import Bundle, Generator
 from pmpd.runtime.console.command import FILE, Command, check_outputs, is_quiet, json_option, print_result
@@ -161,14 +161,7 @@ def _answers(
 @click.argument("bundle", type=FILE)
 @click.option("--task", required=True, metavar="NAME", help="dialogsum, cnn_dailymail, mt_bench or jsonl (yours).")
 @click.option("--data", metavar="FILE", type=FILE, required=True, help="Examples: JSON lines (.jsonl, .jsonl.gz).")
-@click.option("--limit", type=int, metavar="N", help="Use the first N records only.  [default: all]")
-@click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer.  [default: the task's]")
-@click.option(
-    "--prompt-template",
-    metavar="TEXT",
-    help=r"The prompt, with {field} for a field of the record and \n for a new line.",
-)
-@click.option("--reference-field", metavar="NAME", help="Field with the reference text.  [default: the task's]")
+@TASK_OPTIONS
 @click.option("--high", type=float, metavar="BITS", help="The high precision.  [default: the bundle's lowest but one]")
 @click.option("--low", type=float, metavar="BITS", help="The low precision.  [default: the bundle's lowest]")
 @click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]")
@@ -178,7 +171,6 @@ def main(
     high: float | None,
     low: float | None,
     json_file: Path | None,
-    prompt_template: str | None,
     **options: Any,
 ) -> None:
     """See whether the paper's two observations hold: what low bits do to prompts and to parts of answers."""
@@ -188,7 +180,7 @@ def main(
     precisions = opened.manifest.precisions
     results = observe(
         opened,
-        Settings(prompt_template=unescaped(prompt_template), **options),
+        Settings(**options),
         high=high or precisions[-2:][0],
         low=low or precisions[-1],
         quiet=is_quiet(),

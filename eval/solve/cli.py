@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from pmpd.eval.tasks.options import TASK_OPTIONS
 from pmpd.runtime.console.command import (
     FILE,
     Command,
@@ -38,15 +39,7 @@ log = logging.getLogger("pmpd.eval")
 @click.argument("bundle", type=FILE)
 @click.option("--task", required=True, metavar="NAME", help="dialogsum, cnn_dailymail, mt_bench or jsonl (yours).")
 @click.option("--data", metavar="FILE", type=FILE, help="Examples: JSON lines (.jsonl, .jsonl.gz).")
-@click.option("--limit", type=int, metavar="N", help="Use the first N records only.  [default: all]")
-@click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer.  [default: the task's]")
-@click.option(
-    "--prompt-template",
-    metavar="TEXT",
-    help=r"The prompt, with {field} for a field of the record and \n for a new line.",
-)
-@click.option("--reference-field", metavar="NAME", help="Field with the reference text.  [default: the task's]")
-@click.option("--chat/--no-chat", default=None, help="Send prompts through the model's chat template.")
+@TASK_OPTIONS
 @click.option(
     "--tolerance",
     metavar="LOSS",
@@ -81,7 +74,6 @@ def main(
     adaptive: bool,
     low_prefill: bool,
     exact: bool,
-    prompt_template: str | None,
     name: str | None,
     default: bool,
     dry_run: bool,
@@ -94,7 +86,6 @@ def main(
     bundle: pmpd-run decodes with it from then on, or by name with --schedule.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from pmpd.eval.data.records import unescaped
     from pmpd.eval.runner import Settings
     from pmpd.eval.solve.publish import check_name, publish
     from pmpd.eval.solve.race import Tolerance
@@ -103,7 +94,7 @@ def main(
 
     check_outputs(json_file)
     settings = SearchSettings(
-        evaluation=Settings(data=data or Path(), prompt_template=unescaped(prompt_template), **options),
+        evaluation=Settings(data=data or Path(), **options),
         tolerance=Tolerance.parse(tolerance),
         minimize=minimize,
         target_tps=target_tps,

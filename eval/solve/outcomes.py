@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pmpd.eval.measure.models import Answer, Forced, Scheduled
+from pmpd.eval.measure.models import Answer, Scheduled
 from pmpd.eval.solve.forks import Forks
 from pmpd.eval.tasks.base import Baseline, Item
 from pmpd.eval.tasks.rouge import Rouge
@@ -103,7 +103,7 @@ class Outcomes:
             text = self._task.tokenizer.decode(answers[self._reference].ids) if self._reference in answers else ""
         outcomes = dict[Schedule, Outcome]()
         for schedule, answer in answers.items():
-            sample, _ = self._task.measure(_Given(answer), item, Baseline(text=text))
+            sample, _ = self._task.score(item, answer, Baseline(text=text))
             steps = dict(Counter(map(str, answer.precisions[1:])))
             outcomes[schedule] = Outcome(scores=sample.scores, tokens=len(answer.ids), steps=steps, text=sample.output)
         return outcomes
@@ -122,21 +122,6 @@ class Outcomes:
                 self.steps += len(answer.ids) - (len(answer.ids) == task.max_new_tokens)
                 answers[schedule] = answer
         return answers
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A `ModelUnderTest` whose answer is known."""
-
-    answer: Answer
-
-    def warm_up(self, prompt: Sequence[int]) -> None: ...
-
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
-        return self.answer
-
-    def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
-        raise NotImplementedError("tasks of answers score no given text")
 
 
 def _key(item: Item) -> str:

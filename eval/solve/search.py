@@ -21,6 +21,7 @@ from typing import Any
 
 from pmpd.eval.measure.metrics import rouge_scorer
 from pmpd.eval.measure.scoring import Metric
+from pmpd.eval.report.environment import package_versions
 from pmpd.eval.runner import Settings, prepare, read_items
 from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_points
 from pmpd.eval.solve.outcomes import Outcomes
@@ -103,7 +104,9 @@ def solve(bundle: Bundle, settings: SearchSettings) -> Solution:
     high = bundle.manifest.precisions[0]
     reference = StaticSchedule(((high, 0),))
     if len(search.items) < 2:
-        raise PmpdError(f"{settings.evaluation.data} has one sample that fits: a schedule needs two or more")
+        raise PmpdError(
+            f"{settings.evaluation.data} gives one sample, and a schedule needs two: add records or raise --limit"
+        )
     if settings.target_tps is None:
         return search.to_a_loss(reference)
     return search.to_a_speed(reference, settings.target_tps)
@@ -286,7 +289,7 @@ def _step_seconds(generator: Generator, item: Item) -> dict[float, float]:
 
 
 def _cache_file(bundle: Bundle, evaluation: Settings, tokens: int) -> Path:
-    """Return the file for answers of up to `tokens` tokens, of these weights and kernels, scored by this task."""
+    """Return the file for answers of up to `tokens` tokens, of these weights, kernels and packages, and this task."""
     manifest = bundle.manifest
     reports = manifest.reports.values()
     what = {
@@ -294,6 +297,7 @@ def _cache_file(bundle: Bundle, evaluation: Settings, tokens: int) -> Path:
         "prefill": manifest.prefill_precision,
         "kernels": evaluation.kernels and sha256_of(evaluation.kernels),
         "accuracy": evaluation.accuracies[0] if evaluation.accuracies else manifest.accuracy,
+        "packages": package_versions(),
         "task": evaluation.task,
         "tokens": tokens,
     }

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pmpd.eval.data.records import Record, Template
 from pmpd.eval.measure.metrics import ROUGE, rouge
-from pmpd.eval.measure.models import ModelUnderTest
+from pmpd.eval.measure.models import Answer, ModelUnderTest
 from pmpd.eval.measure.scoring import Metric, Sample
 from pmpd.eval.tasks.base import Baseline, Item, Task
 from pmpd.runtime.errors import PmpdError
@@ -69,7 +69,12 @@ class Rouge(Task):
 
     def measure(self, model: ModelUnderTest, item: Item, baseline: Baseline | None) -> tuple[Sample, Baseline]:
         """Generate and compare."""
-        answer = model.generate(item.ids, max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids)
+        return self.score(
+            item, model.generate(item.ids, max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids), baseline
+        )
+
+    def score(self, item: Item, answer: Answer, baseline: Baseline | None) -> tuple[Sample, Baseline]:
+        """Compare an answer to an item; without references in the data it is compared with the baseline's text."""
         text = self.tokenizer.decode(answer.ids)
         baseline = baseline or Baseline(ids=answer.ids, text=text)
         references = item.references or (baseline.text,)

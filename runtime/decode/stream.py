@@ -58,7 +58,7 @@ def decode_tokens(
         token_id = sampler(logits, history)
         epoch = conversation.epoch
     adaptive = plan if isinstance(plan, AdaptivePlan) else None
-    margin = max(sampler.sampling.margin, 0.0 if adaptive is None else adaptive.margin)
+    margin = max(sampler.sampling.margin, 0.0 if adaptive is None else getattr(adaptive, "margin", math.inf))
     for index in range(limit):
         if token_id in stop:
             trace.finish_reason = "stop_id"

@@ -44,13 +44,10 @@ class Plan(Protocol):
 class AdaptivePlan(Plan, Protocol):
     """A plan that also looks at what the model says.
 
-    A plan without `observe` lets teacher forcing run consecutive steps of one precision in one call.
+    A plan without `observe` lets teacher forcing run consecutive steps of one precision in one call. A plan may have an
+    attribute `margin`: how far below the best a logit may be and matter to it, as in `Sequence.step`. Without one any
+    logit may matter, and output layers are read whole.
     """
-
-    @property
-    def margin(self) -> float:
-        """How far below the best a logit may be and matter to the plan, as in `Sequence.step`; infinity for any."""
-        ...
 
     def observe(self, step: int, logits: npt.NDArray[np.float32]) -> None:
         """See the logits ``[V]`` of decode step `step`, before step + 1 is asked for. The array is only lent.

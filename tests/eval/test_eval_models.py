@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,8 +92,6 @@ def test_teacher_forcing_asks_an_adaptive_plan_after_every_step() -> None:
 
         def precision(self, step: int) -> int:
             return 2 if self.last == 4 else 4
-
-        margin = math.inf
 
         def observe(self, step: int, logits: np.ndarray) -> None:
             self.last = int(logits.argmax())

@@ -191,7 +191,7 @@ def _steps(result: Result) -> str:
         (["--metric", "bleu"], "unknown metric 'bleu': choose one of rougeL"),
         (["--switch-points", 1], "switch points must be 2 or more"),
         (["--target-tps", 0], "target must be a number of tokens per second above 0, got 0.0"),
-        (["--limit", 1], "has one sample that fits: a schedule needs two or more"),
+        (["--limit", 1], "gives one sample, and a schedule needs two: add records or raise --limit"),
         (["--as", "a/b"], "schedule name 'a/b': use letters, digits, '.', '_' and '-'"),
         (["--data", "nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
     ],

@@ -82,6 +82,22 @@ def test_a_stream_decides_step_by_step(generator: Generator) -> None:
     assert {2, 4} == set(bits[1:24])
 
 
+class AnyLogit:
+    """Its plan does not say how far it looks."""
+
+    precisions = (4,)
+    prefill = None
+
+    def begin(self, prefill: Prefill) -> AnyLogit:
+        return self
+
+    def precision(self, step: int) -> int:
+        return 4
+
+    def observe(self, step: int, logits: np.ndarray) -> None:
+        assert logits.shape == (4096,)
+
+
 def test_logits_are_exact_as_far_as_the_plan_looks(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     margins = []
     step = stream.Sequence.step
@@ -93,4 +109,5 @@ def test_logits_are_exact_as_far_as_the_plan_looks(generator: Generator, monkeyp
     monkeypatch.setattr(stream.Sequence, "step", seen)
     list(generator.stream([1, 5], max_new_tokens=3, schedule="adaptive:2,4@1.5", stop_ids=()))
     list(generator.stream([1, 5], max_new_tokens=3, schedule="uniform:4", stop_ids=()))
-    assert margins == [1.5, 1.5, 0, 0]
+    list(generator.stream([1, 5], max_new_tokens=3, schedule=AnyLogit(), stop_ids=()))
+    assert margins == [1.5, 1.5, 0, 0, np.inf, np.inf]

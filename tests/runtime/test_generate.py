@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -153,8 +152,6 @@ def test_a_plan_sees_the_prompt_and_every_steps_logits(generator: Generator, pro
 
         def precision(self, step: int) -> int:
             return 4 if len(seen) < 3 else 2
-
-        margin = math.inf
 
         def observe(self, step: int, logits: npt.NDArray[np.float32]) -> None:
             assert logits.shape == (4096,)

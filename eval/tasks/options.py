@@ -1,0 +1,38 @@
+"""The options that commands have for the items of a task."""
+
+from __future__ import annotations
+
+import click
+
+from pmpd.runtime.console.command import combine
+
+__all__ = ["TASK_OPTIONS"]
+
+
+def _unescaped(_context: click.Context, _parameter: click.Parameter, template: str | None) -> str | None:
+    r"""Return a template with ``\n`` and ``\t``, as a shell passes them in plain quotes, made one character."""
+    return None if template is None else template.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
+TASK_OPTIONS = combine(
+    click.option("--limit", type=int, metavar="N", help="Use the first N records only (perplexity: windows of text)."),
+    click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer.  [default: the task's]"),
+    click.option(
+        "--prompt-template",
+        metavar="TEXT",
+        callback=_unescaped,
+        help=r"The prompt, with {field} for a field of the record and \n for a new line.  [default: the task's]",
+    ),
+    click.option(
+        "--reference-field",
+        metavar="NAME",
+        help="Field with the reference text.  [default: the task's; else the fp model's answer is the reference, or "
+        "that of the highest precision where no fp model is run]",
+    ),
+    click.option(
+        "--chat/--no-chat",
+        default=None,
+        help="Send prompts through the model's chat template.  [default: if both the task and the model have chats]",
+    ),
+)
+"""Fields of `pmpd.eval.Settings`, of the same names."""
