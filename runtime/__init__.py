@@ -11,7 +11,7 @@ from pmpd.runtime.engine.kernels import NodeKernel
 from pmpd.runtime.errors import BundleError, ContextLengthError, KernelError, MissingExtraError, PmpdError
 from pmpd.runtime.format.bundle import Bundle
 from pmpd.runtime.format.manifest import Manifest
-from pmpd.runtime.schedule.adaptive import AdaptiveSchedule
+from pmpd.runtime.schedule.adaptive import AdaptiveSchedule, RepeatSchedule
 from pmpd.runtime.schedule.base import AdaptivePlan, Plan, Prefill, Schedule
 from pmpd.runtime.schedule.registry import parse_schedule
 from pmpd.runtime.schedule.static import StaticSchedule
@@ -32,6 +32,7 @@ __all__ = [
     "Plan",
     "PmpdError",
     "Prefill",
+    "RepeatSchedule",
     "Sampling",
     "Schedule",
     "Sequence",

@@ -367,7 +367,9 @@ class _Session:
         parts = [prompt, f"answer {len(trace.tokens)} tokens"]
         if trace.decode_tokens_per_second is not None:
             parts[1] += f" at {trace.decode_tokens_per_second:.1f}/s"
-            parts.append(f"average {trace.average_bits:.2f} bits")
+            average = f"average {trace.average_bits:.2f} bits"
+            repeats = sum(token.first_pass is not None for token in trace.tokens)
+            parts.append(f"{average} with {repeats} steps run twice" if repeats else average)
         parts.append(_REASONS[trace.finish_reason])
         if self.colours:
             parts.append(" ".join(self._coloured(f"{bits}-bit", bits, precisions) for bits in precisions))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
 
@@ -18,12 +18,16 @@ __all__ = ["Answer", "Forced", "ModelUnderTest", "Scheduled", "precision_runs"]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A greedy answer: token ids, the bits each was computed with, and seconds; token 0 is the prefill's."""
+    """A greedy answer: token ids, the bits each was computed with, and seconds; token 0 is the prefill's.
+
+    `first_passes` are those of decode steps that the schedule had run again: bits, by the index of the token.
+    """
 
     ids: tuple[int, ...]
     precisions: tuple[float, ...]
     seconds: tuple[float, ...]
     prefill_seconds: float
+    first_passes: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +38,13 @@ class Forced:
         logits: float32 ``[n - 1, V]``: row i follows token i of the answer and predicts token i + 1.
         precisions: bits ``[n]``: those of the prefill, then of each row.
         prefill_seconds: time that the prompt took.
+        first_passes: as of an `Answer`.
     """
 
     logits: npt.NDArray[np.float32]
     precisions: tuple[float, ...]
     prefill_seconds: float
+    first_passes: Mapping[int, float] = field(default_factory=dict)
 
 
 class ModelUnderTest(Protocol):
@@ -94,6 +100,7 @@ class Scheduled:
             precisions=tuple(token.precision for token in tokens),
             seconds=tuple(token.seconds for token in tokens),
             prefill_seconds=self._generator.trace.prefill_seconds,
+            first_passes={token.index: token.first_pass for token in tokens if token.first_pass is not None},
         )
 
     def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
@@ -109,12 +116,22 @@ class Scheduled:
         plan = generator.begin(self._schedule, prefilled)
         logits = list[npt.NDArray[np.float32]]()
         precisions = [self._schedule.prefill or generator.bundle.manifest.prefill_precision]
+        first_passes = dict[int, float]()
         for start, end, bits in _forced_runs(plan, len(answer) - 1):
-            logits.append(generator.decode(answer[start:end], precision=bits))
-            precisions += [bits] * (end - start)
-            if isinstance(plan, AdaptivePlan):
-                plan.observe(start, logits[-1][0])
-        return Forced(logits=np.concatenate(logits), precisions=tuple(precisions), prefill_seconds=seconds)
+            rows = generator.decode(answer[start:end], precision=bits)
+            repeat_at = plan.observe(start, rows[0]) if isinstance(plan, AdaptivePlan) else None
+            if repeat_at is not None:
+                first_passes[start + 1] = bits
+                generator.sequence.truncate(len(prompt) + start)
+                rows = generator.decode(answer[start:end], precision=repeat_at)
+            logits.append(rows)
+            precisions += [bits if repeat_at is None else repeat_at] * (end - start)
+        return Forced(
+            logits=np.concatenate(logits),
+            precisions=tuple(precisions),
+            prefill_seconds=seconds,
+            first_passes=first_passes,
+        )
 
 
 def _forced_runs(plan: Plan, steps: int) -> Iterator[tuple[int, int, float]]:

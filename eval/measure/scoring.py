@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pmpd.eval.measure.statistics import Estimate, weighted_mean
 
@@ -20,6 +20,7 @@ class Sample:
         prompt, output, reference: the texts, and those it was compared with (empty where the task keeps none).
         prompt_tokens, output_tokens: their lengths.
         precisions: bits that each output token was computed with; the first comes from prefill.
+        first_passes: bits of the first pass of decode steps that the schedule had run again, by index of the token.
         segments: the output cut where the precision changes: bits and text.
         seconds: time of each output token (of the first: the whole prefill); empty under teacher forcing.
         prefill_seconds: time of the prompt.
@@ -34,6 +35,7 @@ class Sample:
     prompt_tokens: int
     output_tokens: int
     precisions: tuple[float, ...]
+    first_passes: Mapping[int, float] = field(default_factory=dict)
     segments: tuple[tuple[float, str], ...] = ()
     seconds: tuple[float, ...] = ()
     prefill_seconds: float

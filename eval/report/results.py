@@ -26,9 +26,10 @@ class QualityRow:
         accuracy: how the compiled kernels computed; None for ``fp``.
         average_bits: mean bits over the decode steps of all samples (paper, Section 5 "Baselines"): of the decoder's
             linear layers, without output layer and embedding. The first token of an answer comes from prefill and does
-            not count, nor does the step that ends an answer. None without any decode step.
-        step_bytes: bytes of weights that a decode step reads, on average, output layer and embedding row included; None
-            for ``fp``.
+            not count, nor does the step that ends an answer. A step that was run again counts with the bits of both
+            passes. None without any decode step.
+        step_bytes: bytes of weights that a decode step reads, on average, in all its passes, output layer and embedding
+            row included; None for ``fp``.
         metrics: each metric over all samples.
         decode_tps: tokens per second: all decode steps over all their seconds; None where not measured.
         samples: what it rests on.
@@ -47,6 +48,12 @@ class QualityRow:
         """Whether the schedule has a precision of its own for prompts."""
         return self.name.startswith("prefill:")
 
+    @property
+    def token_bits(self) -> float:
+        """Mean bits of the passes that gave the tokens after the first: how exact a row is, not what it costs."""
+        bits = [precision for sample in self.samples for precision in sample.precisions[1:]]
+        return sum(bits) / max(1, len(bits))
+
     @classmethod
     def of(
         cls,
@@ -58,12 +65,13 @@ class QualityRow:
         bytes_at: Mapping[float, float] | None = None,
     ) -> Self:
         """Make a row of its samples; `bytes_at` are the bytes that a decode step reads at each precision."""
-        bits = [precision for sample in samples for precision in sample.precisions[1:]]
+        steps = sum(len(sample.precisions[1:]) for sample in samples)
+        passes = [bits for s in samples for bits in (*s.precisions[1:], *s.first_passes.values())]
         return cls(
             name=name,
             accuracy=accuracy,
-            average_bits=sum(bits) / len(bits) if bits else None,
-            step_bytes=sum(bytes_at[precision] for precision in bits) / len(bits) if bytes_at and bits else None,
+            average_bits=sum(passes) / steps if steps else None,
+            step_bytes=sum(bytes_at[bits] for bits in passes) / steps if bytes_at and steps else None,
             metrics={metric.name: metric.estimate(samples) for metric in metrics},
             decode_tps=_rate([(len(sample.seconds[1:]), sum(sample.seconds[1:])) for sample in samples]),
             samples=tuple(samples),
@@ -105,10 +113,10 @@ class QualityResults:
         return {name: rate for name, rate in rates.items() if rate is not None}
 
     def high(self, row: QualityRow) -> QualityRow:
-        """Return the row of most bits with the same kernels: what a schedule is compared with beside ``fp``."""
+        """Return the row whose tokens have most bits, of the same kernels: what others are compared with beside fp."""
         return max(
             (other for other in self.schedules if other.accuracy == row.accuracy),
-            key=lambda r: (r.average_bits or 0, not r.own_prefill),
+            key=lambda r: (r.token_bits, not r.own_prefill, -(r.average_bits or 0)),
         )
 
     @property
@@ -134,8 +142,8 @@ class QualityResults:
         lines = [
             f"{PLUS_MINUS} over answers (windows of text for perplexity).",
             "average bits: of the decoder's linear layers, mean over decode steps; the first token of an answer "
-            "(prefill) and the step that ends it do not count. MB/token: all weights that a step reads, output layer "
-            "included, KV cache not.",
+            "(prefill) and the step that ends it do not count; of a step that is run again both passes do. MB/token: "
+            "all weights that a step reads, output layer included, KV cache not.",
         ]
         if prefill:
             lines.append(f"Prompts, unless a schedule says prefill: {', '.join(prefill)}.")

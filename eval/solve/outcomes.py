@@ -24,20 +24,20 @@ __all__ = ["Outcome", "Outcomes"]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One answer: the task's scores of it, its tokens, how many of its decode steps had each precision, and its text.
+    """One answer: the task's scores of it, its tokens, the passes of its decode steps at each precision, and its text.
 
-    The step that gives the token that ends an answer is not counted.
+    A step that was run again has two passes. The step that gives the token that ends an answer is not counted.
     """
 
     scores: Mapping[str, float]
     tokens: int
-    steps: Mapping[str, int]
+    passes: Mapping[str, int]
     text: str
 
     def __post_init__(self) -> None:
-        kinds = ((self.scores, dict), (self.tokens, int), (self.steps, dict), (self.text, str))
+        kinds = ((self.scores, dict), (self.tokens, int), (self.passes, dict), (self.text, str))
         if not all(isinstance(value, kind) for value, kind in kinds):  # from a file that somebody has changed
-            raise TypeError("an outcome has scores, tokens, steps and a text")
+            raise TypeError("an outcome has scores, tokens, passes and a text")
 
 
 class Outcomes:
@@ -104,8 +104,10 @@ class Outcomes:
         outcomes = dict[Schedule, Outcome]()
         for schedule, answer in answers.items():
             sample, _ = self._task.score(item, answer, Baseline(text=text))
-            steps = dict(Counter(map(str, answer.precisions[1:])))
-            outcomes[schedule] = Outcome(scores=sample.scores, tokens=len(answer.ids), steps=steps, text=sample.output)
+            passes = dict(Counter(map(str, (*answer.precisions[1:], *answer.first_passes.values()))))
+            outcomes[schedule] = Outcome(
+                scores=sample.scores, tokens=len(answer.ids), passes=passes, text=sample.output
+            )
         return outcomes
 
     def _answers(self, item: Item, schedules: Sequence[Schedule]) -> dict[Schedule, Answer]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +23,14 @@ from pmpd.eval.measure.scoring import Metric
 from pmpd.eval.report.environment import package_versions
 from pmpd.eval.runner import Settings, prepare, read_items
 from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_points
-from pmpd.eval.solve.outcomes import Outcomes
+from pmpd.eval.solve.outcomes import Outcome, Outcomes
 from pmpd.eval.solve.race import Race, Tolerance, best_of, cheapest
 from pmpd.eval.solve.solution import Phase, Solution
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.registry import TASKS
 from pmpd.eval.tasks.rouge import Rouge
-from pmpd.runtime import AdaptiveSchedule, Bundle, Generator, Schedule, StaticSchedule
+from pmpd.runtime import AdaptiveSchedule, Bundle, Generator, RepeatSchedule, Schedule, StaticSchedule
 from pmpd.runtime.console.progress import Progress, progress
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import sha256_of
@@ -166,12 +165,15 @@ class _Search:
             phases.append(self._run("switch", find, switching, reference))
             if self.settings.adaptive:
                 adaptive = [
-                    AdaptiveSchedule(low, start, threshold, prefill) for threshold in THRESHOLDS for low in lower[:0:-1]
+                    kind(low, start, threshold, prefill)
+                    for threshold in THRESHOLDS
+                    for low in lower[:0:-1]
+                    for kind in (AdaptiveSchedule, RepeatSchedule)
                 ]
                 phases.append(self._run("adapt", find, adaptive, reference))
         rows = [row for phase in phases for row in phase.race.contestants]
         good = [row.schedule for row in rows if row.keeps and len(row.scores) == len(self.items)]
-        spent = {schedule: _spent(self._steps(schedule), cost) or 0.0 for schedule in good}
+        spent = {schedule: _spent(self.outcomes.known(schedule), cost) or 0.0 for schedule in good}
         best = min(good, key=lambda schedule: spent[schedule], default=reference)
         return self._solution(reference, best, phases, cost)
 
@@ -209,15 +211,8 @@ class _Search:
             shown.advance()
         return scores
 
-    def _steps(self, schedule: Schedule) -> dict[float, int]:
-        """Return how many decode steps of all known answers under a schedule had each precision."""
-        steps = Counter[str]()
-        for outcome in self.outcomes.known(schedule):
-            steps.update(outcome.steps)
-        return {parse_precision(precision): count for precision, count in steps.items()}
-
     def _cost(self, objective: str) -> dict[float, float]:
-        """Return what a decode step costs at each precision."""
+        """Return what one pass of a decode step costs at each precision."""
         manifest = self.bundle.manifest
         if objective == "bits":
             return {precision: float(precision) for precision in manifest.precisions}
@@ -241,7 +236,7 @@ class _Search:
         self, reference: StaticSchedule, best: Schedule, phases: Sequence[Phase], cost: Mapping[float, float]
     ) -> Solution:
         schedules = [reference, *(row.schedule for phase in phases for row in phase.race.contestants)]
-        steps = {schedule: self._steps(schedule) for schedule in schedules}
+        outcomes = {schedule: self.outcomes.known(schedule) for schedule in schedules}
         return Solution(
             task=self.settings.evaluation.task,
             data=self.settings.evaluation.data.name,
@@ -254,16 +249,17 @@ class _Search:
             target_tps=self.settings.target_tps,
             reference=reference,
             best=best,
-            bits={schedule: _spent(counts, {p: float(p) for p in counts}) for schedule, counts in steps.items()},
-            costs={schedule: _spent(counts, cost) for schedule, counts in steps.items()},
+            bits={schedule: _spent(known, self._cost("bits")) for schedule, known in outcomes.items()},
+            costs={schedule: _spent(known, cost) for schedule, known in outcomes.items()},
             phases=tuple(phases),
         )
 
 
-def _spent(steps: Mapping[float, int], cost: Mapping[float, float]) -> float | None:
-    """Return the mean cost of steps, of what one costs at each precision; None if there are none."""
-    count = sum(steps.values())
-    return sum(cost[precision] * number for precision, number in steps.items()) / count if count else None
+def _spent(outcomes: Sequence[Outcome], cost: Mapping[float, float]) -> float | None:
+    """Return the mean cost of the answers' decode steps, all passes included; None if there are no steps."""
+    steps = sum(max(0, outcome.tokens - 1) for outcome in outcomes)
+    spent = sum(cost[parse_precision(bits)] * count for outcome in outcomes for bits, count in outcome.passes.items())
+    return spent / steps if steps else None
 
 
 def _metric(metrics: Sequence[Metric], name: str | None) -> Metric:

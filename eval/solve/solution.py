@@ -38,7 +38,8 @@ class Solution:
         target_tps: the speed that was asked for, if one was.
         reference: the highest precision, which all are compared with.
         best: the schedule that was found.
-        bits: mean bits of the decode steps of all answers under each schedule; None if there are no such steps.
+        bits: mean bits of the decode steps of all answers under each schedule, a second pass added to the first; None
+            if there are no such steps.
         costs: of such a step on average, in what was minimized.
         phases: the search.
     """

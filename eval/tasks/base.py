@@ -117,6 +117,7 @@ class Task(ABC):
             prompt_tokens=len(item.ids),
             output_tokens=len(answer.ids),
             precisions=answer.precisions,
+            first_passes=answer.first_passes,
             segments=tuple(self._segments(answer)),
             seconds=answer.seconds,
             prefill_seconds=answer.prefill_seconds,

@@ -48,6 +48,7 @@ class DecodePerplexity(Task):
             prompt_tokens=len(item.ids),
             output_tokens=len(item.answer),
             precisions=forced.precisions,
+            first_passes=forced.first_passes,
             prefill_seconds=forced.prefill_seconds,
             scores={"nll": float(nll.mean())},
             scored_steps=len(nll),

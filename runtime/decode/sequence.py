@@ -92,8 +92,8 @@ class Sequence:
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
         with self.exclusive():
+            del self.tokens[length:]  # first: an interrupt between the two must not leave tokens that the cache lacks
             self.cache.truncate(length)
-            del self.tokens[length:]
 
     def prefill(self, ids: abc.Sequence[int], *, precision: float | None = None) -> npt.NDArray[np.float32]:
         """Append prompt tokens; return the logits ``[V]`` of the last position.
@@ -188,8 +188,8 @@ class Sequence:
             logits = run(ids)
             self.tokens.extend(ids)
         except BaseException:  # an interrupt too: what the cache holds must stay what `tokens` says
-            self.cache.truncate(length)
             del self.tokens[length:]
+            self.cache.truncate(length)
             raise
         return logits
 

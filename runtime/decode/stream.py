@@ -59,21 +59,24 @@ def decode_tokens(
         epoch = conversation.epoch
     adaptive = plan if isinstance(plan, AdaptivePlan) else None
     margin = max(sampler.sampling.margin, 0.0 if adaptive is None else getattr(adaptive, "margin", math.inf))
+    first_pass: float | None = None
     for index in range(limit):
         if token_id in stop:
             trace.finish_reason = "stop_id"
             return
-        yield Token(token_id, index, precision, time.perf_counter() - begin)
+        yield Token(token_id, index, precision, time.perf_counter() - begin, first_pass=first_pass)
         if index + 1 == limit:
             break
         begin = time.perf_counter()  # time between two yields is the caller's
         with conversation.exclusive(since=epoch):
             history.append(token_id)
-            precision = plan.precision(index)
-            logits = conversation.step(token_id, precision=precision, margin=margin)
-            _check_finite(logits, f"of decode step {index} ({precision} bits)")
-            if adaptive is not None:
-                adaptive.observe(index, logits)
+            precision, first_pass = plan.precision(index), None
+            logits = _step(conversation, token_id, index, precision=precision, margin=margin)
+            repeat_at = None if adaptive is None else adaptive.observe(index, logits)
+            if repeat_at is not None:
+                precision, first_pass = repeat_at, precision
+                conversation.truncate(len(conversation.tokens) - 1)
+                logits = _step(conversation, token_id, index, precision=precision, margin=sampler.sampling.margin)
             token_id = sampler(logits, history)
             epoch = conversation.epoch
     trace.finish_reason = "length"
@@ -94,6 +97,15 @@ def recorded(tokens: Iterator[Token], *, trace: Trace) -> abc.Generator[Token, N
     for token in tokens:
         trace.tokens.append(token)
         yield token
+
+
+def _step(
+    conversation: Sequence, token_id: int, index: int, *, precision: float, margin: float
+) -> npt.NDArray[np.float32]:
+    """Append a token and return logits ``[V]``, as `Sequence.step`. Raises PmpdError if they are not finite, too."""
+    logits = conversation.step(token_id, precision=precision, margin=margin)
+    _check_finite(logits, f"of decode step {index} ({precision} bits)")
+    return logits
 
 
 def _check_finite(logits: npt.NDArray[np.float32], where: str) -> None:

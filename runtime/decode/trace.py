@@ -19,6 +19,7 @@ class Token:
         seconds: wall time of the step that produced it (for token 0: of the whole prefill), sampling included.
         text: the text it adds, when the generator has a tokenizer (bytes of an unfinished character come with a later
             token).
+        first_pass: bits of the step's first pass, where the schedule had it run again at `precision`; else None.
     """
 
     id: int
@@ -26,6 +27,12 @@ class Token:
     precision: float
     seconds: float
     text: str | None = None
+    first_pass: float | None = None
+
+    @property
+    def passes(self) -> tuple[float, ...]:
+        """Bits of every pass of the step, in their order: one, or two if it was run again."""
+        return (self.precision,) if self.first_pass is None else (self.first_pass, self.precision)
 
 
 @dataclass
@@ -59,9 +66,12 @@ class Trace:
 
     @property
     def average_bits(self) -> float | None:
-        """Mean precision over the decode steps (PMPD paper, Section 5 "Baselines"); None before the first step."""
+        """Mean precision over the decode steps (PMPD paper, Section 5 "Baselines"); None before the first step.
+
+        A step that was run again counts with the bits of both passes, so the mean may exceed the highest precision.
+        """
         steps = self.tokens[1:]
-        return sum(token.precision for token in steps) / len(steps) if steps else None
+        return sum(sum(token.passes) for token in steps) / len(steps) if steps else None
 
     @property
     def decode_tokens_per_second(self) -> float | None:

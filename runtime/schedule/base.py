@@ -49,10 +49,14 @@ class AdaptivePlan(Plan, Protocol):
     logit may matter, and output layers are read whole.
     """
 
-    def observe(self, step: int, logits: npt.NDArray[np.float32]) -> None:
+    def observe(self, step: int, logits: npt.NDArray[np.float32]) -> float | None:
         """See the logits ``[V]`` of decode step `step`, before step + 1 is asked for. The array is only lent.
 
         Those further than `margin` below the best may be approximate, but are that far below.
+
+        Returns:
+            The precision at which to run the step again, one of the schedule's, or None to keep it. The second pass
+            overwrites keys, values and logits of the first. It is final: the plan is not shown its logits.
         """
         ...
 

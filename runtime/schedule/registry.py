@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pmpd.runtime.errors import PmpdError, one_line, unknown_choice
 from pmpd.runtime.format.precision import PRECISION, parse_precision
-from pmpd.runtime.schedule.adaptive import parse_adaptive
+from pmpd.runtime.schedule.adaptive import parse_adaptive, parse_repeat
 from pmpd.runtime.schedule.base import Schedule
 from pmpd.runtime.schedule.static import parse_static, parse_uniform
 
@@ -33,6 +33,7 @@ KINDS = {
     "uniform": ScheduleKind(example="uniform:4", parse=parse_uniform),
     "static": ScheduleKind(example="static:3@16,2@32", parse=parse_static),
     "adaptive": ScheduleKind(example="adaptive:3,4@0.5", parse=parse_adaptive),
+    "repeat": ScheduleKind(example="repeat:3,4@0.5", parse=parse_repeat),
 }
 
 
@@ -42,8 +43,9 @@ def parse_schedule(text: str, precisions: Sequence[float]) -> Schedule:
     ``uniform:P``, or just ``P``, decodes every token at P bits; P may be a mix, such as 3.25. ``static:P@STEP,…``
     switches to P bits at decode step STEP; where no precision is given for step 0, the highest one starts.
     (``static:3@0`` is therefore ``uniform:3``.) ``adaptive:LOW,HIGH@NATS`` decodes at LOW bits, and at HIGH after
-    logits whose best two are nearer to each other than that. ``prefill:P,`` before any of them has the prompt run at P
-    bits, and not at the bundle's prefill precision.
+    logits whose best two are nearer to each other than that. ``repeat:LOW,HIGH@NATS`` decodes at LOW bits, and runs the
+    step that gave such logits again at HIGH. ``prefill:P,`` before any of them has the prompt run at P bits, and not at
+    the bundle's prefill precision.
 
     Raises:
         PmpdError: the text is not a schedule, a precision is not in the model, or the order breaks Eq. 3.

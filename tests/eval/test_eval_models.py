@@ -18,7 +18,7 @@ from tiny_models import TINY_MODELS, TinyModel, plain_logits, plain_model
 
 from pmpd.eval.measure.models import Scheduled, precision_runs
 from pmpd.eval.measure.reference import Reference, ReferenceCheckpoint
-from pmpd.runtime import Bundle, Plan, PmpdError, Prefill, Schedule, Token, Trace, parse_schedule
+from pmpd.runtime import Bundle, Generator, Plan, PmpdError, Prefill, Schedule, Token, Trace, parse_schedule
 
 BITS = (4, 3, 2)
 V = 11
@@ -105,6 +105,33 @@ def test_teacher_forcing_asks_an_adaptive_plan_after_every_step() -> None:
     ]
     assert forced.precisions == (4, 4, 4, 2)
     assert forced.logits.argmax(axis=1).tolist() == [3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def demo(demo_bundle: Path) -> Generator:
+    return Generator(Bundle.open(demo_bundle), context_length=64)
+
+
+def test_teacher_forcing_runs_a_step_again_as_a_stream_does(demo: Generator) -> None:
+    model = Scheduled(demo, parse_schedule("repeat:2,4@1", BITS))
+    answer = model.generate([1, 5, 9], max_new_tokens=16, stop_ids=())
+    assert 0 < len(answer.first_passes) < 15
+    assert answer.precisions[1:] == tuple(4 if index in answer.first_passes else 2 for index in range(1, 16))
+    assert set(answer.first_passes.values()) == {2}
+    forced = model.force([1, 5, 9], answer.ids)
+    assert forced.precisions == answer.precisions
+    assert forced.first_passes == answer.first_passes
+    assert tuple(forced.logits.argmax(axis=1)) == answer.ids[1:]
+
+
+def test_teacher_forcing_with_every_step_again_is_the_high_precision(demo: Generator) -> None:
+    forced, high = (
+        Scheduled(demo, parse_schedule(text, BITS)).force([1, 5, 9], [7, 8, 9, 10])
+        for text in ("repeat:2,4@9999", "uniform:4")
+    )
+    np.testing.assert_allclose(forced.logits, high.logits, atol=5e-3)  # three calls and one round differently
+    assert (forced.precisions, high.precisions) == ((4,) * 4, (4,) * 4)
+    assert (forced.first_passes, high.first_passes) == ({1: 2, 2: 2, 3: 2}, {})
 
 
 def test_teacher_forcing_makes_one_call_per_run_and_feeds_all_but_the_last_token() -> None:

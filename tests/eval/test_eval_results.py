@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,23 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
         write_atomically(file, "newer")
     assert file.read_text(encoding="utf-8") == "new ü"
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_both_passes_of_a_step_are_paid_for_and_the_second_one_is_its_precision() -> None:
+    high, static, low = row("uniform:4", (4, 4, 4), (50.0,)), row("static:3@1", (4, 4, 3), (40.0,)), (4, 2, 2)
+    (sample,) = row("repeat:2,4@1", (4, 2, 4), (45.0,)).samples
+    repeat = QualityRow.of(
+        "repeat:2,4@1", [replace(sample, first_passes={2: 2})], METRICS, accuracy="int8", bytes_at=BYTES_AT
+    )
+    assert repeat.average_bits == (2 + 2 + 4) / 2
+    assert repeat.step_bytes == (2e6 + 2e6 + 4e6) / 2
+    assert repeat.token_bits == 3
+    always = QualityRow.of(
+        "repeat:2,4@9", [replace(sample, precisions=(4, 4, 4), first_passes={1: 2, 2: 2})], METRICS, accuracy="int8"
+    )
+    assert always.average_bits == 6
+    rows = (row("fp", (32, 32, 32), (60.0,)), always, repeat, static, row("uniform:2", low, (30.0,)), high)
+    results = QualityResults(rows=rows, metrics=METRICS, environment={})
+    assert all(results.high(other) is high for other in rows[1:])  # what is compared with is not what costs most
+    document = json.loads(results.to_json())
+    assert document["rows"][2]["samples"][0]["first_passes"] == {"2": 2}

@@ -121,6 +121,9 @@ def test_adaptive_schedules_are_tried_when_asked_for(bundle: Path, data: Path, t
     assert {"adaptive:2,4@0.25", "adaptive:3,4@4"} <= set(adaptive)
     assert all(2 <= float(cells[0]) <= 4 for cells in adaptive.values())
     assert float(adaptive["adaptive:2,4@0.25"][0]) < float(adaptive["adaptive:2,4@4"][0])
+    repeats = {name: float(cells[0]) for name, cells in table.items() if name.startswith("repeat:")}
+    assert {name.replace("repeat", "adaptive") for name in repeats} == set(adaptive)
+    assert 2 <= repeats["repeat:2,4@0.25"] < repeats["repeat:2,4@4"] <= 6
     good = {name: float(cells[0]) for name, cells in table.items() if cells[-1] != "loses too much"}
     (best,) = [name for name, cells in table.items() if cells[-1] == "found"]
     assert good[best] == min(good.values())

@@ -13,15 +13,16 @@ from pmpd.eval.measure.models import Scheduled
 from pmpd.eval.solve.forks import Forks
 from pmpd.eval.solve.grid import pairs, static_schedules, switch_points
 from pmpd.eval.solve.outcomes import Outcomes
+from pmpd.eval.solve.search import _spent
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.rouge import Rouge
-from pmpd.runtime import AdaptiveSchedule, Bundle, Generator, StaticSchedule, Tokenizer, parse_schedule
+from pmpd.runtime import AdaptiveSchedule, Bundle, Generator, RepeatSchedule, StaticSchedule, Tokenizer, parse_schedule
 
 PROMPTS = ["Once upon a time, there was a little girl named Lily.", "Tom had a red ball. He"]
 TOKENS = 9
 BITS = (4, 3, 2)
 HIGH = StaticSchedule(((4, 0),))
-BAD = '{"item": "a", "outcomes": {"uniform:4": {"scores": 1, "tokens": 2, "steps": {}, "text": ""}}}'
+BAD = '{"item": "a", "outcomes": {"uniform:4": {"scores": 1, "tokens": 2, "passes": {}, "text": ""}}}'
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_outcomes_are_measured_once(opened: Opened) -> None:
     assert first.steps == 2 * (TOKENS - 1)
     assert found[HIGH].scores["rougeL"] == 100  # without references the reference's own answer is one
     assert found[HIGH].tokens == TOKENS
-    assert (found[HIGH].steps, found[low].steps) == ({"4": TOKENS - 1}, {"2": TOKENS - 1})
+    assert (found[HIGH].passes, found[low].passes) == ({"4": TOKENS - 1}, {"2": TOKENS - 1})
     assert 0 < found[low].scores["rougeL"] < 100
     assert first.known(low) == [found[low]]
     again, made = opened()
@@ -140,10 +141,22 @@ def test_adaptive_schedules_have_outcomes_too(opened: Opened) -> None:
     adaptive = AdaptiveSchedule(2, 4, 1.0)
     found = first.of(0, [adaptive, HIGH])[adaptive]
     assert first.steps == 2 * (TOKENS - 1)
-    assert sum(found.steps.values()) == TOKENS - 1
-    assert set(found.steps) == {"2", "4"}
+    assert sum(found.passes.values()) == TOKENS - 1
+    assert set(found.passes) == {"2", "4"}
     assert 0 < found.scores["rougeL"] <= 100
     assert opened()[0].known(adaptive) == [found]
+
+
+def test_both_passes_of_a_step_have_a_count(opened: Opened) -> None:
+    first, _ = opened()
+    always, never = RepeatSchedule(2, 4, 1e6), RepeatSchedule(2, 4, 1e-6)
+    outcomes = first.of(0, [always, never, HIGH])
+    assert outcomes[always].passes == {"2": TOKENS - 1, "4": TOKENS - 1}
+    assert outcomes[never].passes == {"2": TOKENS - 1}
+    assert (outcomes[always].tokens, outcomes[always].text) == (TOKENS, outcomes[HIGH].text)
+    assert _spent([outcomes[always]], {2: 2.0, 4: 4.0}) == 6
+    assert _spent([outcomes[always], outcomes[never]], {2: 20.0, 4: 41.0}) == (61 + 20) / 2
+    assert _spent([], {}) is None
 
 
 def test_references_of_the_data_come_first(opened: Opened) -> None:
@@ -182,4 +195,4 @@ def test_what_is_kept_is_plain(opened: Opened) -> None:
     (line,) = outcomes._path.read_text(encoding="utf-8").splitlines()
     document = json.loads(line)
     assert document["outcomes"].keys() == {"uniform:4"}
-    assert document["outcomes"]["uniform:4"].keys() == {"scores", "tokens", "steps", "text"}
+    assert document["outcomes"]["uniform:4"].keys() == {"scores", "tokens", "passes", "text"}
