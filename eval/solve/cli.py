@@ -55,7 +55,11 @@ log = logging.getLogger("pmpd.eval")
 @click.option(
     "--switch-points", type=int, default=4, show_default=True, metavar="N", help="Candidate switch points of an answer."
 )
-@click.option("--adaptive", is_flag=True, help="Try schedules that go up where the model is unsure, too.")
+@click.option(
+    "--adaptive",
+    is_flag=True,
+    help="Try schedules that go up where the model is unsure, or run such a step again, too.",
+)
 @click.option("--low-prefill", is_flag=True, help="Try fewer bits for the prompt, too.")
 @click.option("--exact", is_flag=True, help="Measure every candidate on every sample.")
 @click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]")
