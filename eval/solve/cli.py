@@ -62,7 +62,11 @@ log = logging.getLogger("pmpd.eval")
 )
 @click.option("--low-prefill", is_flag=True, help="Try fewer bits for the prompt, too.")
 @click.option("--exact", is_flag=True, help="Measure every candidate on every sample.")
-@click.option("--threads", type=int, metavar="N", help="Threads to compute with.  [default: all processors]")
+@click.option("--threads", type=int, metavar="N", help="Threads of each worker.  [default: all processors]")
+@click.option(
+    "--workers", type=int, default=1, show_default=True, metavar="N", help="Processes that answer, side by side (Ray)."
+)
+@click.option("--address", metavar="HOST:PORT", help="Ray cluster for the workers; its nodes have BUNDLE at this path.")
 @click.option("--as", "name", metavar="NAME", help="Name of the schedule in the bundle.  [default: the task's]")
 @click.option("--default/--no-default", default=True, help="Make it what the bundle decodes with.  [default: yes]")
 @click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
@@ -78,6 +82,8 @@ def main(
     adaptive: bool,
     low_prefill: bool,
     exact: bool,
+    workers: int,
+    address: str | None,
     name: str | None,
     default: bool,
     dry_run: bool,
@@ -107,6 +113,8 @@ def main(
         adaptive=adaptive,
         low_prefill=low_prefill,
         early=not exact,
+        workers=workers,
+        address=address,
     )
     opened = Bundle.open(bundle, verify=True)
     warn_unverified(bundle, verified=opened.manifest.verified)

@@ -1,8 +1,9 @@
 """The cheapest schedule that keeps the quality, found on samples that all candidates share.
 
-Samples come in rounds. After each, a candidate that is surely worse than the tolerance allows leaves, and so do all
-that cost more than one which surely keeps it. What "surely" means is `SURE` standard errors of the paired differences:
-a candidate that is near the limit stays to the end, where its mean decides.
+Samples come in rounds, or all at once where nothing is decided on the way. After each round, a candidate that is surely
+worse than the tolerance allows leaves, and so do all that cost more than one which surely keeps it. What "surely" means
+is `SURE` standard errors of the paired differences: a candidate that is near the limit stays to the end, where its mean
+decides.
 """
 
 from __future__ import annotations
@@ -110,8 +111,9 @@ def cheapest(
     """
     scores: dict[S, list[float]] = {schedule: [] for schedule in (reference, *candidates)}
     alive = [schedule for schedule in candidates if schedule != reference]
-    for start in range(0, samples, ROUND):
-        part = range(start, min(start + ROUND, samples))
+    count = ROUND if early else samples
+    for start in range(0, samples, count):
+        part = range(start, min(start + count, samples))
         for schedule, values in measure(part, [reference, *alive]).items():
             scores[schedule] += values
         if early:
@@ -122,11 +124,7 @@ def cheapest(
 
 def best_of(candidates: Sequence[S], reference: S, measure: Measure[S], *, samples: int) -> Race[S]:
     """Return the candidate of the best mean score, and of equal ones the first. Arguments as of `cheapest`."""
-    scores: dict[S, list[float]] = {schedule: [] for schedule in (reference, *candidates)}
-    for start in range(0, samples, ROUND):
-        part = range(start, min(start + ROUND, samples))
-        for schedule, values in measure(part, list(scores)).items():
-            scores[schedule] += values
+    scores = measure(range(samples), list(dict.fromkeys((reference, *candidates))))
     best = max(candidates, key=lambda schedule: math.fsum(scores[schedule]))
     return _race(best, reference, candidates, scores, None)
 
@@ -159,7 +157,7 @@ def _race(
     best: S,
     reference: S,
     candidates: Sequence[S],
-    scores: Mapping[S, list[float]],
+    scores: Scores[S],
     tolerance: Tolerance | None,
 ) -> Race[S]:
     theirs = scores[reference]

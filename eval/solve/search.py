@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +25,10 @@ from pmpd.eval.measure.scoring import Metric
 from pmpd.eval.report.environment import package_versions
 from pmpd.eval.runner import Settings, prepare, read_items
 from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_points
-from pmpd.eval.solve.outcomes import Outcome, Outcomes
+from pmpd.eval.solve.outcomes import Examiner, Job, Measured, Outcome, Outcomes
 from pmpd.eval.solve.race import Race, Tolerance, best_of, cheapest
 from pmpd.eval.solve.solution import Phase, Solution
+from pmpd.eval.solve.workers import Workers, check_workers
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.registry import TASKS
@@ -60,6 +63,8 @@ class SearchSettings:
         adaptive: whether adaptive schedules are tried, too.
         low_prefill: whether the prompt, too, may have fewer bits than the bundle gives it.
         early: whether candidates may leave the search before they have seen all samples (`race.cheapest`).
+        workers: processes that answer, side by side; what is found is the same. `evaluation.threads` are of each.
+        address: HOST:PORT of a Ray cluster for them; each of its nodes has the bundle at the same path.
 
     Raises:
         PmpdError: a value out of range, or an unknown choice.
@@ -74,8 +79,11 @@ class SearchSettings:
     adaptive: bool = False
     low_prefill: bool = False
     early: bool = True
+    workers: int = 1
+    address: str | None = None
 
     def __post_init__(self) -> None:
+        check_workers(self.workers, self.address)
         if self.minimize not in OBJECTIVES:
             raise PmpdError(unknown_choice("objective", self.minimize, OBJECTIVES))
         if self.target_tps is not None and not 0 < self.target_tps < float("inf"):
@@ -99,9 +107,12 @@ def solve(bundle: Bundle, settings: SearchSettings) -> Solution:
             reaches.
         MissingExtraError: a package is missing.
     """
-    search = _Search(bundle, settings)
-    high = bundle.manifest.precisions[0]
-    reference = StaticSchedule(((high, 0),))
+    with ExitStack() as stack:
+        return _solve(_Search(bundle, settings, stack), settings)
+
+
+def _solve(search: _Search, settings: SearchSettings) -> Solution:
+    reference = search.reference
     if len(search.items) < 2:
         raise PmpdError(
             f"{settings.evaluation.data} gives one sample, and a schedule needs two: add records or raise --limit"
@@ -114,19 +125,28 @@ def solve(bundle: Bundle, settings: SearchSettings) -> Solution:
 class _Search:
     """Everything that the phases share."""
 
-    def __init__(self, bundle: Bundle, settings: SearchSettings) -> None:
-        task, _ = prepare(bundle, settings.evaluation)
-        assert isinstance(task, Rouge)
+    def __init__(self, bundle: Bundle, settings: SearchSettings, stack: ExitStack) -> None:
+        task = _task(bundle, settings.evaluation)
         self.bundle, self.settings, self.task = bundle, settings, task
         self.metric = _metric(task.metrics, settings.metric)
         rouge_scorer()
         self.items, self.skipped = read_items(task, settings.evaluation)
+        self.reference = StaticSchedule(((bundle.manifest.precisions[0], 0),))
+        self._context_length = max(map(task.positions, self.items))
+        path = _cache_file(bundle, settings.evaluation, task.max_new_tokens)
+        workers: Workers[Job, Measured] | None = None
+        if settings.workers > 1 or settings.address is not None:
+            opening = partial(
+                _open_examiner,
+                path=bundle.path.absolute(),
+                evaluation=settings.evaluation,
+                context_length=self._context_length,
+                measuring=path.name,
+            )
+            workers = Workers(settings.workers, opening, address=settings.address, threads=settings.evaluation.threads)
+            stack.enter_context(workers)
         self.outcomes = Outcomes(
-            task,
-            self.items,
-            reference=StaticSchedule(((bundle.manifest.precisions[0], 0),)),
-            generator=self._load,
-            path=_cache_file(bundle, settings.evaluation, task.max_new_tokens),
+            task, self.items, reference=self.reference, generator=self._load, path=path, workers=workers
         )
         self._generator: Generator | None = None
         self._seconds: dict[float, float] = {}
@@ -135,14 +155,7 @@ class _Search:
         """Return the bundle, loaded when it is needed first."""
         if self._generator is None:
             evaluation = self.settings.evaluation
-            self._generator = Generator(
-                self.bundle,
-                threads=evaluation.threads,
-                context_length=max(map(self.task.positions, self.items)),
-                kernels=evaluation.kernels or True,
-                accuracy=evaluation.accuracies[0] if evaluation.accuracies else None,
-                require_fast_kernels=evaluation.require_fast_kernels,
-            )
+            self._generator = _generator(self.bundle, evaluation, self._context_length, evaluation.threads)
         return self._generator
 
     def to_a_loss(self, reference: StaticSchedule) -> Solution:
@@ -204,12 +217,12 @@ class _Search:
         return Phase(name, race, self.outcomes.steps - before)
 
     def _scores(self, part: range, schedules: Sequence[Schedule], *, shown: Progress) -> dict[Schedule, list[float]]:
-        scores: dict[Schedule, list[float]] = {schedule: [] for schedule in schedules}
-        for index in part:
-            for schedule, outcome in self.outcomes.of(index, schedules).items():
-                scores[schedule].append(outcome.scores[self.metric.score])
+        outcomes = dict[int, dict[Schedule, Outcome]]()
+        for index, answered in self.outcomes.of_each(part, schedules):
+            outcomes[index] = answered
             shown.advance()
-        return scores
+        name = self.metric.score
+        return {schedule: [outcomes[index][schedule].scores[name] for index in part] for schedule in schedules}
 
     def _cost(self, objective: str) -> dict[float, float]:
         """Return what one pass of a decode step costs at each precision."""
@@ -253,6 +266,37 @@ class _Search:
             costs={schedule: _spent(known, cost) for schedule, known in outcomes.items()},
             phases=tuple(phases),
         )
+
+
+def _task(bundle: Bundle, evaluation: Settings) -> Rouge:
+    task, _ = prepare(bundle, evaluation)
+    assert isinstance(task, Rouge)
+    return task
+
+
+def _generator(bundle: Bundle, evaluation: Settings, context_length: int, threads: int | None) -> Generator:
+    return Generator(
+        bundle,
+        threads=threads,
+        context_length=context_length,
+        kernels=evaluation.kernels or True,
+        accuracy=evaluation.accuracies[0] if evaluation.accuracies else None,
+        require_fast_kernels=evaluation.require_fast_kernels,
+    )
+
+
+def _open_examiner(threads: int, *, path: Path, evaluation: Settings, context_length: int, measuring: str) -> Examiner:
+    """Return what answers in a worker. Raises PmpdError where it would measure something else than `measuring`."""
+    bundle = Bundle.open(path)
+    task = _task(bundle, evaluation)
+    if _cache_file(bundle, evaluation, task.max_new_tokens).name != measuring:
+        raise PmpdError(
+            f"{path} on {platform.node()} is another bundle, or packages there have other versions: copy the bundle "
+            "there, and install the same versions"
+        )
+    rouge_scorer()
+    generator = _generator(bundle, evaluation, context_length, threads)
+    return Examiner(task, StaticSchedule(((bundle.manifest.precisions[0], 0),)), lambda: generator)
 
 
 def _spent(outcomes: Sequence[Outcome], cost: Mapping[float, float]) -> float | None:
