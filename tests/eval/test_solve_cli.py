@@ -261,6 +261,19 @@ def test_a_kill_between_two_writes_leaves_a_bundle(bundle: Path, write: int, mon
     assert Bundle.open(bundle, verify=True).manifest.schedule == "uniform:3"
 
 
+def test_what_a_killed_process_left_goes_and_nothing_else(bundle: Path) -> None:
+    publish(Bundle.open(bundle), "mine", "uniform:3", "{}", default=False)
+    (listed,) = (bundle / "schedules").iterdir()
+    left = ["schedules/mine-00000000.json", "schedules/other-12345678.json", "schedules/.mine-12345678.json.17"]
+    others = ["schedules/notes.txt", "schedules/mine.json", "bundle.json.old"]
+    for name in [*left, ".bundle.json.17", *others]:
+        (bundle / name).write_text("{}", encoding="utf-8")
+    publish(Bundle.open(bundle), "yours", "uniform:2", "{}", default=False)
+    assert listed.is_file()
+    assert not [name for name in [*left, ".bundle.json.17"] if (bundle / name).exists()]
+    assert [name for name in others if not (bundle / name).is_file()] == []
+
+
 def test_nothing_is_written_outside_a_bundle(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (bundle / "schedules").symlink_to(tmp_path / "elsewhere")
