@@ -98,6 +98,7 @@ def cheapest(
     samples: int,
     tolerance: Tolerance,
     early: bool = True,
+    brief: bool = False,
 ) -> Race[S]:
     """Return the first candidate whose mean score on all samples is within the tolerance of the reference's.
 
@@ -108,6 +109,7 @@ def cheapest(
         samples: how many there are, at least one.
         tolerance: how much the mean may be lower.
         early: whether candidates may leave before all samples were seen. Without it the answer is exact.
+        brief: whether to end when no candidate is left, though the reference has not seen all samples.
     """
     scores: dict[S, list[float]] = {schedule: [] for schedule in (reference, *candidates)}
     alive = [schedule for schedule in candidates if schedule != reference]
@@ -118,6 +120,8 @@ def cheapest(
             scores[schedule] += values
         if early:
             alive = _survivors(alive, scores, reference, tolerance)
+            if brief and not alive:
+                break
     best = next((s for s in alive if _keeps(scores[s], scores[reference], tolerance)), reference)
     return _race(best, reference, candidates, scores, tolerance)
 

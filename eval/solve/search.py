@@ -14,7 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -164,7 +164,10 @@ class _Search:
         cost = self._cost(self.settings.minimize)
         precisions = self.bundle.manifest.precisions
         uniform = sorted(pairs(precisions, self._prefills()), key=lambda pair: cost[pair.switches[0][0]])
-        phases = [self._run("allocate", find, uniform, reference)]
+        # If all lower ones are out at once, the reference goes on together with schedules that begin like it.
+        phases = [self._run("allocate", partial(find, brief=True), uniform, reference)]
+        if self._longest(reference) < self.task.max_new_tokens:  # a longer answer may come, and move the switch points
+            phases[0] = self._again(phases[0], find, uniform, reference)
         start, prefill = phases[0].race.best.precisions[0], phases[0].race.best.prefill
         steps, lower = self._longest(reference) - 1, [p for p in precisions if p <= start]
         if steps > 0 and len(lower) > 1:
@@ -184,6 +187,7 @@ class _Search:
                     for kind in (AdaptiveSchedule, RepeatSchedule)
                 ]
                 phases.append(self._run("adapt", find, adaptive, reference))
+        phases[0] = self._again(phases[0], find, uniform, reference)
         rows = [row for phase in phases for row in phase.race.contestants]
         good = [row.schedule for row in rows if row.keeps and len(row.scores) == len(self.items)]
         spent = {schedule: _spent(self.outcomes.known(schedule), cost) or 0.0 for schedule in good}
@@ -215,6 +219,15 @@ class _Search:
         with progress(name, total=len(self.items), unit="sample") as shown:
             race = find(candidates, reference, partial(self._scores, shown=shown), samples=len(self.items))
         return Phase(name, race, self.outcomes.steps - before)
+
+    def _again(
+        self, phase: Phase, find: Callable[..., Race[Any]], candidates: Sequence[Schedule], reference: StaticSchedule
+    ) -> Phase:
+        """Return a phase with all samples of the reference. It comes out as before; what is known costs no step."""
+        if len(phase.race.reference) == len(self.items):
+            return phase
+        whole = self._run(phase.name, find, candidates, reference)
+        return replace(whole, steps=phase.steps + whole.steps)
 
     def _scores(self, part: range, schedules: Sequence[Schedule], *, shown: Progress) -> dict[Schedule, list[float]]:
         outcomes = dict[int, dict[Schedule, Outcome]]()

@@ -151,6 +151,15 @@ def test_nothing_that_is_good_enough() -> None:
     assert [c.keeps for c in found.contestants] == [False, True]
 
 
+def test_a_brief_race_ends_with_its_last_candidate() -> None:
+    scores = {"high": [2.0 + i % 2 for i in range(40)], "low": [1.0] * 40}
+    for brief, count in ((True, ROUND), (False, 40)):
+        samples = Samples(dict(scores))
+        ended = cheapest(["low", "high"], "high", samples, samples=40, tolerance=NOTHING, brief=brief)
+        assert ended.best == "high"
+        assert (len(ended.reference), samples.asked) == (count, {"high": count, "low": ROUND})
+
+
 def test_a_single_sample_is_no_reason_to_leave() -> None:
     found, _ = race({"high": [2.0], "low": [1.0]}, ["low"], Tolerance(1.0, relative=False))
     assert found.best == "low"
