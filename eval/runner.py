@@ -23,12 +23,13 @@ from pmpd.eval.speed.speed import SPEED
 from pmpd.eval.speed.traffic import step_bytes
 from pmpd.eval.tasks.base import Baseline, Item, Task
 from pmpd.eval.tasks.registry import TASKS
-from pmpd.runtime import Bundle, Generator, Schedule, Tokenizer, parse_schedule
+from pmpd.runtime import Bundle, Generator, Schedule, Tokenizer
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import ACCURACIES
+from pmpd.runtime.schedule.registry import schedule_of
 
 __all__ = ["Settings", "evaluate", "prepare", "read_items"]
 
@@ -103,9 +104,8 @@ def prepare(bundle: Bundle, settings: Settings) -> tuple[Task, dict[str, Schedul
         BundleError: the bundle has no tokenizer that can be read.
         MissingExtraError: a package for texts is not installed.
     """
-    precisions = bundle.manifest.precisions
-    names = settings.schedules or tuple(f"uniform:{p}" for p in precisions)
-    schedules = {str(schedule): schedule for schedule in (parse_schedule(name, precisions) for name in names)}
+    names = settings.schedules or tuple(f"uniform:{p}" for p in bundle.manifest.precisions)
+    schedules = {str(schedule): schedule for schedule in (schedule_of(bundle, name) for name in names)}
     kind = TASKS[settings.task]
     tokenizer = Tokenizer.from_bundle(bundle)
     if settings.chat and not tokenizer.has_chat_template:

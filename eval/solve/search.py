@@ -7,25 +7,20 @@ asked for, adaptive schedules: from lower precisions up where the model is unsur
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from pmpd.eval.measure.metrics import rouge_scorer
 from pmpd.eval.measure.scoring import Metric
-from pmpd.eval.report.environment import package_versions
 from pmpd.eval.runner import Settings, prepare, read_items
+from pmpd.eval.solve.examiner import Examiner, Job, Measured, Outcome, Setup, open_examiner
 from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_points
-from pmpd.eval.solve.outcomes import Examiner, Job, Measured, Outcome, Outcomes
+from pmpd.eval.solve.outcomes import Outcomes
 from pmpd.eval.solve.race import Race, Tolerance, best_of, cheapest
 from pmpd.eval.solve.solution import Phase, Solution
 from pmpd.eval.solve.workers import Workers, check_workers
@@ -133,29 +128,37 @@ class _Search:
         self.items, self.skipped = read_items(task, settings.evaluation)
         self.reference = StaticSchedule(((bundle.manifest.precisions[0], 0),))
         self._context_length = max(map(task.positions, self.items))
-        path = _cache_file(bundle, settings.evaluation, task.max_new_tokens)
+        evaluation = settings.evaluation
+        self._setup = Setup(
+            task=evaluation.task,
+            kernels=evaluation.kernels,
+            accuracy=next(iter(evaluation.accuracies), None),
+            require_fast_kernels=evaluation.require_fast_kernels,
+        )
+        path = self._setup.file(bundle, tokens=task.max_new_tokens)
         workers: Workers[Job, Measured] | None = None
         if settings.workers > 1 or settings.address is not None:
             opening = partial(
-                _open_examiner,
+                open_examiner,
                 path=bundle.path.absolute(),
-                evaluation=settings.evaluation,
+                setup=self._setup,
+                make_task=partial(_task, evaluation=evaluation),
                 context_length=self._context_length,
-                measuring=path.name,
+                file=path.name,
             )
-            workers = Workers(settings.workers, opening, address=settings.address, threads=settings.evaluation.threads)
+            workers = Workers(settings.workers, opening, address=settings.address, threads=evaluation.threads)
             stack.enter_context(workers)
-        self.outcomes = Outcomes(
-            task, self.items, reference=self.reference, generator=self._load, path=path, workers=workers
-        )
+        examiner = Examiner(task, self.reference, self._load)
+        self.outcomes = Outcomes(examiner, self.items, path=path, workers=workers)
         self._generator: Generator | None = None
         self._seconds: dict[float, float] = {}
 
     def _load(self) -> Generator:
         """Return the bundle, loaded when it is needed first."""
         if self._generator is None:
-            evaluation = self.settings.evaluation
-            self._generator = _generator(self.bundle, evaluation, self._context_length, evaluation.threads)
+            self._generator = self._setup.load(
+                self.bundle, context_length=self._context_length, threads=self.settings.evaluation.threads
+            )
         return self._generator
 
     def to_a_loss(self, reference: StaticSchedule) -> Solution:
@@ -287,31 +290,6 @@ def _task(bundle: Bundle, evaluation: Settings) -> Rouge:
     return task
 
 
-def _generator(bundle: Bundle, evaluation: Settings, context_length: int, threads: int | None) -> Generator:
-    return Generator(
-        bundle,
-        threads=threads,
-        context_length=context_length,
-        kernels=evaluation.kernels or True,
-        accuracy=evaluation.accuracies[0] if evaluation.accuracies else None,
-        require_fast_kernels=evaluation.require_fast_kernels,
-    )
-
-
-def _open_examiner(threads: int, *, path: Path, evaluation: Settings, context_length: int, measuring: str) -> Examiner:
-    """Return what answers in a worker. Raises PmpdError where it would measure something else than `measuring`."""
-    bundle = Bundle.open(path)
-    task = _task(bundle, evaluation)
-    if _cache_file(bundle, evaluation, task.max_new_tokens).name != measuring:
-        raise PmpdError(
-            f"{path} on {platform.node()} is another bundle, or packages there have other versions: copy the bundle "
-            "there, and install the same versions"
-        )
-    rouge_scorer()
-    generator = _generator(bundle, evaluation, context_length, threads)
-    return Examiner(task, StaticSchedule(((bundle.manifest.precisions[0], 0),)), lambda: generator)
-
-
 def _spent(outcomes: Sequence[Outcome], cost: Mapping[float, float]) -> float | None:
     """Return the mean cost of the answers' decode steps, all passes included; None if there are no steps."""
     steps = sum(max(0, outcome.tokens - 1) for outcome in outcomes)
@@ -339,21 +317,3 @@ def _step_seconds(generator: Generator, item: Item) -> dict[float, float]:
             seconds.append(time.perf_counter() - begin)
             sequence.truncate(len(item.ids))
     return {precision: median(seconds[1:]) for precision, seconds in times.items()}
-
-
-def _cache_file(bundle: Bundle, evaluation: Settings, tokens: int) -> Path:
-    """Return the file for answers of up to `tokens` tokens, of these weights, kernels and packages, and this task."""
-    manifest = bundle.manifest
-    reports = manifest.reports.values()
-    what = {
-        "files": {name: entry.sha256 for name, entry in manifest.files.items() if name not in reports},
-        "prefill": manifest.prefill_precision,
-        "kernels": evaluation.kernels and sha256_of(evaluation.kernels),
-        "accuracy": evaluation.accuracies[0] if evaluation.accuracies else manifest.accuracy,
-        "packages": package_versions(),
-        "task": evaluation.task,
-        "tokens": tokens,
-    }
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "pmpd" / "schedules" / f"{digest[:16]}.jsonl"

@@ -32,11 +32,12 @@ from pmpd.eval.speed.contenders import (
 )
 from pmpd.eval.speed.results import SpeedResults, SpeedRow, Timing
 from pmpd.eval.speed.traffic import step_bytes
-from pmpd.runtime import Bundle, parse_schedule
+from pmpd.runtime import Bundle, StaticSchedule
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.engine.threads import available_threads
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.manifest import ACCURACIES, Manifest
+from pmpd.runtime.schedule.registry import schedule_of
 from pmpd.runtime.schedule.static import step_precisions
 
 __all__ = ["SPEED", "SpeedSettings", "make_peers", "measure_speed", "prepare_speed", "start_peer", "switch_cost"]
@@ -134,11 +135,12 @@ def prepare_speed(bundle: Bundle, settings: SpeedSettings) -> dict[str, tuple[fl
         )
     if settings.peers and settings.peer_weights is None:
         ModelShape.of(manifest)
-    names = settings.schedules or (*(f"uniform:{p}" for p in manifest.precisions), manifest.schedule)
-    mixed: dict[str, tuple[float, ...]] = {}
-    for name in names:
-        schedule = parse_schedule(name, manifest.precisions)
-        mixed[str(schedule)] = step_precisions(schedule, steps)
+    if settings.schedules:
+        schedules = [schedule_of(bundle, name) for name in settings.schedules]
+    else:  # the bundle's own schedule may decide by the prompt, and here is none
+        every = [schedule_of(bundle, name) for name in (*(f"uniform:{p}" for p in manifest.precisions), None)]
+        schedules = [schedule for schedule in every if isinstance(schedule, StaticSchedule) and not schedule.prefill]
+    mixed = {str(schedule): step_precisions(schedule, steps) for schedule in schedules}
     needed = {p for bits in mixed.values() for p in bits}
     plan = {f"uniform:{p}": (p,) * steps for p in sorted(needed, reverse=True)} | mixed
     if len(needed) > 1:

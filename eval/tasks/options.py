@@ -6,7 +6,7 @@ import click
 
 from pmpd.runtime.console.command import combine
 
-__all__ = ["TASK_OPTIONS"]
+__all__ = ["PROMPT_OPTIONS", "TASK_OPTIONS"]
 
 
 def _unescaped(_context: click.Context, _parameter: click.Parameter, template: str | None) -> str | None:
@@ -14,8 +14,7 @@ def _unescaped(_context: click.Context, _parameter: click.Parameter, template: s
     return None if template is None else template.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
-TASK_OPTIONS = combine(
-    click.option("--limit", type=int, metavar="N", help="Use the first N records only (perplexity: windows of text)."),
+PROMPT_OPTIONS = combine(
     click.option("--max-new-tokens", type=int, metavar="N", help="Tokens per answer.  [default: the task's]"),
     click.option(
         "--prompt-template",
@@ -34,5 +33,11 @@ TASK_OPTIONS = combine(
         default=None,
         help="Send prompts through the model's chat template.  [default: if both the task and the model have chats]",
     ),
+)
+"""What becomes of a record: the prompt, the reference, and the length of the answer."""
+
+TASK_OPTIONS = combine(
+    click.option("--limit", type=int, metavar="N", help="Use the first N records only (perplexity: windows of text)."),
+    PROMPT_OPTIONS,
 )
 """Fields of `pmpd.eval.Settings`, of the same names."""

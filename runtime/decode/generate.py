@@ -21,7 +21,7 @@ from pmpd.runtime.engine.kv_cache import KvCache
 from pmpd.runtime.errors import ContextLengthError, PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import Bundle
 from pmpd.runtime.schedule.base import Plan, Schedule
-from pmpd.runtime.schedule.registry import parse_schedule
+from pmpd.runtime.schedule.registry import schedule_of
 from pmpd.runtime.text import TextStream, Tokenizer
 
 __all__ = ["Generator"]
@@ -89,7 +89,7 @@ class Generator:
     def _attach(self, engine: Engine, context_length: int | None, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self.trace = Trace(prompt_tokens=0)
-        self._default = parse_schedule(engine.bundle.manifest.schedule, engine.bundle.manifest.precisions)
+        self._default = schedule_of(engine.bundle)
         self._open: sequence.Sequence | None = sequence.Sequence(engine, context_length=context_length)
 
     def close(self) -> None:
@@ -282,8 +282,7 @@ class Generator:
                 f"{conversation.remedy()}, or ask for at most {room} new tokens"
             )
         if isinstance(schedule, str):
-            manifest = self.bundle.manifest
-            schedule = parse_schedule(manifest.schedules.get(schedule, schedule), manifest.precisions)
+            schedule = schedule_of(self.bundle, schedule)
         schedule = schedule or self._default
         asked = set(schedule.precisions)
         if schedule.prefill not in (None, self.bundle.manifest.prefill_precision):

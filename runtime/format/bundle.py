@@ -15,7 +15,7 @@ from pmpd.runtime.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, File
 from pmpd.runtime.format.tensor import Tensor
 from pmpd.runtime.format.typed_json import parse_object
 
-__all__ = ["Bundle", "sha256_of"]
+__all__ = ["Bundle", "read_file", "sha256_of"]
 
 
 def sha256_of(path: Path) -> str:
@@ -36,17 +36,27 @@ def _check_file(root: Path, name: str, entry: FileEntry, *, hashed: bool) -> Non
         raise BundleError(f"{file} does not have the SHA-256 that bundle.json lists: copy the bundle again")
 
 
-def _read_text(file: Path, *, limit: int) -> str:
+def read_file(file: Path, *, limit: int) -> bytes:
+    """Return what a small file of a bundle holds.
+
+    Raises:
+        BundleError: it cannot be read, or has more than `limit` bytes.
+    """
     try:
         with file.open("rb") as stream:
             data = stream.read(limit + 1)  # the size that a file claims may change, or be a terabyte of nothing
-        if len(data) > limit:
-            raise BundleError(f"{file} is larger than {limit:,} bytes: do not use this bundle")
-        return str(data, "utf-8")
-    except UnicodeDecodeError:
-        raise BundleError(f"{file} is not UTF-8 text: the bundle is damaged, export again") from None
     except OSError as error:
         raise BundleError(f"{file} cannot be read ({error.strerror}): copy the bundle again") from None
+    if len(data) > limit:
+        raise BundleError(f"{file} is larger than {limit:,} bytes: do not use this bundle")
+    return data
+
+
+def _read_text(file: Path, *, limit: int) -> str:
+    try:
+        return str(read_file(file, limit=limit), "utf-8")
+    except UnicodeDecodeError:
+        raise BundleError(f"{file} is not UTF-8 text: the bundle is damaged, export again") from None
 
 
 def _no_weights(root: Path) -> BundleError:

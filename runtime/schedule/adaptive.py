@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from pmpd.runtime.errors import PmpdError, one_line
 from pmpd.runtime.format.precision import PRECISION, parse_precision
-from pmpd.runtime.schedule.base import Prefill
+from pmpd.runtime.schedule.base import Model, Prefill
 
 __all__ = [
     "AdaptivePrecision",
@@ -135,12 +134,12 @@ class RepeatPrecision:
 _Schedule = TypeVar("_Schedule", bound=_Threshold)
 
 
-def parse_adaptive(text: str, precisions: Sequence[float], prefill: float | None) -> AdaptiveSchedule:
+def parse_adaptive(text: str, model: Model, prefill: float | None) -> AdaptiveSchedule:
     """Read ``LOW,HIGH@NATS``. Raises PmpdError with the reason alone."""
     return _parse(AdaptiveSchedule, text, prefill)
 
 
-def parse_repeat(text: str, precisions: Sequence[float], prefill: float | None) -> RepeatSchedule:
+def parse_repeat(text: str, model: Model, prefill: float | None) -> RepeatSchedule:
     """Read ``LOW,HIGH@NATS``. Raises PmpdError with the reason alone."""
     return _parse(RepeatSchedule, text, prefill)
 

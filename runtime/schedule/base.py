@@ -5,6 +5,7 @@ Step i (from 0) feeds output token i and yields token i + 1; token 0 comes from 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pmpd.runtime.engine.kv_cache import KvView
+from pmpd.runtime.format.bundle import Bundle
 
-__all__ = ["AdaptivePlan", "Plan", "Prefill", "Schedule"]
+__all__ = ["AdaptivePlan", "Model", "Plan", "Prefill", "Schedule"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,19 @@ class AdaptivePlan(Plan, Protocol):
             overwrites keys, values and logits of the first. It is final: the plan is not shown its logits.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is known of a model when a schedule for it is read.
+
+    Attributes:
+        precisions: what it decodes at, in bits.
+        bundle: the bundle, where there is one: a learned schedule is a file of it.
+    """
+
+    precisions: Sequence[float]
+    bundle: Bundle | None = None
 
 
 class Schedule(Protocol):

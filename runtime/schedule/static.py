@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from pmpd.runtime.errors import PmpdError, one_line
 from pmpd.runtime.format.precision import PRECISION, parse_precision
-from pmpd.runtime.schedule.base import Prefill, Schedule
+from pmpd.runtime.schedule.base import Model, Prefill, Schedule
 
 __all__ = ["StaticSchedule", "parse_static", "parse_uniform", "step_precisions"]
 
@@ -74,14 +73,14 @@ def step_precisions(schedule: Schedule, steps: int) -> tuple[float, ...]:
     return tuple(map(schedule.precision, range(steps)))
 
 
-def parse_uniform(text: str, precisions: Sequence[float], prefill: float | None) -> StaticSchedule:
+def parse_uniform(text: str, model: Model, prefill: float | None) -> StaticSchedule:
     """Read ``BITS``. Raises PmpdError with the reason alone."""
     if not re.fullmatch(PRECISION, text.strip()):
         raise PmpdError(f"{one_line(repr(text), 100)} does not fit the form uniform:BITS")
     return StaticSchedule(((parse_precision(text.strip()), 0),), prefill)
 
 
-def parse_static(text: str, precisions: Sequence[float], prefill: float | None) -> StaticSchedule:
+def parse_static(text: str, model: Model, prefill: float | None) -> StaticSchedule:
     """Read ``BITS@STEP,BITS@STEP,…``; the highest precision starts where none is given for step 0.
 
     Raises PmpdError with the reason alone.
@@ -94,9 +93,9 @@ def parse_static(text: str, precisions: Sequence[float], prefill: float | None) 
         switches.append((parse_precision(match[1]), int(match[2])))
     implied = switches[0][1] != 0
     if implied:
-        switches.insert(0, (max(precisions), 0))
+        switches.insert(0, (max(model.precisions), 0))
     if fault := _fault(tuple(switches)):
-        start = f"; step 0 starts at {max(precisions)} bits, the highest, as no precision is given for it"
+        start = f"; step 0 starts at {max(model.precisions)} bits, the highest, as no precision is given for it"
         raise PmpdError(fault + (start if implied else ""))
     return StaticSchedule(tuple(switches), prefill)
 
