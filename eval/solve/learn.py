@@ -7,7 +7,6 @@ the KV cache. Prompts that it has never seen say what that is worth, beside choi
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from pmpd.eval.solve.examiner import Examiner, Job, Measured, Outcome, Setup, op
 from pmpd.eval.solve.grid import mean_cost, static_schedules, switch_points
 from pmpd.eval.solve.lesson import Lesson
 from pmpd.eval.solve.network import Prompt, to_onnx, train
-from pmpd.eval.solve.outcomes import Outcomes, item_key, read_lines
+from pmpd.eval.solve.outcomes import Outcomes, append_line, item_key, read_lines
 from pmpd.eval.solve.prompts import cut, write_prompts
 from pmpd.eval.solve.workers import Workers, check_workers
 from pmpd.eval.tasks.base import Item
@@ -253,11 +252,7 @@ def _answered(
     missing = sorted((item for item in items if item_key(item) not in texts), key=lambda item: len(item.ids))
     if missing:
         model = checkpoint.load("transformers", threads=settings.threads or available_threads())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            progress("reference", total=len(missing), unit="prompt") as shown,
-            path.open("a", encoding="utf-8") as file,
-        ):
+        with progress("reference", total=len(missing), unit="prompt") as shown:
             for start in range(0, len(missing), TOGETHER):
                 part = missing[start : start + TOGETHER]
                 answers = model.generate_together(
@@ -265,8 +260,7 @@ def _answered(
                 )
                 for item, ids in zip(part, answers, strict=True):
                     texts[item_key(item)] = task.tokenizer.decode(ids)
-                    file.write(f"\n{json.dumps({'item': item_key(item), 'text': texts[item_key(item)]})}\n")
-                file.flush()
+                    append_line(path, {"item": item_key(item), "text": texts[item_key(item)]})
                 shown.advance(len(part))
     return [replace(item, references=(texts[item_key(item)],)) for item in items]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from pmpd.eval.solve.workers import Workers
 from pmpd.eval.tasks.base import Item
 from pmpd.runtime import Schedule
 
-__all__ = ["Outcomes", "item_key", "read_lines"]
+__all__ = ["Outcomes", "append_line", "item_key", "read_lines"]
 
 
 class Outcomes:
@@ -101,9 +102,7 @@ class Outcomes:
     def _keep(self, key: str, outcomes: Mapping[Schedule, Outcome]) -> None:
         self._known[key] |= {str(schedule): outcome for schedule, outcome in outcomes.items()}
         line = {"item": key, "outcomes": {str(schedule): asdict(outcome) for schedule, outcome in outcomes.items()}}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(line)}\n")  # what stands before may be cut off
+        append_line(self._path, line)
 
 
 def item_key(item: Item) -> str:
@@ -133,3 +132,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(document, dict):
             yield document
+
+
+def append_line(path: Path, document: Mapping[str, Any]) -> None:
+    """Append a JSON object to a file as a line of its own, also where a kill cut off what stands before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        whole = file.tell() == 0 or (file.seek(-1, os.SEEK_END) and file.read(1) == b"\n")
+        file.write(("" if whole else "\n").encode() + json.dumps(document).encode() + b"\n")

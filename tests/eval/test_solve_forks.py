@@ -10,6 +10,7 @@ import pytest
 
 from pmpd.eval.data.records import Template
 from pmpd.eval.measure.models import Scheduled
+from pmpd.eval.solve.examiner import Examiner
 from pmpd.eval.solve.forks import Forks
 from pmpd.eval.solve.grid import pairs, static_schedules, switch_points
 from pmpd.eval.solve.outcomes import Outcomes
@@ -105,7 +106,7 @@ def opened(generator: Generator, tokenizer: Tokenizer, tmp_path: Path) -> Opened
             Item(source=f"x:{i}", prompt=text, ids=tuple(tokenizer.encode(text)), references=references)
             for i, text in enumerate(PROMPTS)
         ]
-        return Outcomes(task, items, reference=HIGH, generator=load, path=tmp_path / "kept" / "x.jsonl"), made
+        return Outcomes(Examiner(task, HIGH, load), items, path=tmp_path / "kept" / "x.jsonl"), made
 
     return open_outcomes
 

@@ -23,6 +23,7 @@ from click.testing import CliRunner
 
 from pmpd.eval.solve import workers as workers_module
 from pmpd.eval.solve.cli import main
+from pmpd.eval.solve.examiner import Setup
 from pmpd.eval.solve.workers import Workers, check_workers
 from pmpd.runtime import MissingExtraError, PmpdError
 
@@ -84,6 +85,22 @@ def test_two_workers_find_what_one_process_does(
     assert search(words, tmp_path / "two", monkeypatch, "--adaptive", "--workers", 2) == alone
     kept = [sorted(map(json.dumps, lines_of(tmp_path / name))) for name in ("alone", "two")]
     assert kept[0] == kept[1]
+
+
+def test_two_workers_learn_what_one_process_does(
+    ray: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{i} {STARTS[i % 4]}" * 4}) + "\n" for i in range(16)), "utf-8")
+    options = ["--data", data, "--samples", 16, "--reference", "highest", "--max-new-tokens", 5, "--seeds", 1]
+    words = ["learn", *map(str, [bundle, *options, "--threads", 1, "--dry-run"])]
+    documents = [
+        json.loads(search(words, tmp_path / name, monkeypatch, *more))
+        for name, more in (("alone", ()), ("two", ("--workers", 2)))
+    ]
+    for document in documents:
+        del document["milliseconds"], document["share_of_prefill"], document["settings"]["workers"]
+    assert documents[0] == documents[1]
 
 
 def test_a_killed_worker_loses_nothing(
@@ -185,9 +202,7 @@ def test_a_cluster_that_is_too_small(ray: Any) -> None:
 def test_a_worker_with_another_bundle_is_refused(
     ray: Any, words: list[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pmpd.eval.solve import search as searching
-
-    monkeypatch.setattr(searching, "_cache_file", lambda *_: tmp_path / "cache" / "other.jsonl")
+    monkeypatch.setattr(Setup, "file", lambda *_, **__: tmp_path / "cache" / "other.jsonl")
     result = CliRunner().invoke(main, [*words, "--workers", "2", "-q"], prog_name="pmpd-schedule")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {bundle} on {socket.gethostname()} is another bundle, or packages there")
