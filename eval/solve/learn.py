@@ -16,6 +16,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ from pmpd.eval.measure.reference import ReferenceCheckpoint
 from pmpd.eval.solve.examiner import Examiner, Job, Measured, Outcome, Setup, open_examiner
 from pmpd.eval.solve.grid import mean_cost, static_schedules, switch_points
 from pmpd.eval.solve.lesson import Lesson
-from pmpd.eval.solve.network import Prompt, to_onnx, train
+from pmpd.eval.solve.network import Network, Prompt, Training, to_onnx, train
 from pmpd.eval.solve.outcomes import Outcomes, append_line, item_key, read_lines
 from pmpd.eval.solve.prompts import cut, write_prompts
 from pmpd.eval.solve.workers import Workers, check_workers
@@ -152,17 +153,7 @@ def learn(bundle: Bundle, settings: LearnSettings) -> tuple[Lesson, bytes]:
     layer = round(LAYERS[settings.layer] * (manifest.kv_cache.layers - 1))
     labels = [_label(row, settings.tolerance) for row in table]
     prompts = _prompts(generator, items, labels, layer)
-    fit = partial(train, choices=len(choices), hidden=settings.hidden, seeds=range(settings.seeds))
-    order = np.random.default_rng(0).permutation(len(items))
-    chosen = np.zeros(len(items), int)
-    with progress("train", total=FOLDS + 1, unit="network") as shown:
-        for held_out in np.array_split(order, FOLDS):
-            network, _ = fit(*_parts(prompts, order[~np.isin(order, held_out)]))
-            for i in held_out:
-                chosen[i] = network.choose(prompts[i], settings.confidence)
-            shown.advance()
-        network, course = fit(*_parts(prompts, order))
-        shown.advance()
+    network, course, chosen = _fit(prompts, len(choices), settings)
     card = SchedulerCard(
         choices=tuple(",".join(f"{precision}@{start}" for precision, start in c.switches) for c in choices),
         length=steps,
@@ -179,9 +170,9 @@ def learn(bundle: Bundle, settings: LearnSettings) -> tuple[Lesson, bytes]:
         length=steps,
         labels=tuple(labels),
         outcomes=tuple(map(tuple, table)),
-        chosen=tuple(chosen.tolist()),
+        chosen=chosen,
         course=course,
-        settings={**asdict(settings), "data": settings.data and settings.data.name},
+        settings=_public(settings),
         reference="references" if by_references else HIGHEST if checkpoint is None else checkpoint.path.name,
         milliseconds=milliseconds,
         share_of_prefill=share,
@@ -320,6 +311,29 @@ def _prompts(generator: Generator, items: Sequence[Item], labels: Sequence[int],
         view = generator.cache.view()
         prompts.append(Prompt(view.keys(layer).copy(), view.values(layer).copy(), label))
     return prompts
+
+
+def _fit(prompts: Sequence[Prompt], choices: int, settings: LearnSettings) -> tuple[Network, Training, tuple[int, ...]]:
+    """Return a network, its training, and for each prompt the choice of a network that has not seen it."""
+    fit = partial(train, choices=choices, hidden=settings.hidden, seeds=range(settings.seeds))
+    order = np.random.default_rng(0).permutation(len(prompts))
+    chosen = [0] * len(prompts)
+    with progress("train", total=FOLDS + 1, unit="network") as shown:
+        for held_out in np.array_split(order, FOLDS):
+            network, _ = fit(*_parts(prompts, order[~np.isin(order, held_out)]))
+            for i in held_out:
+                chosen[i] = network.choose(prompts[i], settings.confidence)
+            shown.advance()
+        network, course = fit(*_parts(prompts, order))
+        shown.advance()
+    return network, course, tuple(chosen)
+
+
+def _public(settings: LearnSettings) -> dict[str, Any]:
+    """Return the settings as a bundle may say them: files by name alone, and nothing of the machine."""
+    every = asdict(settings)
+    names = {name: every[name] and Path(every[name]).name for name in ("data", "reference")}
+    return {name: value for name, value in every.items() if name not in ("threads", "workers", "address")} | names
 
 
 def _parts(prompts: Sequence[Prompt], chosen: npt.NDArray[np.intp]) -> tuple[list[Prompt], list[Prompt]]:

@@ -62,6 +62,7 @@ def test_what_is_learned_decodes_by_name(bundle: Path, texts: Path, tmp_path: Pa
     assert manifest.default_schedule == "default"
     assert manifest.schedules["learned"].startswith("learned:schedules/learned-")
     document = json.loads(report.read_text(encoding="utf-8"))
+    assert str(tmp_path) not in report.read_text(encoding="utf-8")  # a bundle is published
     assert document["choices"] == ["uniform:2", "static:4@0,2@2", "static:4@0,2@4", "uniform:4"]
     assert {"learned", "random, uniform", "random, prior", "random, shuffled", "labels"} <= document["rows"].keys()
     assert document["rows"]["uniform:4"]["average_bits"] == 4

@@ -99,7 +99,7 @@ def test_two_workers_learn_what_one_process_does(
         for name, more in (("alone", ()), ("two", ("--workers", 2)))
     ]
     for document in documents:
-        del document["milliseconds"], document["share_of_prefill"], document["settings"]["workers"]
+        del document["milliseconds"], document["share_of_prefill"]
     assert documents[0] == documents[1]
 
 
