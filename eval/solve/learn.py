@@ -96,7 +96,7 @@ class LearnSettings:
     layer: str = "last"
     confidence: float = 0.5
     hidden: int = 64
-    seeds: int = 3
+    seeds: int = 5
     threads: int | None = None
     workers: int = 1
     address: str | None = None
