@@ -1,0 +1,1 @@
+"""Scores of texts: what is computed per sample, and how samples become the score of a corpus."""
