@@ -27,6 +27,7 @@ DATA = (
     "tvm_kernels/ort_ops/**/*.c",
     "tvm_kernels/ort_ops/**/*.h",
     "tvm_kernels/bench/sweep.c",
+    "eval/data/python_problems.jsonl",
     "eval/report/page.css",
     "eval/report/page.html.jinja",
     "npu_backend/hardware/hw/*.toml",

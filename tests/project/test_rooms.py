@@ -21,6 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "eval": (
         "data",
+        "sandbox",
         "metrics",
         "measure",
         "report",
