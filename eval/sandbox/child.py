@@ -107,7 +107,7 @@ def _refuse_by_python(folder: str) -> None:
 
 def _describe(error: BaseException, program: str) -> str:
     """Return what went wrong, and in which line of the program."""
-    text = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
     lines = program.splitlines()
     numbers = [
         line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<program>"

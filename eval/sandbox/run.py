@@ -56,7 +56,7 @@ def run_python(program: str, *, seconds: float = 10.0, memory_bytes: int = 1 << 
         seconds: how long it may run, the start of Python included (0.1 s).
         memory_bytes: how much address space it may have, Python's own included.
     """
-    token = secrets.token_hex(16)  # known to the parent and the child's frame: a mere exit cannot give it back
+    token = secrets.token_hex(16)  # what the child writes at the program's end, and the program does not know
     job = {"program": program, "token": token, "seconds": seconds, "memory_bytes": memory_bytes}
     # Files, no pipes: nobody waits for a reader.
     with (
@@ -107,5 +107,5 @@ def _verdict(written: bytes, token: str, code: int) -> Verdict:
             return Verdict(not answer["reason"], one_line(answer["reason"]))
     except (ValueError, TypeError, KeyError):
         pass  # the program ended itself, or has written into the file
-    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return Verdict(False, f"ended before its end was reached ({how})")
