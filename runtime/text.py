@@ -102,6 +102,17 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def special_id(self, name: str) -> int | None:
+        """Return the id of the special token that the model's authors call ``bos_token``, ``eos_token``, …, or None."""
+        text = self._specials.get(name)
+        token_id: int | None = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        return token_id
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template, in Jinja; None for a model without."""
+        return self._template
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat_template` works."""

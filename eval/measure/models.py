@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pmpd.runtime import AdaptivePlan, Generator, Plan, Sampling, Schedule
 
-__all__ = ["Answer", "Forced", "ModelUnderTest", "Scheduled", "precision_runs"]
+__all__ = ["Answer", "Forced", "ForcedSteps", "ModelUnderTest", "Scheduled", "forced_steps", "precision_runs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,26 @@ class Forced:
     precisions: tuple[float, ...]
     prefill_seconds: float
     first_passes: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcedSteps:
+    """Decode steps in a row that were given their tokens.
+
+    Attributes:
+        logits: float32 ``[n, V]``: row i follows token i of these steps.
+        precision: bits of all of them.
+        first_pass: bits of the first pass of a step that the schedule had run again, which is then alone; else None.
+    """
+
+    logits: npt.NDArray[np.float32]
+    precision: float
+    first_pass: float | None = None
+
+    @property
+    def passes(self) -> tuple[float, ...]:
+        """Bits of every pass of a step, in their order."""
+        return (self.precision,) if self.first_pass is None else (self.first_pass, self.precision)
 
 
 class ModelUnderTest(Protocol):
@@ -117,15 +137,11 @@ class Scheduled:
         logits = list[npt.NDArray[np.float32]]()
         precisions = [self._schedule.prefill or generator.bundle.manifest.prefill_precision]
         first_passes = dict[int, float]()
-        for start, end, bits in _forced_runs(plan, len(answer) - 1):
-            rows = generator.decode(answer[start:end], precision=bits)
-            repeat_at = plan.observe(start, rows[0]) if isinstance(plan, AdaptivePlan) else None
-            if repeat_at is not None:
-                first_passes[start + 1] = bits
-                generator.sequence.truncate(len(prompt) + start)
-                rows = generator.decode(answer[start:end], precision=repeat_at)
-            logits.append(rows)
-            precisions += [bits if repeat_at is None else repeat_at] * (end - start)
+        for steps in forced_steps(generator, plan, answer[:-1]):
+            if steps.first_pass is not None:
+                first_passes[len(precisions)] = steps.first_pass
+            logits.append(steps.logits)
+            precisions += [steps.precision] * len(steps.logits)
         return Forced(
             logits=np.concatenate(logits),
             precisions=tuple(precisions),
@@ -134,8 +150,35 @@ class Scheduled:
         )
 
 
-def _forced_runs(plan: Plan, steps: int) -> Iterator[tuple[int, int, float]]:
+def forced_steps(
+    generator: Generator, plan: Plan, tokens: Sequence[int], *, most: int | None = None
+) -> Iterator[ForcedSteps]:
+    """Append tokens to what the cache holds, as decode steps 0, 1, … at the precisions that a plan gives to them.
+
+    Args:
+        generator: it holds the prompt that the plan is for, and nothing after it.
+        plan: of the answer that begins with the tokens.
+        tokens: the answer's tokens.
+        most: the most steps that one call computes, which bounds the memory of their logits; default no limit.
+
+    Raises as `Generator.decode` does.
+    """
+    prompt = len(generator.tokens)
+    for start, end, bits in _forced_runs(plan, len(tokens), most or max(len(tokens), 1)):
+        rows = generator.decode(tokens[start:end], precision=bits)
+        repeat_at = plan.observe(start, rows[0]) if isinstance(plan, AdaptivePlan) else None
+        if repeat_at is None:
+            yield ForcedSteps(logits=rows, precision=bits)
+            continue
+        generator.sequence.truncate(prompt + start)
+        rows = generator.decode(tokens[start:end], precision=repeat_at)
+        yield ForcedSteps(logits=rows, precision=repeat_at, first_pass=bits)
+
+
+def _forced_runs(plan: Plan, steps: int, most: int) -> Iterator[tuple[int, int, float]]:
     """Return runs of steps that one call can compute: an adaptive plan is asked again after each step."""
-    if not isinstance(plan, AdaptivePlan):
-        return precision_runs(plan, steps)
-    return ((step, step + 1, plan.precision(step)) for step in range(steps))
+    if isinstance(plan, AdaptivePlan):
+        yield from ((step, step + 1, plan.precision(step)) for step in range(steps))
+        return
+    for first, end, bits in precision_runs(plan, steps):
+        yield from ((start, min(start + most, end), bits) for start in range(first, end, most))

@@ -18,7 +18,7 @@ EXTRAS = {
     "runtime": ("cpu", "text"),
     "exporter": ("cpu", "export", "tune"),
     "tvm_kernels": ("cpu", "tune", "export"),
-    "eval": ("cpu", "eval", "baseline", "distributed"),
+    "eval": ("cpu", "eval", "baseline", "harness", "distributed"),
     "npu_backend": ("npu", "export"),
 }
 # Modules whose distribution has another name.

@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "sandbox",
         "metrics",
         "measure",
+        "harness",
         "report",
         "speed",
         "tasks",

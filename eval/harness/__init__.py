@@ -1,0 +1,1 @@
+"""EleutherAI's lm-evaluation-harness on bundles (extra `harness`): see README, "lm-evaluation-harness"."""
