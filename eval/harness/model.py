@@ -25,6 +25,7 @@ from pmpd.eval.harness.arguments import GenerationArguments, whole_number
 from pmpd.eval.measure.metrics import negative_log_likelihood
 from pmpd.eval.measure.models import forced_steps
 from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
+from pmpd.runtime.console.command import warn_unverified
 from pmpd.runtime.errors import PmpdError, one_line, unknown_choice
 from pmpd.runtime.schedule.registry import schedule_of
 
@@ -85,6 +86,7 @@ class PmpdLM(TemplateLM):
         if str(batch_size) not in ("1", "None"):
             raise PmpdError(f"batch size {one_line(batch_size, 40)}: a bundle reads one text at a time, give 1")
         opened = Bundle.open(str(bundle))
+        warn_unverified(opened.path, verified=opened.manifest.verified)
         text = None if schedule is None else str(schedule)
         if text is not None and text not in opened.manifest.schedules:
             text = text.replace("+", ",")

@@ -91,7 +91,7 @@ _SOURCES: Mapping[str, tuple[_Source, ...]] = {
         _Source("lambada_openai", "lambada/lambada_openai.yaml", _last_words),
         _Source("storycloze_2016", "storycloze/storycloze_2016.yaml", _two_endings),
     ),
-    "articles": (_Source("cnn_dailymail", "cnn_dailymail/cnn_dailymail.yaml", _articles),),
+    "articles": (_Source("cnn_dailymail_abisee", "cnn_dailymail/cnn_dailymail.yaml", _articles),),
 }
 
 
@@ -138,7 +138,10 @@ def write_task(folder: Path, source: _Source, records: Iterable[Record], *, limi
     help="JSON lines with a field text: the tasks lambada_openai and storycloze_2016.",
 )
 @click.option(
-    "--articles", type=FILE, metavar="FILE", help="JSON lines with article and highlights: the task cnn_dailymail."
+    "--articles",
+    type=FILE,
+    metavar="FILE",
+    help="JSON lines with article and highlights: the task cnn_dailymail_abisee.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Documents per task.  [default: all]")
 def main(folder: Path, limit: int | None, **files: Path | None) -> None:
