@@ -431,3 +431,12 @@ def test_a_panic_of_the_tokenizers_library_is_an_error(demo_bundle: Path, tmp_pa
     bundle = bundle_with(demo_bundle, tmp_path, tokenizer__json=json.dumps(document))
     with pytest.raises(PmpdError, match=r"cannot be read|the tokenizer fails"):
         Tokenizer.from_bundle(bundle).encode("Hi")
+
+
+def test_special_tokens_by_name(byte_level: Tokenizer) -> None:
+    assert (byte_level.special_id("bos_token"), byte_level.special_id("eos_token")) == (1, 2)
+    assert byte_level.special_id("sep_token") is None
+    listed = Tokenizer(byte_level._tokenizer, "{{ messages }}", {"bos_token": "no such token", "eos_token": ["</s>"]})
+    assert listed.special_id("bos_token") is None
+    assert listed.special_id("eos_token") is None  # several: none of them is the one
+    assert (byte_level.chat_template, listed.chat_template) == (None, "{{ messages }}")
