@@ -163,14 +163,13 @@ def forced_steps(
 
     Raises as `Generator.decode` does.
     """
-    prompt = len(generator.tokens)
     for start, end, bits in _forced_runs(plan, len(tokens), most or max(len(tokens), 1)):
         rows = generator.decode(tokens[start:end], precision=bits)
         repeat_at = plan.observe(start, rows[0]) if isinstance(plan, AdaptivePlan) else None
         if repeat_at is None:
             yield ForcedSteps(logits=rows, precision=bits)
             continue
-        generator.sequence.truncate(prompt + start)
+        generator.sequence.truncate(len(generator.tokens) - 1)  # the step alone: an adaptive plan's runs have one
         rows = generator.decode(tokens[start:end], precision=repeat_at)
         yield ForcedSteps(logits=rows, precision=repeat_at, first_pass=bits)
 
