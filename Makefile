@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 	@echo "demo 4 of 4: compare schedules with the unquantized model"
 	$(BIN)/pmpd-eval demo-pmpd --task fidelity --data exporter/demo/openings.jsonl \
 	  --schedule uniform:4 --schedule uniform:3 --schedule uniform:2 --schedule static:3@16,2@32 --max-new-tokens 48 \
-	  --html demo-report.html --json demo-report.json
+	  --speed --html demo-report.html --json demo-report.json
 	@echo
 	@echo "The bundle is demo-pmpd/. Open demo-report.html in a browser: quality and speed of each schedule, and the answers"
 	@echo "coloured by precision. In the table, compare uniform:3 with static:3@16,2@32: same bits on average."

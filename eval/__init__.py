@@ -2,10 +2,11 @@
 
 from pmpd.eval.comparison.compare import CompareSettings, compare
 from pmpd.eval.comparison.results import CompareResults
-from pmpd.eval.measure.scoring import Metric, Sample
-from pmpd.eval.measure.statistics import Estimate
+from pmpd.eval.metrics.base import Metric, Sample
+from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.report.results import QualityResults, QualityRow
-from pmpd.eval.runner import Settings, evaluate
+from pmpd.eval.runner import evaluate
+from pmpd.eval.settings import Settings
 from pmpd.eval.speed.results import SpeedResults, SpeedRow
 from pmpd.eval.speed.speed import SpeedSettings, measure_speed
 from pmpd.eval.tasks.base import Task

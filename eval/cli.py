@@ -13,7 +13,8 @@ try:
 except ImportError:
     sys.exit("error: click is not installed: run `pip install 'pmpd[eval]'`")
 
-from pmpd.eval.tasks.options import TASK_OPTIONS
+from pmpd.eval.recipes.cli import recipe
+from pmpd.eval.tasks.options import TASK_OPTIONS, WORKER_OPTIONS
 from pmpd.runtime.console.command import (
     FAILED,
     FILE,
@@ -35,7 +36,6 @@ from pmpd.runtime.errors import PmpdError
 
 if TYPE_CHECKING:
     from pmpd.eval.comparison.results import CompareResults
-    from pmpd.eval.report.results import QualityResults
     from pmpd.eval.speed.results import SpeedResults
 
 __all__ = ["main"]
@@ -43,6 +43,7 @@ __all__ = ["main"]
 log = logging.getLogger("pmpd.eval")
 
 _INTERRUPTED = "interrupted: nothing was written"
+_KEPT = "interrupted: finished samples are kept, and the same command goes on from there"
 _BUNDLE = click.argument("bundle", type=FILE)
 _SCHEDULES = click.option(
     "--schedule",
@@ -136,7 +137,7 @@ def main() -> None:
 @main.command(
     cls=Command,
     extra="cpu,eval",
-    interrupted=_INTERRUPTED,
+    interrupted=_KEPT,
     examples=(
         "pmpd-eval demo-pmpd --task fidelity --data exporter/demo/openings.jsonl --html report.html",
         "pmpd-eval demo-pmpd --task perplexity --data stories.txt --schedule uniform:4 --schedule static:3@16,2@32",
@@ -147,7 +148,8 @@ def main() -> None:
     "--task",
     required=True,
     metavar="NAME",
-    help="What to measure: perplexity, fidelity, dialogsum, cnn_dailymail, mt_bench or jsonl (your own prompts).",
+    help="What to measure: perplexity, decode_perplexity, fidelity, dialogsum, cnn_dailymail, iwslt, mt_bench, python "
+    "or jsonl (your own prompts).",
 )
 @click.option(
     "--data", metavar="FILE", type=FILE, help="The texts or prompts: JSON lines (.jsonl, .jsonl.gz) or plain text."
@@ -166,6 +168,16 @@ def main() -> None:
     show_default=True,
     help="What runs the fp model: transformers or optimum.",
 )
+@list_option(
+    "--metric",
+    "metrics",
+    metavar="NAME",
+    help="A column: rougeL, rouge2, rouge1, sacrebleu, bleu or bertscore. Repeatable.  [default: the task's]",
+)
+@click.option("--encoder", metavar="MODEL", help="Folder or hub id of the encoder of BERTScore, which it adds.")
+@click.option("--stride", type=int, metavar="N", help="Tokens between windows, of perplexity.  [default: the window]")
+@click.option("--speed", is_flag=True, help="Measure decode speed, too, all rows in turn.")
+@WORKER_OPTIONS
 @_FILES
 @click.option(
     "--html", "html_file", type=FILE, metavar="FILE", help="Write a report with plots as one self-contained page."
@@ -184,21 +196,21 @@ def quality(
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it reports every model it loads
     # Imported here, so that --help answers at once and a missing package is one line.
-    from pmpd.eval import runner
+    from pmpd.eval.runner import evaluate
+    from pmpd.eval.settings import Settings
     from pmpd.runtime import Bundle
 
     if html_file is not None:
         from pmpd.eval.report.page import render_html
     check_outputs(json_file, csv_file, html_file)
-    settings = runner.Settings(data=data or Path(), **options)
+    settings = Settings(data=data or Path(), **options)
     opened = Bundle.open(bundle, verify=True)
     warn_unverified(bundle, verified=opened.manifest.verified)
-    results = runner.evaluate(opened, settings, quiet=is_quiet())
+    results = evaluate(opened, settings, quiet=is_quiet())
     print_result(results.to_markdown(), json_file, results.to_json)
     write_result(csv_file, results.to_csv)
     if html_file is not None:
         write_result(html_file, lambda: render_html(results))
-    _fail_if_unfinished(results)
 
 
 @main.command(
@@ -292,7 +304,10 @@ def compare(
     _fail_if_unfinished(results)
 
 
-def _fail_if_unfinished(results: QualityResults | SpeedResults | CompareResults) -> None:
+main.add_command(recipe)
+
+
+def _fail_if_unfinished(results: SpeedResults | CompareResults) -> None:
     """Fail as what ended the measurement early would have failed. The results are written."""
     if not results.unfinished:
         return

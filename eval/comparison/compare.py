@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pmpd.eval.comparison.results import CompareResults
+from pmpd.eval.measure.examiner import FP
 from pmpd.eval.measure.reference import ReferenceCheckpoint
-from pmpd.eval.measure.scoring import Sample
-from pmpd.eval.report.results import FP, QualityResults, QualityRow, count_text
-from pmpd.eval.runner import Settings, evaluate, prepare, read_items
+from pmpd.eval.metrics.base import Sample, Turn
+from pmpd.eval.report.results import QualityResults, QualityRow, count_text
+from pmpd.eval.runner import evaluate, prepare, read_items
+from pmpd.eval.settings import Settings
 from pmpd.eval.speed.contenders import Peer, parse_peers
 from pmpd.eval.speed.speed import SpeedSettings, measure_speed, prepare_speed, start_peer
 from pmpd.eval.tasks.base import Item, Task
@@ -48,7 +50,7 @@ class CompareSettings:
     def quality(self) -> Settings:
         """The settings of the evaluation of perplexity."""
         return Settings(
-            task="perplexity",
+            task="decode_perplexity",
             data=self.data,
             limit=self.limit,
             reference=self.reference,
@@ -88,13 +90,12 @@ def compare(bundle: Bundle, settings: CompareSettings, *, quiet: bool = True) ->
     try:
         if cause is None:
             quality = evaluate(bundle, replace(settings.quality, reference=str(checkpoint.path)), quiet=quiet)
-            cause = quality.cause
         for peer in peers if cause is None else ():
             row = _peer_row(peer, bundle, speed_settings, task, items, quiet=quiet)
             quality = replace(quality, rows=(*quality.rows, row))
     except (KeyboardInterrupt, PmpdError) as error:
         cause = error.with_traceback(None)
-    return CompareResults(speed=speed, quality=replace(quality, unfinished=names[len(quality.rows) :], cause=cause))
+    return CompareResults(speed=speed, quality=quality, unscored=names[len(quality.rows) :], cause=cause)
 
 
 def _texts(items: Sequence[Item], length: int) -> list[list[int]]:
@@ -121,15 +122,9 @@ def _peer_row(
     with start_peer(peer, bundle.manifest, room) as process:
         for item in track(items, step=peer.label, total=len(items), quiet=quiet):
             nll = process.run(prompt=item.ids, answer=item.answer)["nll"]
+            turn = Turn(prompt_tokens=len(item.ids), segments=())
+            scores = {"nll": sum(nll) / len(nll)}
             samples.append(
-                Sample(
-                    source=item.source,
-                    prompt_tokens=len(item.ids),
-                    output_tokens=len(item.answer),
-                    precisions=(),
-                    prefill_seconds=0.0,
-                    scores={"nll": sum(nll) / len(nll)},
-                    scored_steps=len(nll),
-                )
+                Sample(source=item.source, group=item.group, turns=(turn,), scores=scores, scored_steps=len(nll))
             )
     return QualityRow.of(peer.label, samples, task.metrics)

@@ -23,7 +23,7 @@ import torch
 
 from pmpd.eval.comparison.dense_sparse import Quantized, dense_and_sparse, quantized
 from pmpd.eval.data.records import read_records
-from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
+from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
 from pmpd.exporter.calibrate.store import StatisticsStore
 from pmpd.exporter.config import BUILT_IN, ExportConfig, calibration_text, parse_bits
 from pmpd.exporter.pipeline import Export
@@ -37,7 +37,16 @@ from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bitplanes import unpack
 
-__all__ = ["Choice", "MethodScores", "Windows", "compare_methods", "main", "table"]
+__all__ = [
+    "Choice",
+    "MethodScores",
+    "Windows",
+    "compare_methods",
+    "layers_of",
+    "main",
+    "quantized_weights",
+    "table",
+]
 
 DNS, BASE_OF_DNS = "dns", "anyprecision"  # dense-and-sparse is no method of exports (`dense_sparse.py`)
 GRIDS = ("rtn", "hqq", "gptq")  # methods whose levels a scale and a zero-point give
@@ -180,7 +189,7 @@ def compare_methods(
         PmpdError: as `Export.prepare`, `Choice.parse`, and `Windows`.
     """
     exports = [_prepare(model, choice, options) for choice in choices]
-    exported = [_layers_of(bundle, model) for bundle in bundles]
+    exported = [layers_of(bundle, model) for bundle in bundles]
     checkpoint = exports[0][0].checkpoint
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
@@ -195,14 +204,14 @@ def compare_methods(
         seconds = time.monotonic() - begin
         for precision in export.config.planes:
             bits = _bits_read(choice, approximations, precision)
-            with _weights(network, approximations, lambda _, precision=precision: precision):  # type: ignore[misc]
+            with quantized_weights(network, approximations, lambda _, precision=precision: precision):  # type: ignore[misc]
                 yield MethodScores(str(choice), precision, bits, *windows.scores(), seconds)
     for bundle, layers in zip(bundles, exported, strict=True):
         for number in bundle.manifest.precisions:
             planes = partial(bundle.manifest.planes, precision=number)
             read = sum(layer.nbytes(planes(layer.layer.name)) for layer in layers)
             bits = 8 * read / sum(layer.codes.codes.size for layer in layers)
-            with _weights(network, layers, planes):
+            with quantized_weights(network, layers, planes):
                 yield MethodScores(bundle.path.name, number, bits, *windows.scores(), 0.0)
 
 
@@ -220,7 +229,7 @@ def _prepare(model: str, choice: Choice, options: Mapping[str, Any]) -> list[Exp
     return [Export.prepare(replace(config, precisions=(bits,), parent=bits)) for bits in config.resolve().planes]
 
 
-def _layers_of(bundle: Bundle, model: str) -> list[Quantized]:
+def layers_of(bundle: Bundle, model: str) -> list[Quantized]:
     """Return the layers of a bundle that have several precisions.
 
     Raises:
@@ -265,7 +274,9 @@ def _bits_read(choice: Choice, layers: Sequence[Quantized], precision: int) -> f
 
 
 @contextmanager
-def _weights(network: torch.nn.Module, layers: Sequence[Quantized], bits: Callable[[str], int]) -> Iterator[None]:
+def quantized_weights(
+    network: torch.nn.Module, layers: Sequence[Quantized], bits: Callable[[str], int]
+) -> Iterator[None]:
     """Give a model of transformers quantized weights for a while, of so many bits in each layer."""
     parameters = dict(network.named_parameters())
     before = {}

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
-from pmpd.eval.report.results import FP, QualityResults, QualityRow, count_text, format_number
+from pmpd.eval.measure.examiner import FP
+from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
+from pmpd.eval.report.results import QualityResults, QualityRow, count_text, format_number
 from pmpd.eval.speed.results import Ratio, SpeedResults, SpeedRow
 from pmpd.runtime.console.output import json_text, markdown_table
 from pmpd.runtime.errors import PmpdError
@@ -70,25 +71,25 @@ class CompareResults:
     Attributes:
         speed: the speed measurement.
         quality: fp, the schedules and the peers over the same windows of text.
+        unscored: names of the rows without a perplexity, because something ended the comparison early.
+        cause: what did: Ctrl-C, a signal or a failure.
     """
 
     speed: SpeedResults
     quality: QualityResults
+    unscored: tuple[str, ...] = ()
+    cause: KeyboardInterrupt | PmpdError | None = None
 
     @property
     def unfinished(self) -> tuple[str, ...]:
         """What was not measured: repetitions of the speed, and perplexities."""
-        return (*self.speed.unfinished, *(f"perplexity of {name}" for name in self.quality.unfinished))
-
-    @property
-    def cause(self) -> KeyboardInterrupt | PmpdError | None:
-        """What ended the comparison early: Ctrl-C, a signal or a failure."""
-        return self.quality.cause
+        return (*self.speed.unfinished, *(f"perplexity of {name}" for name in self.unscored))
 
     @property
     def progress(self) -> str:
         """How much of the comparison there is, for a message."""
-        return f"speed: {self.speed.progress}, perplexity: {self.quality.progress}"
+        rows = len(self.quality.rows)
+        return f"speed: {self.speed.progress}, perplexity: {rows} of {rows + len(self.unscored)} rows are finished"
 
     @property
     def rows(self) -> list[Contender]:
@@ -193,7 +194,7 @@ class CompareResults:
         """Return the name, the perplexity and the speed of fp (it has no speed), the schedules and the peers."""
         scored = {row.name: row for row in self.quality.rows}
         speeds = {row.name: row for row in self.speed.rows}
-        return [(name, scored.get(name), speeds.get(name)) for name in (*scored, *self.quality.unfinished)]
+        return [(name, scored.get(name), speeds.get(name)) for name in (*scored, *self.unscored)]
 
     def _notes(self) -> Iterator[str]:
         yield f"{PLUS_MINUS}: over repetitions for speed, over windows of text for perplexity (differences are paired)."

@@ -22,8 +22,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from pmpd.eval.harness.arguments import GenerationArguments, whole_number
-from pmpd.eval.measure.metrics import negative_log_likelihood
 from pmpd.eval.measure.models import forced_steps
+from pmpd.eval.metrics.logits import negative_log_likelihood
 from pmpd.runtime import Bundle, Generator, Sampling, Tokenizer
 from pmpd.runtime.console.command import warn_unverified
 from pmpd.runtime.errors import PmpdError, one_line, unknown_choice

@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from pmpd.eval.data.records import read_records
-from pmpd.eval.measure.scoring import Metric, Perplexity, Sample
-from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
+from pmpd.eval.metrics.base import Metric, Perplexity, Sample
+from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
 from pmpd.runtime.console.command import FILE, Command
 from pmpd.runtime.console.output import markdown_table
 from pmpd.runtime.errors import PmpdError
@@ -86,15 +86,16 @@ def _samples(folder: Path) -> dict[str, dict[Any, dict[str, Sample]]]:
     for task, path in files.items():
         documents = tasks[task] = {}
         for record in read_records(path):
+            document = str(record.value("doc_id"))
             stage = record.fields.get("filter", "none")
             suffix = "" if stage == "none" else f",{stage}"
             scores = {f"{name}{suffix}": record.fields.get(name) for name in record.fields.get("metrics", ())}
-            samples = {name: sample for name, value in scores.items() if (sample := _sample(name, value))}
-            documents.setdefault(record.value("doc_id"), {}).update(samples)
+            samples = {name: sample for name, value in scores.items() if (sample := _sample(document, name, value))}
+            documents.setdefault(document, {}).update(samples)
     return tasks
 
 
-def _sample(name: str, value: Any) -> Sample | None:
+def _sample(document: str, name: str, value: Any) -> Sample | None:
     """Return a document's value of a metric: a number, or a log-likelihood and of how many words or bytes it is."""
     weight = 1.0
     if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(part, int | float) for part in value):
@@ -104,15 +105,8 @@ def _sample(name: str, value: Any) -> Sample | None:
         value = -value
     if not isinstance(value, int | float):
         return None
-    return Sample(
-        source="",
-        prompt_tokens=0,
-        output_tokens=0,
-        precisions=(),
-        prefill_seconds=0.0,
-        scores={"nll" if name in _PERPLEXITIES else name: float(value)},
-        scored_steps=int(weight),
-    )
+    scores = {"nll" if name in _PERPLEXITIES else name: float(value)}
+    return Sample(group=document, turns=(), scores=scores, scored_steps=int(weight))
 
 
 def _metric(name: str) -> Metric:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmpd.eval.measure.models import Answer, Forced
+from pmpd.eval.measure.models import ROWS, Answer, Forced
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import MissingExtraError, PmpdError, one_line
 
@@ -67,6 +67,13 @@ class ReferenceCheckpoint:
             )
         return cls(path, bits)
 
+    @property
+    def digest(self) -> str:
+        """What it is known by: where it is, and the sizes and times of its files."""
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*"))
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr([str(self.path.resolve()), stats]).encode()).hexdigest()
+
     def load(self, backend: str, *, threads: int) -> Reference:
         """Load it into a backend of `BACKENDS`, to compute with `threads` threads.
 
@@ -109,25 +116,30 @@ def _first_line(error: Exception) -> str:
 
 
 class Reference:
-    """A causal language model with the forward call of transformers, decoding greedily, batch 1.
+    """A causal language model with the forward call of transformers, decoding greedily.
 
     Args:
         model: called with `input_ids`, `attention_mask` and `past_key_values`.
         bits: bits of the stored weights, reported as the precision.
         last_logits: arguments that limit the logits to the last position, where the model knows how.
+        together: whether it takes prompts of several lengths side by side.
+
+    Attributes:
+        network: the model.
     """
 
-    def __init__(self, model: Any, *, bits: int, last_logits: Mapping[str, Any] | None = None) -> None:
-        self._model = model
-        self._bits = bits
-        self._last_logits = last_logits or {}
+    def __init__(
+        self, model: Any, *, bits: int, last_logits: Mapping[str, Any] | None = None, together: bool = False
+    ) -> None:
+        self.network, self._bits = model, bits
+        self._last_logits, self._together = last_logits or {}, together
 
     def _append(self, ids: Sequence[int], cache: Any, length: int, **options: Any) -> tuple[Any, Any]:
         """Run tokens after the `length` that the cache holds; return logits ``[positions, V]`` and the cache."""
         import torch
 
         with torch.inference_mode():
-            output = self._model(
+            output = self.network(
                 input_ids=torch.tensor([list(ids)]),
                 attention_mask=torch.ones(1, length + len(ids), dtype=torch.int64),
                 past_key_values=cache,
@@ -136,39 +148,32 @@ class Reference:
             )
         return output.logits[0], output.past_key_values
 
-    def warm_up(self, prompt: Sequence[int]) -> None:
-        """Run a prefill and a decode step."""
-        self.generate(prompt[:1], max_new_tokens=2, stop_ids=())
+    def answers(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[Answer]:
+        """Answer prompts greedily: side by side where the backend can, so that weights are read once for all.
 
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
-        """Answer a prompt greedily."""
+        Shorter prompts are then padded on the left, which rounds sums in another order than one prompt alone does.
+        """
+        if self._together and len(prompts) > 1:
+            texts = self._side_by_side(prompts, max_new_tokens, stop_ids)
+        else:
+            texts = [self._alone(prompt, max_new_tokens, stop_ids) for prompt in prompts]
+        return [Answer(ids=tuple(ids), precisions=(self._bits,) * len(ids)) for ids in texts]
+
+    def _alone(self, prompt: Sequence[int], max_new_tokens: int, stop_ids: Sequence[int]) -> list[int]:
         ids: list[int] = []
-        seconds: list[float] = []
-        begin = time.perf_counter()
         logits, cache = self._append(prompt, None, 0, **self._last_logits)
-        prefill_seconds = time.perf_counter() - begin
         while (token := int(logits[-1].argmax())) not in stop_ids:
             ids.append(token)
-            now = time.perf_counter()
-            seconds.append(now - begin)
             if len(ids) == max_new_tokens:
                 break
-            begin = now
             logits, cache = self._append([token], cache, len(prompt) + len(ids) - 1)
-        return Answer(
-            ids=tuple(ids),
-            precisions=(self._bits,) * len(ids),
-            seconds=tuple(seconds),
-            prefill_seconds=prefill_seconds,
-        )
+        return ids
 
-    def generate_together(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Sequence[int]
-    ) -> list[tuple[int, ...]]:
-        """Answer several prompts greedily, side by side: weights are read once for all. Returns the answers' tokens.
-
-        Shorter prompts are padded on the left, which rounds sums in another order than `generate` does.
-        """
+    def _side_by_side(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> list[list[int]]:
         import torch
 
         longest = max(map(len, prompts))
@@ -179,7 +184,7 @@ class Reference:
         with torch.inference_mode():
             for _ in range(max_new_tokens):
                 positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-                output = self._model(
+                output = self.network(
                     input_ids=ids,
                     attention_mask=mask,
                     position_ids=positions,
@@ -197,15 +202,16 @@ class Reference:
                 if not unfinished:
                     break
                 mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        return [tuple(answer) for answer in answers]
+        return answers
 
-    def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
-        """Score a given answer."""
-        begin = time.perf_counter()
-        _, cache = self._append(prompt, None, 0, **self._last_logits)
-        seconds = time.perf_counter() - begin
-        logits, _ = self._append(answer[:-1], cache, len(prompt))
-        return Forced(logits=logits.float().numpy(), precisions=(self._bits,) * len(answer), prefill_seconds=seconds)
+    def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Iterator[Forced]:
+        """Score a given answer of one token or more."""
+        logits, cache = self._append(prompt, None, 0, **self._last_logits)
+        yield Forced(start=0, logits=logits[-1:].float().numpy(), precision=self._bits)
+        for start in range(0, len(answer) - 1, ROWS):
+            part = answer[start : min(start + ROWS, len(answer) - 1)]
+            logits, cache = self._append(part, cache, len(prompt) + start)
+            yield Forced(start=start + 1, logits=logits.float().numpy(), precision=self._bits)
 
 
 def _transformers(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:
@@ -224,7 +230,7 @@ def _transformers(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, config=config, dtype=torch.float32, local_files_only=True
         )
-    return Reference(model.eval(), bits=checkpoint.bits, last_logits={"logits_to_keep": 1})
+    return Reference(model.eval(), bits=checkpoint.bits, last_logits={"logits_to_keep": 1}, together=True)
 
 
 def _optimum(checkpoint: ReferenceCheckpoint, threads: int) -> Reference:

@@ -1,1 +1,1 @@
-"""Scores of texts: what is computed per sample, and how samples become the score of a corpus."""
+"""Samples into numbers: scores of texts and of logits, and metrics over samples with their intervals."""

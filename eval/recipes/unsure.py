@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pmpd.eval.measure.models import Scheduled
-from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
-from pmpd.eval.runner import Settings, prepare, read_items
+from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
+from pmpd.eval.runner import prepare, read_items
+from pmpd.eval.settings import Settings
+from pmpd.eval.tasks.answers import Answers
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.options import TASK_OPTIONS
-from pmpd.eval.tasks.rouge import Rouge
 from pmpd.runtime import Bundle, Generator, StaticSchedule
 from pmpd.runtime.console.command import FILE, Command, check_outputs, is_quiet, json_option, print_result
 from pmpd.runtime.console.output import json_text, markdown_table
@@ -91,7 +92,7 @@ def find_errors(
         if precision not in bundle.manifest.precisions:
             raise PmpdError(unknown_choice("precision", precision, bundle.manifest.precisions))
     task, _ = prepare(bundle, settings)
-    if not isinstance(task, Rouge):
+    if not isinstance(task, Answers):
         raise PmpdError(
             f"the task {settings.task} gives no answers: choose dialogsum, cnn_dailymail, mt_bench or jsonl"
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
-from pmpd.eval.measure.scoring import Metric, Sample
+from pmpd.eval.metrics.base import Metric, Sample
 from pmpd.eval.report.plots import quality_plots, row_colors, speed_plot
 from pmpd.eval.report.results import QualityResults, QualityRow, format_number
 from pmpd.eval.report.verdict import verdict
@@ -33,7 +33,13 @@ def render_html(results: QualityResults) -> str:
         folder.joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
     environment = results.environment
-    bits = {bits for row in results.schedules for sample in row.samples for bits, _ in sample.segments}
+    bits = {
+        bits
+        for row in results.schedules
+        for sample in row.samples
+        for turn in sample.turns
+        for bits, _, _ in turn.segments
+    }
     speed = [speed_plot(results, name, width=width) for name, width in (("wide", _WIDE), ("narrow", _NARROW))]
     threads = environment["threads"]
     return template.render(

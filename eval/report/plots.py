@@ -10,8 +10,9 @@ from itertools import groupby, pairwise
 from statistics import mean
 from typing import Any
 
-from pmpd.eval.measure.scoring import Metric
-from pmpd.eval.report.results import FP, QualityResults, QualityRow
+from pmpd.eval.measure.examiner import FP
+from pmpd.eval.metrics.base import Metric
+from pmpd.eval.report.results import QualityResults, QualityRow
 from pmpd.runtime.errors import MissingExtraError
 
 try:
@@ -160,8 +161,8 @@ def _label_points(
 def speed_plot(results: QualityResults, name: str, *, width: float) -> str | None:
     """Return an SVG of decode tokens per second against the token's position, with the switches marked.
 
-    As in the table, a speed is a number of tokens over all their seconds: those of all samples at one position, and its
-    neighbours at the same precision (thin: without neighbours). None if no task measured any.
+    A speed is a number of tokens over all their seconds: those of all repetitions at one position, and its neighbours
+    at the same precision (thin: without neighbours). None if no speed was measured.
 
     Args:
         results: what was measured; the floating-point model is left out.
@@ -173,12 +174,14 @@ def speed_plot(results: QualityResults, name: str, *, width: float) -> str | Non
         figure = Figure(figsize=(width, 3.8), layout="constrained")
         axes = figure.subplots()
         for row in results.schedules:
-            seconds = _seconds_by_position(row)
+            seconds = row.step_seconds
             if not seconds:
                 continue
             color = _NAMES[colors[row.name]]
+            longest = max((turn for sample in row.samples for turn in sample.turns), key=lambda turn: turn.tokens)
+            bits = longest.precisions[1 : len(seconds) + 1]
+            seconds = seconds[: len(bits)]
             positions = range(2, len(seconds) + 2)
-            bits = max(row.samples, key=lambda sample: sample.output_tokens).precisions[1 : len(seconds) + 1]
             smooth = [1 / value for value in _smooth(seconds, bits)]
             axes.plot(positions, [1 / value for value in seconds], color=color, linewidth=0.8, alpha=0.3)
             axes.plot(positions, smooth, color=color, linewidth=2, label=row.name)
@@ -204,18 +207,6 @@ def speed_plot(results: QualityResults, name: str, *, width: float) -> str | Non
         columns = max(1, int(width // 1.6))
         figure.legend(frameon=False, ncols=columns, loc="outside lower left", labelcolor="linecolor")
         return _svg(figure, name, "Decode speed against position")
-
-
-def _seconds_by_position(row: QualityRow) -> list[float]:
-    """Return the mean seconds of each decode step that at least a quarter of the samples reach (at least one)."""
-    steps = [sample.seconds[1:] for sample in row.samples]
-    seconds = []
-    for index in range(max(map(len, steps), default=0)):
-        at_position = [step[index] for step in steps if index < len(step)]
-        if 4 * len(at_position) < len(steps):
-            break
-        seconds.append(max(mean(at_position), 1e-9))
-    return seconds
 
 
 def _smooth(seconds: Sequence[float], bits: Sequence[float]) -> list[float]:

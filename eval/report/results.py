@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
-from pmpd.eval.measure.scoring import Metric, Sample
-from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate, weighted_mean
+from pmpd.eval.measure.examiner import FP
+from pmpd.eval.measure.samples import sample_from
+from pmpd.eval.metrics.base import Metric, Sample
+from pmpd.eval.metrics.registry import METRICS
+from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["FP", "VERSION", "QualityResults", "QualityRow", "count_text", "format_number"]
+__all__ = ["VERSION", "QualityResults", "QualityRow", "count_text", "format_number"]
 
-FP = "fp"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,9 @@ class QualityRow:
         step_bytes: bytes of weights that a decode step reads, on average, in all its passes, output layer and embedding
             row included; None for ``fp``.
         metrics: each metric over all samples.
-        decode_tps: tokens per second: all decode steps over all their seconds; None where not measured.
         samples: what it rests on.
+        decode_tps: tokens per second, where speed was measured.
+        step_seconds: mean time of each decode step of that measurement, by position.
     """
 
     name: str
@@ -40,8 +45,9 @@ class QualityRow:
     average_bits: float | None
     step_bytes: float | None
     metrics: Mapping[str, Estimate]
-    decode_tps: Estimate | None
     samples: tuple[Sample, ...]
+    decode_tps: Estimate | None = None
+    step_seconds: tuple[float, ...] = ()
 
     @property
     def own_prefill(self) -> bool:
@@ -51,7 +57,7 @@ class QualityRow:
     @property
     def token_bits(self) -> float:
         """Mean bits of the passes that gave the tokens after the first: how exact a row is, not what it costs."""
-        bits = [precision for sample in self.samples for precision in sample.precisions[1:]]
+        bits = [bits for sample in self.samples for turn in sample.turns for bits in turn.precisions[1:]]
         return sum(bits) / max(1, len(bits))
 
     @classmethod
@@ -65,15 +71,14 @@ class QualityRow:
         bytes_at: Mapping[float, float] | None = None,
     ) -> Self:
         """Make a row of its samples; `bytes_at` are the bytes that a decode step reads at each precision."""
-        steps = sum(len(sample.precisions[1:]) for sample in samples)
-        passes = [bits for s in samples for bits in (*s.precisions[1:], *s.first_passes.values())]
+        steps = sum(sample.steps for sample in samples)
+        passes = [bits for sample in samples for bits in sample.passes]
         return cls(
             name=name,
             accuracy=accuracy,
             average_bits=sum(passes) / steps if steps else None,
             step_bytes=sum(bytes_at[bits] for bits in passes) / steps if bytes_at and steps else None,
             metrics={metric.name: metric.estimate(samples) for metric in metrics},
-            decode_tps=_rate([(len(sample.seconds[1:]), sum(sample.seconds[1:])) for sample in samples]),
             samples=tuple(samples),
         )
 
@@ -84,17 +89,15 @@ class QualityResults:
 
     Attributes:
         rows: the floating-point one first.
-        metrics: the columns.
+        metrics: the columns; the first one is what the verdict is about.
         environment: where and with what it was measured.
-        unfinished: names of the rows that were not measured, because something ended the evaluation early.
-        cause: what did: Ctrl-C, a signal or a failure.
+        prefill_tps: prompt tokens per second, by accuracy, where speed was measured.
     """
 
     rows: tuple[QualityRow, ...]
     metrics: tuple[Metric, ...]
     environment: Mapping[str, Any]
-    unfinished: tuple[str, ...] = ()
-    cause: KeyboardInterrupt | PmpdError | None = None
+    prefill_tps: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def schedules(self) -> tuple[QualityRow, ...]:
@@ -102,31 +105,32 @@ class QualityResults:
         return tuple(row for row in self.rows if row.name != FP)
 
     @property
-    def prefill_tps(self) -> dict[str, Estimate]:
-        """Prompt tokens per second of the prefill graph, by accuracy, and of ``fp``."""
-        groups: dict[str, list[Sample]] = {}
-        for row in self.rows:
-            if row.own_prefill:
-                continue
-            groups.setdefault(row.accuracy or FP, []).extend(row.samples)
-        rates = {name: _rate([(s.prompt_tokens, s.prefill_seconds) for s in group]) for name, group in groups.items()}
-        return {name: rate for name, rate in rates.items() if rate is not None}
+    def fp(self) -> QualityRow | None:
+        """The row of the floating-point model, if it was run."""
+        return next((row for row in self.rows if row.name == FP), None)
 
     def high(self, row: QualityRow) -> QualityRow:
-        """Return the row whose tokens have most bits, of the same kernels: what others are compared with beside fp."""
-        return max(
-            (other for other in self.schedules if other.accuracy == row.accuracy),
-            key=lambda r: (r.token_bits, not r.own_prefill, -(r.average_bits or 0)),
-        )
+        """Return the row whose tokens have most bits, of the same kernels: what others are compared with beside fp.
 
-    @property
-    def progress(self) -> str:
-        """How much of the evaluation there is, for a message."""
-        return f"{len(self.rows)} of {len(self.rows) + len(self.unfinished)} rows are finished"
+        A row that no kernels computed is compared with the first ones'.
+        """
+        accuracy = row.accuracy or next((other.accuracy for other in self.schedules if other.accuracy), None)
+        others = [other for other in self.schedules if other.accuracy == accuracy]
+        return max(others, key=lambda r: (r.token_bits, not r.own_prefill, -(r.average_bits or 0)))
 
     def difference(self, metric: Metric, row: QualityRow, other: QualityRow) -> Estimate:
         """Return a metric of a row minus that of another, paired by item."""
         return metric.difference(row.samples, other.samples)
+
+    def to_fp(self, metric: Metric, row: QualityRow) -> Estimate | None:
+        """Return the difference to the floating-point model; None for itself, and where it was not run."""
+        return None if self.fp is None or row is self.fp else self.difference(metric, row, self.fp)
+
+    def to_high(self, metric: Metric, row: QualityRow) -> Estimate | None:
+        """Return the difference to the row of most bits; None for itself and the floating-point model."""
+        if row.name == FP or row is self.high(row):
+            return None
+        return self.difference(metric, row, self.high(row))
 
     def heading(self, metric: Metric) -> str:
         """Return a metric's name and what it is a mean of."""
@@ -134,33 +138,83 @@ class QualityResults:
 
     def notes(self) -> list[str]:
         """Return what a reader of the table must know, a sentence or two per line."""
-        prefill = [
-            f"{rate.text(1)} tokens/s" + (f" ({name})" if len(self.prefill_tps) > 2 else "")
-            for name, rate in self.prefill_tps.items()
-            if name != FP
-        ]
+        skipped = self.environment["data"]["skipped"]
+        samples = self.environment["samples"]
+        groups = len({sample.group for sample in self.rows[0].samples})
+        of = f" of {count_text(groups, 'document')}, which are what is drawn" if groups < samples else ""
+        highs = dict.fromkeys(self.high(row).name for row in self.schedules)
         lines = [
-            f"{PLUS_MINUS} over answers (windows of text for perplexity).",
+            f"{count_text(samples, 'sample')}{of}; {skipped} skipped. {PLUS_MINUS}, by bootstrap.",
+            f"Differences are paired: all rows have the same samples. to high: to {', '.join(highs)}.",
             "average bits: of the decoder's linear layers, mean over decode steps; the first token of an answer "
             "(prefill) and the step that ends it do not count; of a step that is run again both passes do. MB/token: "
             "all weights that a step reads, output layer included, KV cache not.",
         ]
-        if prefill:
-            lines.append(f"Prompts, unless a schedule says prefill: {', '.join(prefill)}.")
-        if any(row.decode_tps for row in self.schedules):
-            lines.append("decode tokens/s: all decode steps of all answers over all their seconds.")
+        if self.prefill_tps:
+            rates = (
+                f"{rate.text(1)} tokens/s" + (f" ({name})" if len(self.prefill_tps) > 1 else "")
+                for name, rate in self.prefill_tps.items()
+            )
+            lines.append(
+                f"decode tokens/s: all rows in turn, over repetitions. Prompts, unless a schedule says prefill: "
+                f"{', '.join(rates)}."
+            )
         return lines
 
-    def to_json(self) -> str:
-        """Return ``{"rows", "prefill_tps", "unfinished", "environment", "version"}`` as JSON text."""
-        document = {
-            "rows": [asdict(row) for row in self.rows],
-            "prefill_tps": {name: asdict(rate) for name, rate in self.prefill_tps.items()},
-            "unfinished": self.unfinished,
-            "environment": self.environment,
-            "version": VERSION,
-        }
-        return json_text(document)
+    def to_json(self, *, texts: bool = True) -> str:
+        """Return ``{"rows", "metrics", "prefill_tps", "verdict", "environment", "version"}`` as JSON text.
+
+        Args:
+            texts: with the data's texts: prompts and references.
+        """
+        from pmpd.eval.report.verdict import verdict
+
+        rows = []
+        for row in self.rows:
+            document = asdict(row)
+            if not texts:
+                for sample in document["samples"]:
+                    del sample["prompt"], sample["reference"]
+            pairs = {metric.name: (self.to_fp(metric, row), self.to_high(metric, row)) for metric in self.metrics}
+            document["differences"] = {
+                name: {"fp": fp and asdict(fp), "high": high and asdict(high)} for name, (fp, high) in pairs.items()
+            }
+            rows.append(document)
+        return json_text(
+            {
+                "version": VERSION,
+                "verdict": verdict(self),
+                "metrics": [metric.name for metric in self.metrics],
+                "prefill_tps": {name: asdict(rate) for name, rate in self.prefill_tps.items()},
+                "environment": self.environment,
+                "rows": rows,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, path: Path) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            PmpdError: the file cannot be read, is something else, or of another version.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not JSON"
+            raise PmpdError(f"{path} cannot be read: {reason}") from None
+        version = document.get("version") if isinstance(document, dict) else None
+        if not isinstance(document, dict) or not {"rows", "environment"} <= document.keys():
+            raise PmpdError(f"{path} is not a result of pmpd-eval: give a file that --json wrote")
+        if version != VERSION:
+            raise PmpdError(f"{path} is of version {version}, and this is version {VERSION}: measure it again")
+        try:
+            metrics = tuple(METRICS[name] for name in document["metrics"])
+            rows = tuple(_row(row) for row in document["rows"])
+            prefill = {name: Estimate(**rate) for name, rate in document["prefill_tps"].items()}
+            return cls(rows=rows, metrics=metrics, environment=document["environment"], prefill_tps=prefill)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PmpdError(f"{path} is damaged ({error!r:.80}): measure it again") from None
 
     def to_csv(self) -> str:
         """Return a line per row; half-widths of 95 % intervals are columns of their own, ``<name>_ci95``."""
@@ -170,28 +224,59 @@ class QualityResults:
                 "name": row.name,
                 "average_bits": row.average_bits,
                 "step_bytes": row.step_bytes,
+                "samples": len(row.samples),
             }
-            for name, estimate in [*row.metrics.items(), ("decode_tps", row.decode_tps)]:
-                line |= {name: estimate and estimate.value, f"{name}_ci95": estimate and estimate.ci95}
-            lines.append(line)
+            for metric in self.metrics:
+                name = metric.name
+                line |= _columns(name, row.metrics[name])
+                line |= _columns(f"{name}_to_fp", self.to_fp(metric, row))
+                line |= _columns(f"{name}_to_high", self.to_high(metric, row))
+            lines.append(line | _columns("decode_tps", row.decode_tps))
         return csv_text(lines)
 
     def to_markdown(self) -> str:
         """Return the verdict, the table, and notes on it."""
         from pmpd.eval.report.verdict import verdict
 
-        table = [["schedule", "average bits", "MB/token", *map(self.heading, self.metrics), "decode tokens/s"]]
+        return "\n\n".join(["\n".join(verdict(self)), markdown_table(self.table()), "\n".join(self.notes())])
+
+    def table(self) -> list[list[str]]:
+        """Return the table as cells, its heading first; differences are those of the first metric."""
+        first, *others = self.metrics
+        timed = any(row.decode_tps for row in self.schedules)
+        head = ["schedule", "average bits", "MB/token", self.heading(first), "to fp", "to high"]
+        table = [[*head, *map(self.heading, others), *(["decode tokens/s"] if timed else [])]]
         for row in self.rows:
-            table.append(
-                [
-                    row.name,
-                    format_number(row.average_bits, 2),
-                    format_number(row.step_bytes and row.step_bytes / 1e6, 1),
-                    *(row.metrics[metric.name].text(metric.digits) for metric in self.metrics),
-                    row.decode_tps.text(1) if row.decode_tps and row.name != FP else "–",
-                ]
-            )
-        return "\n\n".join(["\n".join(verdict(self)), markdown_table(table), "\n".join(self.notes())])
+            gaps = (self.to_fp(first, row), self.to_high(first, row))
+            cells = [
+                row.name,
+                format_number(row.average_bits, 2),
+                format_number(row.step_bytes and row.step_bytes / 1e6, 1),
+                row.metrics[first.name].text(first.digits),
+                *(gap.text(first.digits, sign=True) if gap else "–" for gap in gaps),
+                *(row.metrics[metric.name].text(metric.digits) for metric in others),
+            ]
+            table.append(cells + ([row.decode_tps.text(1) if row.decode_tps else "–"] if timed else []))
+        return table
+
+
+def _columns(name: str, estimate: Estimate | None) -> dict[str, object]:
+    return {name: estimate and estimate.value, f"{name}_ci95": estimate and estimate.ci95}
+
+
+def _row(document: Mapping[str, Any]) -> QualityRow:
+    """Return a row of its JSON."""
+    speed = document["decode_tps"]
+    return QualityRow(
+        name=document["name"],
+        accuracy=document["accuracy"],
+        average_bits=document["average_bits"],
+        step_bytes=document["step_bytes"],
+        metrics={name: Estimate(**value) for name, value in document["metrics"].items()},
+        samples=tuple(sample_from(sample) for sample in document["samples"]),
+        decode_tps=speed and Estimate(**speed),
+        step_seconds=tuple(document["step_seconds"]),
+    )
 
 
 def count_text(number: int, noun: str) -> str:
@@ -202,12 +287,3 @@ def count_text(number: int, noun: str) -> str:
 def format_number(value: float | None, digits: int) -> str:
     """Return a number as shown in tables; a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _rate(spent: Sequence[tuple[int, float]]) -> Estimate | None:
-    """Return things per second: all of them over all seconds, from the count and the seconds of each sample."""
-    timed = [(count, seconds) for count, seconds in spent if count and seconds > 0]
-    if not timed:
-        return None
-    seconds_each, stderr = weighted_mean([s / count for count, s in timed], [float(count) for count, _ in timed])
-    return Estimate.from_stderr(1 / seconds_each, stderr / seconds_each**2, len(timed))

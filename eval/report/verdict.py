@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pmpd.eval.measure.scoring import Metric
-from pmpd.eval.measure.statistics import Estimate
+from pmpd.eval.metrics.base import Metric
+from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.report.results import QualityResults, QualityRow
 
 __all__ = ["verdict"]
@@ -15,12 +15,11 @@ def verdict(results: QualityResults) -> list[str]:
     Differences are paired: both rows answered the same items. "Within noise" says that the 95 % interval of the
     difference contains 0, so that these data do not show which row is better.
     """
-    metric = results.metrics[0]
-    fp = results.rows[0]
+    metric, fp = results.metrics[0], results.fp
     lines = []
     for row in results.schedules:
         high = results.high(row)
-        parts = [_quality(results, metric, row, fp)]
+        parts = [] if fp is None else [_quality(results, metric, row, fp)]
         if row is not high:
             parts += [_quality(results, metric, row, high), *_speed(row, high)]
         bits = f" ({row.average_bits:.2f} bits)" if row.average_bits is not None else ""

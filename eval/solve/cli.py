@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pmpd.eval.tasks.options import PROMPT_OPTIONS, TASK_OPTIONS
+from pmpd.eval.tasks.options import PROMPT_OPTIONS, TASK_OPTIONS, WORKER_OPTIONS
 from pmpd.runtime.console.command import (
     FILE,
     Command,
     Group,
     check_outputs,
-    combine,
     json_option,
     list_option,
     print_result,
@@ -34,19 +33,6 @@ log = logging.getLogger("pmpd.eval")
 _BUNDLE = click.argument("bundle", type=FILE)
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Leave the bundle as it is.")
 _THREADS = click.option("--threads", type=int, metavar="N", help="Threads of each worker.  [default: all processors]")
-_WORKERS = combine(
-    click.option(
-        "--workers",
-        type=int,
-        default=1,
-        show_default=True,
-        metavar="N",
-        help="Processes that answer, side by side (Ray).",
-    ),
-    click.option(
-        "--address", metavar="HOST:PORT", help="Ray cluster for the workers; its nodes have BUNDLE at this path."
-    ),
-)
 _POINTS = click.option(
     "--switch-points", type=int, default=4, show_default=True, metavar="N", help="Candidate switch points of an answer."
 )
@@ -98,7 +84,7 @@ def main() -> None:
 @click.option("--low-prefill", is_flag=True, help="Try fewer bits for the prompt, too.")
 @click.option("--exact", is_flag=True, help="Measure every candidate on every sample.")
 @_THREADS
-@_WORKERS
+@WORKER_OPTIONS
 @click.option("--as", "name", metavar="NAME", help="Name of the schedule in the bundle.  [default: the task's]")
 @click.option("--default/--no-default", default=True, help="Make it what the bundle decodes with.  [default: yes]")
 @_DRY_RUN
@@ -127,7 +113,7 @@ def _find(
     Answers under the bundle's highest precision are what others are compared with. The schedule becomes part of the
     bundle: pmpd-run decodes with it from then on, or by name with --schedule.
     """
-    from pmpd.eval.runner import Settings
+    from pmpd.eval.settings import Settings
     from pmpd.eval.solve.race import Tolerance
     from pmpd.eval.solve.search import SearchSettings, solve
 
@@ -212,7 +198,7 @@ def _find(
 @click.option("--hidden", type=int, default=64, show_default=True, metavar="N", help="Width of the hidden layer.")
 @click.option("--seeds", type=int, default=5, show_default=True, metavar="N", help="Networks that are trained.")
 @_THREADS
-@_WORKERS
+@WORKER_OPTIONS
 @click.option(
     "--as", "name", default="learned", show_default=True, metavar="NAME", help="Name of the schedule in the bundle."
 )

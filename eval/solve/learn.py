@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -22,18 +22,29 @@ import numpy as np
 import numpy.typing as npt
 
 from pmpd.eval.data.records import Template, read_records
-from pmpd.eval.measure.metrics import rouge_scorer
+from pmpd.eval.measure.examiner import (
+    FP,
+    BundleExaminer,
+    Job,
+    Measured,
+    ReferenceExaminer,
+    Setup,
+    item_key,
+    open_bundle_examiner,
+    reference_file,
+)
 from pmpd.eval.measure.reference import ReferenceCheckpoint
-from pmpd.eval.solve.examiner import Examiner, Job, Measured, Outcome, Setup, open_examiner
+from pmpd.eval.measure.samples import Samples
+from pmpd.eval.measure.workers import Workers, check_workers
+from pmpd.eval.metrics.base import Sample
+from pmpd.eval.metrics.rouge import rouge_scorer
 from pmpd.eval.solve.grid import mean_cost, static_schedules, switch_points
 from pmpd.eval.solve.lesson import Lesson
 from pmpd.eval.solve.network import Network, Prompt, Training, to_onnx, train
-from pmpd.eval.solve.outcomes import Outcomes, append_line, item_key, read_lines
 from pmpd.eval.solve.prompts import cut, write_prompts
-from pmpd.eval.solve.workers import Workers, check_workers
+from pmpd.eval.tasks.answers import Answers
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.registry import TASKS
-from pmpd.eval.tasks.rouge import Rouge
 from pmpd.runtime import Bundle, Generator, StaticSchedule, Tokenizer
 from pmpd.runtime.console.progress import progress, track
 from pmpd.runtime.engine.threads import available_threads
@@ -52,7 +63,6 @@ LAYERS = {"first": 0.0, "middle": 0.5, "last": 1.0}
 
 FEWEST = 16  # prompts
 FOLDS = 5  # of the prompts, each chosen for by a network that has seen the others only
-TOGETHER = 16  # prompts that the floating-point model answers side by side
 TIMED_TOKENS = 128
 COMPLETION = 64  # new tokens
 
@@ -117,8 +127,8 @@ class LearnSettings:
         switch_points(1, self.points)
         if self.task is not None and self.data is None:
             raise PmpdError(f"the task {self.task} needs --data: its examples")
-        if self.task is not None and (self.task not in TASKS or not issubclass(TASKS[self.task], Rouge)):
-            answering = [name for name, kind in TASKS.items() if issubclass(kind, Rouge)]
+        if self.task is not None and (self.task not in TASKS or not issubclass(TASKS[self.task], Answers)):
+            answering = [name for name, kind in TASKS.items() if issubclass(kind, Answers)]
             raise PmpdError(unknown_choice("task", self.task, answering))
 
 
@@ -144,11 +154,11 @@ def learn(bundle: Bundle, settings: LearnSettings) -> tuple[Lesson, bytes]:
     generator = Generator(bundle, threads=settings.threads)
     items = _items(task, generator, settings)
     if checkpoint is not None:
-        items = _answered(task, items, checkpoint, bundle, settings)
+        items = _answered(task, items, checkpoint, settings)
     steps = max(1, task.max_new_tokens - 1)
     choices = _choices(precisions, steps, settings.points)
-    table = _outcomes(task, items, choices, generator, settings)
-    if not any(outcome.passes for row in table for outcome in row):
+    table = _samples(task, items, choices, generator, settings)
+    if not any(sample.passes for row in table for sample in row):
         raise PmpdError("all answers have one token, so there is no decode step to lower: use other prompts")
     layer = round(LAYERS[settings.layer] * (manifest.kv_cache.layers - 1))
     labels = [_label(row, settings.tolerance) for row in table]
@@ -169,7 +179,7 @@ def learn(bundle: Bundle, settings: LearnSettings) -> tuple[Lesson, bytes]:
         choices=choices,
         length=steps,
         labels=tuple(labels),
-        outcomes=tuple(map(tuple, table)),
+        samples=tuple(map(tuple, table)),
         chosen=chosen,
         course=course,
         settings=_public(settings),
@@ -193,7 +203,7 @@ def _precisions(known: Sequence[float], settings: LearnSettings) -> list[float]:
     return precisions
 
 
-def _task(bundle: Bundle, settings: LearnSettings) -> Rouge:
+def _task(bundle: Bundle, settings: LearnSettings) -> Answers:
     tokenizer = Tokenizer.from_bundle(bundle)
     kind = TASKS[settings.task or "jsonl"]
     chats = tokenizer.has_chat_template and (kind.chats or settings.data is None)
@@ -207,15 +217,15 @@ def _task(bundle: Bundle, settings: LearnSettings) -> Rouge:
         reference_field=settings.reference_field,
         chat=chats if settings.chat is None else settings.chat,
     )
-    assert isinstance(task, Rouge)
+    assert isinstance(task, Answers)
     return task
 
 
-def _items(task: Rouge, generator: Generator, settings: LearnSettings) -> list[Item]:
+def _items(task: Answers, generator: Generator, settings: LearnSettings) -> list[Item]:
     """Return the prompts that fit the context."""
     data, count = settings.data, settings.samples
     if data is None:
-        data = Setup(task=f"own {task.chat}").file(generator.bundle, tokens=0)
+        data = Setup().file(generator.bundle, task).with_suffix(".prompts.jsonl")
         written = write_prompts(generator, task.tokenizer, count=count, chat=task.chat, file=data)
         for _ in track(written, step="prompts", total=count, unit="prompt"):
             pass
@@ -235,25 +245,20 @@ def _items(task: Rouge, generator: Generator, settings: LearnSettings) -> list[I
 
 
 def _answered(
-    task: Rouge, items: Sequence[Item], checkpoint: ReferenceCheckpoint, bundle: Bundle, settings: LearnSettings
+    task: Answers, items: Sequence[Item], checkpoint: ReferenceCheckpoint, settings: LearnSettings
 ) -> list[Item]:
     """Return the items with the floating-point model's answers as references; they are kept on disk as they come."""
-    path = Setup(task=f"fp {checkpoint.path.resolve()}").file(bundle, tokens=task.max_new_tokens)
-    texts = {str(line["item"]): str(line["text"]) for line in read_lines(path) if {"item", "text"} <= line.keys()}
-    missing = sorted((item for item in items if item_key(item) not in texts), key=lambda item: len(item.ids))
-    if missing:
-        model = checkpoint.load("transformers", threads=settings.threads or available_threads())
-        with progress("reference", total=len(missing), unit="prompt") as shown:
-            for start in range(0, len(missing), TOGETHER):
-                part = missing[start : start + TOGETHER]
-                answers = model.generate_together(
-                    [item.ids for item in part], max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids
-                )
-                for item, ids in zip(part, answers, strict=True):
-                    texts[item_key(item)] = task.tokenizer.decode(ids)
-                    append_line(path, {"item": item_key(item), "text": texts[item_key(item)]})
-                shown.advance(len(part))
-    return [replace(item, references=(texts[item_key(item)],)) for item in items]
+    load = cache(partial(checkpoint.load, "transformers", threads=settings.threads or available_threads()))
+    samples = Samples(
+        task,
+        ReferenceExaminer(task, load, None),
+        items,
+        path=reference_file(checkpoint, "transformers", task),
+        reference=FP,
+    )
+    of_each = track(samples.of_each(range(len(items)), [FP]), step="reference", total=len(items), unit="prompt")
+    answers = {index: by_name[FP].output for index, by_name in of_each}
+    return [replace(item, references=(answers[index],)) for index, item in enumerate(items)]
 
 
 def _choices(precisions: Sequence[float], steps: int, points: int) -> tuple[StaticSchedule, ...]:
@@ -263,23 +268,22 @@ def _choices(precisions: Sequence[float], steps: int, points: int) -> tuple[Stat
     return tuple(sorted(schedules, key=lambda schedule: mean_cost(schedule, bits, steps)))
 
 
-def _outcomes(
-    task: Rouge,
+def _samples(
+    task: Answers,
     items: Sequence[Item],
     choices: Sequence[StaticSchedule],
     generator: Generator,
     settings: LearnSettings,
-) -> list[list[Outcome]]:
+) -> list[list[Sample]]:
     """Return what each prompt gave under each choice."""
-    bundle, setup = generator.bundle, Setup(task="learn")
-    path = setup.file(bundle, tokens=task.max_new_tokens)
-    examiner = Examiner(task, StaticSchedule(((bundle.manifest.precisions[0], 0),)), lambda: generator)
-    table: list[list[Outcome]] = [[] for _ in items]
+    bundle, setup = generator.bundle, Setup()
+    path = setup.file(bundle, task)
+    table: list[list[Sample]] = [[] for _ in items]
     with ExitStack() as stack, progress("answers", total=len(items), unit="prompt") as shown:
         workers: Workers[Job, Measured] | None = None
         if settings.workers > 1 or settings.address is not None:
             opening = partial(
-                open_examiner,
+                open_bundle_examiner,
                 path=bundle.path.absolute(),
                 setup=setup,
                 make_task=partial(_task, settings=settings),
@@ -289,16 +293,18 @@ def _outcomes(
             workers = stack.enter_context(
                 Workers(settings.workers, opening, address=settings.address, threads=settings.threads)
             )
-        outcomes = Outcomes(examiner, items, path=path, workers=workers)
-        for index, by_choice in outcomes.of_each(range(len(items)), choices):
+        examiner = BundleExaminer(task, lambda: generator)
+        highest = StaticSchedule(((bundle.manifest.precisions[0], 0),))
+        samples = Samples(task, examiner, items, path=path, workers=workers, reference=highest)
+        for index, by_choice in samples.of_each(range(len(items)), choices):
             table[index] = [by_choice[choice] for choice in choices]
             shown.advance()
     return table
 
 
-def _label(row: Sequence[Outcome], tolerance: float) -> int:
+def _label(row: Sequence[Sample], tolerance: float) -> int:
     """Return the lowest choice that is as good as the highest, of ROUGE-L rounded to three decimals (of 1)."""
-    scores = [round(outcome.scores["rougeL"] / 100, 3) for outcome in row]
+    scores = [round(sample.scores["rougeL"] / 100, 3) for sample in row]
     return next(i for i, score in enumerate(scores) if score >= scores[-1] - tolerance)
 
 

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
-from pmpd.eval.solve.examiner import Outcome
+from pmpd.eval.metrics.base import Sample
+from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
 from pmpd.eval.solve.network import Training
 from pmpd.runtime import StaticSchedule
 from pmpd.runtime.console.output import json_text, markdown_table
-from pmpd.runtime.format.precision import parse_precision
 
 __all__ = ["Lesson"]
 
@@ -26,7 +25,7 @@ class Lesson:
         choices: the schedules, low to high in bits.
         length: decode steps of the longest answer.
         labels: of each prompt, the lowest choice that is good enough.
-        outcomes: of each prompt under each choice.
+        samples: of each prompt under each choice.
         chosen: for each prompt, by a network trained on others (cross-validation).
         course: how the training of the network that stays went.
         settings: what was asked for, JSON-ready.
@@ -38,7 +37,7 @@ class Lesson:
     choices: tuple[StaticSchedule, ...]
     length: int
     labels: tuple[int, ...]
-    outcomes: tuple[tuple[Outcome, ...], ...]
+    samples: tuple[tuple[Sample, ...], ...]
     chosen: tuple[int, ...]
     course: Training
     settings: dict[str, Any]
@@ -57,7 +56,7 @@ class Lesson:
 
         ``shuffled`` gives the learned choices to the prompts at random, so both have the same choices equally often.
         """
-        prompts, count = len(self.outcomes), len(self.choices)
+        prompts, count = len(self.samples), len(self.choices)
         learned = np.eye(count)[list(self.chosen)]
         always = {str(choice): np.tile(np.eye(count)[i], (prompts, 1)) for i, choice in enumerate(self.choices)}
         return {
@@ -79,8 +78,8 @@ class Lesson:
 
     def bits(self, row: npt.NDArray[np.float64]) -> float:
         """Return the mean bits of the decode steps of a row."""
-        steps = np.array([[max(0, outcome.tokens - 1) for outcome in prompt] for prompt in self.outcomes])
-        spent = np.array([[_spent(outcome) for outcome in prompt] for prompt in self.outcomes])
+        steps = np.array([[sample.steps for sample in prompt] for prompt in self.samples])
+        spent = np.array([[sum(sample.passes) for sample in prompt] for prompt in self.samples])
         return float((row * spent).sum() / max(1, (row * steps).sum()))
 
     @property
@@ -91,7 +90,7 @@ class Lesson:
         return (
             f"a choice for each prompt of {len(self.choices)} schedules: {self.bits(rows['learned']):.2f} bits on "
             f"average where {high} has {self.bits(rows[high]):.2f}, ROUGE-L "
-            f"{self.ahead(rows[high]).text(2, sign=True)} on {len(self.outcomes)} prompts, "
+            f"{self.ahead(rows[high]).text(2, sign=True)} on {len(self.samples)} prompts, "
             f"{self.ahead(shuffled).text(2, sign=True)} to the same choices at random"
         )
 
@@ -137,8 +136,4 @@ class Lesson:
         return json_text(document)
 
     def _scores(self) -> npt.NDArray[np.float64]:
-        return np.array([[outcome.scores["rougeL"] for outcome in prompt] for prompt in self.outcomes])
-
-
-def _spent(outcome: Outcome) -> float:
-    return sum(parse_precision(precision) * count for precision, count in outcome.passes.items())
+        return np.array([[sample.scores["rougeL"] for sample in prompt] for prompt in self.samples])

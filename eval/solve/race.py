@@ -16,7 +16,7 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 
-from pmpd.eval.measure.statistics import Estimate
+from pmpd.eval.metrics.statistics import Estimate
 from pmpd.runtime.errors import PmpdError
 
 __all__ = ["Contestant", "Race", "Tolerance", "best_of", "cheapest"]

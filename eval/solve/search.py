@@ -15,24 +15,24 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from pmpd.eval.measure.metrics import rouge_scorer
-from pmpd.eval.measure.scoring import Metric
-from pmpd.eval.runner import Settings, prepare, read_items
-from pmpd.eval.solve.examiner import Examiner, Job, Measured, Outcome, Setup, open_examiner
+from pmpd.eval.measure.examiner import BundleExaminer, Job, Measured, Setup, open_bundle_examiner
+from pmpd.eval.measure.samples import Samples
+from pmpd.eval.measure.workers import Workers, check_workers
+from pmpd.eval.metrics.base import Metric, Sample
+from pmpd.eval.metrics.rouge import rouge_scorer
+from pmpd.eval.runner import prepare, read_items
+from pmpd.eval.settings import Settings
 from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_points
-from pmpd.eval.solve.outcomes import Outcomes
 from pmpd.eval.solve.race import Race, Tolerance, best_of, cheapest
 from pmpd.eval.solve.solution import Phase, Solution
-from pmpd.eval.solve.workers import Workers, check_workers
 from pmpd.eval.speed.traffic import step_bytes
+from pmpd.eval.tasks.answers import Answers
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.registry import TASKS
-from pmpd.eval.tasks.rouge import Rouge
 from pmpd.runtime import AdaptiveSchedule, Bundle, Generator, RepeatSchedule, Schedule, StaticSchedule
 from pmpd.runtime.console.progress import Progress, progress
 from pmpd.runtime.errors import PmpdError, unknown_choice
 from pmpd.runtime.format.bundle import sha256_of
-from pmpd.runtime.format.precision import parse_precision
 
 __all__ = ["OBJECTIVES", "SearchSettings", "solve"]
 
@@ -84,8 +84,8 @@ class SearchSettings:
         if self.target_tps is not None and not 0 < self.target_tps < float("inf"):
             raise PmpdError(f"target must be a number of tokens per second above 0, got {self.target_tps}")
         switch_points(1, self.points)
-        if not issubclass(TASKS[self.evaluation.task], Rouge):
-            answering = [name for name, kind in TASKS.items() if issubclass(kind, Rouge)]
+        if not issubclass(TASKS[self.evaluation.task], Answers):
+            answering = [name for name, kind in TASKS.items() if issubclass(kind, Answers)]
             raise PmpdError(
                 f"the task {self.evaluation.task} scores given texts, and a schedule is found by answers: choose one "
                 f"of {', '.join(answering)}"
@@ -95,7 +95,7 @@ class SearchSettings:
 def solve(bundle: Bundle, settings: SearchSettings) -> Solution:
     """Find a schedule. The bundle is not changed.
 
-    Answers are kept in the user's cache (`outcomes.py`), so a search that was interrupted goes on where it was.
+    Answers are kept in the user's cache (`measure/samples.py`), so a search that was interrupted goes on where it was.
 
     Raises:
         PmpdError: an option or record that does not fit, data without any usable item, or a speed that no schedule
@@ -130,16 +130,15 @@ class _Search:
         self._context_length = max(map(task.positions, self.items))
         evaluation = settings.evaluation
         self._setup = Setup(
-            task=evaluation.task,
             kernels=evaluation.kernels,
             accuracy=next(iter(evaluation.accuracies), None),
             require_fast_kernels=evaluation.require_fast_kernels,
         )
-        path = self._setup.file(bundle, tokens=task.max_new_tokens)
+        path = self._setup.file(bundle, task)
         workers: Workers[Job, Measured] | None = None
         if settings.workers > 1 or settings.address is not None:
             opening = partial(
-                open_examiner,
+                open_bundle_examiner,
                 path=bundle.path.absolute(),
                 setup=self._setup,
                 make_task=partial(_task, evaluation=evaluation),
@@ -148,8 +147,8 @@ class _Search:
             )
             workers = Workers(settings.workers, opening, address=settings.address, threads=evaluation.threads)
             stack.enter_context(workers)
-        examiner = Examiner(task, self.reference, self._load)
-        self.outcomes = Outcomes(examiner, self.items, path=path, workers=workers)
+        examiner = BundleExaminer(task, self._load)
+        self.samples = Samples(task, examiner, self.items, path=path, workers=workers, reference=self.reference)
         self._generator: Generator | None = None
         self._seconds: dict[float, float] = {}
 
@@ -193,7 +192,7 @@ class _Search:
         phases[0] = self._again(phases[0], find, uniform, reference)
         rows = [row for phase in phases for row in phase.race.contestants]
         good = [row.schedule for row in rows if row.keeps and len(row.scores) == len(self.items)]
-        spent = {schedule: _spent(self.outcomes.known(schedule), cost) or 0.0 for schedule in good}
+        spent = {schedule: _spent(self.samples.known(schedule), cost) or 0.0 for schedule in good}
         best = min(good, key=lambda schedule: spent[schedule], default=reference)
         return self._solution(reference, best, phases, cost)
 
@@ -218,10 +217,10 @@ class _Search:
     def _run(
         self, name: str, find: Callable[..., Race[Any]], candidates: Sequence[Schedule], reference: StaticSchedule
     ) -> Phase:
-        before = self.outcomes.steps
+        before = self.samples.steps
         with progress(name, total=len(self.items), unit="sample") as shown:
             race = find(candidates, reference, partial(self._scores, shown=shown), samples=len(self.items))
-        return Phase(name, race, self.outcomes.steps - before)
+        return Phase(name, race, self.samples.steps - before)
 
     def _again(
         self, phase: Phase, find: Callable[..., Race[Any]], candidates: Sequence[Schedule], reference: StaticSchedule
@@ -233,12 +232,12 @@ class _Search:
         return replace(whole, steps=phase.steps + whole.steps)
 
     def _scores(self, part: range, schedules: Sequence[Schedule], *, shown: Progress) -> dict[Schedule, list[float]]:
-        outcomes = dict[int, dict[Schedule, Outcome]]()
-        for index, answered in self.outcomes.of_each(part, schedules):
-            outcomes[index] = answered
+        samples = dict[int, Mapping[Schedule | str, Sample]]()
+        for index, answered in self.samples.of_each(part, schedules):
+            samples[index] = answered
             shown.advance()
         name = self.metric.score
-        return {schedule: [outcomes[index][schedule].scores[name] for index in part] for schedule in schedules}
+        return {schedule: [samples[index][schedule].scores[name] for index in part] for schedule in schedules}
 
     def _cost(self, objective: str) -> dict[float, float]:
         """Return what one pass of a decode step costs at each precision."""
@@ -259,13 +258,13 @@ class _Search:
 
     def _longest(self, schedule: StaticSchedule) -> int:
         """Return the tokens of the longest answer that is known of a schedule."""
-        return max(outcome.tokens for outcome in self.outcomes.known(schedule))
+        return max(sample.output_tokens for sample in self.samples.known(schedule))
 
     def _solution(
         self, reference: StaticSchedule, best: Schedule, phases: Sequence[Phase], cost: Mapping[float, float]
     ) -> Solution:
         schedules = [reference, *(row.schedule for phase in phases for row in phase.race.contestants)]
-        outcomes = {schedule: self.outcomes.known(schedule) for schedule in schedules}
+        samples = {schedule: self.samples.known(schedule) for schedule in schedules}
         return Solution(
             task=self.settings.evaluation.task,
             data=self.settings.evaluation.data.name,
@@ -278,23 +277,22 @@ class _Search:
             target_tps=self.settings.target_tps,
             reference=reference,
             best=best,
-            bits={schedule: _spent(known, self._cost("bits")) for schedule, known in outcomes.items()},
-            costs={schedule: _spent(known, cost) for schedule, known in outcomes.items()},
+            bits={schedule: _spent(known, self._cost("bits")) for schedule, known in samples.items()},
+            costs={schedule: _spent(known, cost) for schedule, known in samples.items()},
             phases=tuple(phases),
         )
 
 
-def _task(bundle: Bundle, evaluation: Settings) -> Rouge:
+def _task(bundle: Bundle, evaluation: Settings) -> Answers:
     task, _ = prepare(bundle, evaluation)
-    assert isinstance(task, Rouge)
+    assert isinstance(task, Answers)
     return task
 
 
-def _spent(outcomes: Sequence[Outcome], cost: Mapping[float, float]) -> float | None:
+def _spent(samples: Sequence[Sample], cost: Mapping[float, float]) -> float | None:
     """Return the mean cost of the answers' decode steps, all passes included; None if there are no steps."""
-    steps = sum(max(0, outcome.tokens - 1) for outcome in outcomes)
-    spent = sum(cost[parse_precision(bits)] * count for outcome in outcomes for bits, count in outcome.passes.items())
-    return spent / steps if steps else None
+    steps = sum(sample.steps for sample in samples)
+    return sum(cost[bits] for sample in samples for bits in sample.passes) / steps if steps else None
 
 
 def _metric(metrics: Sequence[Metric], name: str | None) -> Metric:

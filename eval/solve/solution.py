@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pmpd.eval.measure.scoring import Metric
-from pmpd.eval.measure.statistics import Estimate
+from pmpd.eval.metrics.base import Metric
+from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.solve.race import Contestant, Race, Tolerance
 from pmpd.runtime import Schedule
 from pmpd.runtime.console.output import json_text, markdown_table

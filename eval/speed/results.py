@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from pmpd.eval.measure.statistics import PLUS_MINUS, Estimate
+from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
 from pmpd.eval.report.results import count_text, format_number
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
 from pmpd.runtime.errors import PmpdError

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from pmpd.eval.measure.statistics import Estimate
-from pmpd.eval.report.environment import describe_bundle, describe_machine, package_versions
+from pmpd.eval.measure.environment import describe_bundle, describe_machine, package_versions
+from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.speed.contenders import (
     IMPORTANCE,
     PEERS,

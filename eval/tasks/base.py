@@ -1,22 +1,24 @@
-"""What a task is: it makes items of data, runs a model on each, and scores what comes back."""
+"""What a task is: it makes items of data, says what a model does with each, and scores what comes back."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pmpd.eval.data.records import Record, Template
-from pmpd.eval.measure.models import Answer, ModelUnderTest
-from pmpd.eval.measure.scoring import Metric, Sample
+from pmpd.eval.metrics.base import Metric, Sample
 from pmpd.runtime import Tokenizer
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["Baseline", "Item", "Task"]
+__all__ = ["Item", "Task"]
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,35 +27,38 @@ class Item:
 
     Attributes:
         source: where it comes from (``file:line``, and the first token of a window).
+        group: what it belongs to (`Sample.group`); default its source.
         prompt: its text; `ids` its tokens.
+        turns: what the user says after each answer; nothing in most tasks.
         references: texts to compare with; none means the floating-point model's own answer.
-        answer: tokens to score after the prompt, instead of generating.
+        answer: tokens to score after the prompt.
+        unscored: positions of `answer` that are context only.
     """
 
     source: str
-    prompt: str
+    group: str = ""
+    prompt: str = ""
     ids: tuple[int, ...]
+    turns: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     answer: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """What the floating-point model did with an item; `logits` ``[n - 1, V]`` as in `Forced`, if a task keeps them."""
-
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    logits: npt.NDArray[np.float32] | None = None
+    unscored: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A task, set up for one model. Subclasses say what is asked (`items`) and how it is scored (`measure`).
+    """A task, set up for one model. Subclasses say what is asked (`items`), and how answers are scored.
 
     Attributes:
-        metrics: the columns that it fills (class).
         default_new_tokens: tokens per answer where the user asks for no other number (class).
-        takes: which of the options `reference_field` and `chat` it has (class).
+        default_data: what is asked where the user gives no data (class).
+        generates: whether the model answers prompts (class).
+        forces: whether it scores a given text: the item's `answer`, or where that is empty the floating-point model's
+            answer (class).
+        compares: whether scores of given texts need the floating-point model's logits (class).
+        decodes_prompt: whether prompts, too, have the precision of decode steps (class).
+        spreads: whether a limited number of items comes from all over the data, not from their start (class).
+        takes: which of the options `prompt_template`, `reference_field`, `chat`, `metrics` and `stride` it has (class).
         chats: whether it uses the chat template of a model that has one (class).
         tokenizer: the bundle's.
         stop_ids: tokens that end an answer.
@@ -62,13 +67,19 @@ class Task(ABC):
         template: the prompt; default the task's own.
         reference_field: the record's field with the reference text or texts; default the task's own.
         chat: whether prompts go through the model's chat template.
+        stride: tokens between the starts of windows of text; default their length.
 
     Raises:
         PmpdError: an option that the task lacks or cannot use.
     """
 
-    metrics: ClassVar[tuple[Metric, ...]]
     default_new_tokens: ClassVar[int]
+    default_data: ClassVar[Path | None] = None
+    generates: ClassVar[bool] = False
+    forces: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+    decodes_prompt: ClassVar[bool] = False
+    spreads: ClassVar[bool] = False
     takes: ClassVar[frozenset[str]] = frozenset()
     chats: ClassVar[bool] = False
 
@@ -79,23 +90,44 @@ class Task(ABC):
     template: Template | None = None
     reference_field: str | None = None
     chat: bool = False
+    stride: int | None = None
 
     def __post_init__(self) -> None:
-        for option in ("reference_field", "chat"):
+        for option in ("reference_field", "chat", "stride"):
             if getattr(self, option) and option not in self.takes:
                 raise PmpdError(f"--{option.replace('_', '-')} does not apply to this task: leave it out")
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """The columns that it fills; the first one is what verdicts are about."""
 
     @abstractmethod
     def items(self, records: Iterable[Record]) -> Iterator[Item]:
         """Make the items of a data file. Raises PmpdError for a record that does not fit."""
 
     def positions(self, item: Item) -> int:
-        """Return how many positions of the model's context an item takes."""
-        return len(item.ids) + (len(item.answer) or self.max_new_tokens)
+        """Return how many positions of the model's context an item takes, at most."""
+        return len(item.ids) + max(len(item.answer), self.max_new_tokens if self.generates else 0)
 
-    @abstractmethod
-    def measure(self, model: ModelUnderTest, item: Item, baseline: Baseline | None) -> tuple[Sample, Baseline]:
-        """Run one item; without a baseline the model is the floating-point one, and its own baseline."""
+    def turn(self, item: Item, answers: Sequence[str]) -> tuple[int, ...]:
+        """Return the prompt of the turn after these answers of the model, in tokens."""
+        assert not answers, "this task has one turn"
+        return item.ids
+
+    def force_scores(self, targets: Sequence[int], logits: Floats, reference: Floats | None) -> dict[str, list[float]]:
+        """Return scores of positions of a given text.
+
+        Args:
+            targets: the tokens ``[n]``.
+            logits: of the model before each, ``[n, V]``.
+            reference: the floating-point model's, for a task that compares.
+        """
+        raise NotImplementedError
+
+    def scored(self, sample: Sample) -> Sample:
+        """Return a sample with the scores of its texts."""
+        return sample
 
     def _prompt(self, record: Record, text: str) -> Item:
         if self.chat:
@@ -104,35 +136,4 @@ class Task(ABC):
             ids = self.tokenizer.encode(text)
         if not ids:
             raise PmpdError(f"{record.source}: the prompt is empty: remove the record or change --prompt-template")
-        return Item(source=record.source, prompt=text, ids=tuple(ids))
-
-    def _sample(
-        self, item: Item, answer: Answer, references: tuple[str, ...], scores: dict[str, float], steps: int = 0
-    ) -> Sample:
-        return Sample(
-            source=item.source,
-            prompt=item.prompt,
-            output=self.tokenizer.decode(answer.ids),
-            reference=references,
-            prompt_tokens=len(item.ids),
-            output_tokens=len(answer.ids),
-            precisions=answer.precisions,
-            first_passes=answer.first_passes,
-            segments=tuple(self._segments(answer)),
-            seconds=answer.seconds,
-            prefill_seconds=answer.prefill_seconds,
-            scores=scores,
-            scored_steps=steps,
-        )
-
-    def _segments(self, answer: Answer) -> Iterator[tuple[float, str]]:
-        """Split the answer's text where the precision changes."""
-        bits = answer.precisions
-        done = ""
-        for end in range(1, len(bits) + 1):
-            if end == len(bits) or bits[end] != bits[end - 1]:
-                text = self.tokenizer.decode(answer.ids[:end])
-                if end < len(bits):
-                    text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character whose bytes the switch divides
-                yield bits[end - 1], text[len(done) :]
-                done = text
+        return Item(source=record.source, group=record.source, prompt=text, ids=tuple(ids))

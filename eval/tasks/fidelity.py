@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
 
 from pmpd.eval.data.records import Record
-from pmpd.eval.measure.metrics import kl_divergence, rouge, top1_agreement
-from pmpd.eval.measure.models import ModelUnderTest
-from pmpd.eval.measure.scoring import Metric, Sample
-from pmpd.eval.tasks.base import Baseline, Item, Task
+from pmpd.eval.metrics.base import Metric, Sample
+from pmpd.eval.metrics.logits import kl_divergence, top1_agreement
+from pmpd.eval.metrics.registry import METRICS
+from pmpd.eval.metrics.texts import TextScorer
+from pmpd.eval.tasks.base import Item, Task
 
 __all__ = ["Fidelity"]
 
@@ -23,34 +29,46 @@ class Fidelity(Task):
     (a completion task as in Appendix A.1.2), else a template.
     """
 
-    metrics = (
-        Metric("kl_divergence", "KL divergence (nats)", higher_is_better=False, per_step=True, digits=4),
-        Metric("top1_agreement", "top-1 agreement %", per_step=True, highest=100),
-        Metric("rougeL", "ROUGE-L to fp", highest=100),
-    )
     default_new_tokens = 64
+    generates = forces = compares = True
     takes = frozenset({"chat"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _scorer()  # a missing package shows here, before a model is loaded
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """KL divergence, top-1 agreement, and ROUGE-L to the floating-point model's answer."""
+        return tuple(METRICS[name] for name in ("kl_divergence", "top1_agreement", "rougeL"))
 
     def items(self, records: Iterable[Record]) -> Iterator[Item]:
         """Make prompts of records."""
         for record in records:
             if self.template:
-                yield self._prompt(record, self.template.render(record))
+                text = self.template.render(record)
             elif "prompt" in record.fields or "text" not in record.fields:
-                yield self._prompt(record, record.text("prompt"))
+                text = record.text("prompt")
             else:
                 start = self.tokenizer.encode(record.text("text"), special_tokens=False)[:COMPLETION_TOKENS]
-                yield self._prompt(record, self.tokenizer.decode(start))
+                text = self.tokenizer.decode(start)
+            yield replace(self._prompt(record, text), unscored=1)  # decode steps only
 
-    def measure(self, model: ModelUnderTest, item: Item, baseline: Baseline | None) -> tuple[Sample, Baseline]:
-        """Generate, and force the floating-point model's answer; an answer of one token has no decode step to force."""
-        answer = model.generate(item.ids, max_new_tokens=self.max_new_tokens, stop_ids=self.stop_ids)
-        baseline_ids = baseline.ids if baseline else answer.ids
-        logits = model.force(item.ids, baseline_ids).logits if len(baseline_ids) > 1 else None
-        baseline = baseline or Baseline(ids=answer.ids, text=self.tokenizer.decode(answer.ids), logits=logits)
-        scores = {"rougeL": rouge(self.tokenizer.decode(answer.ids), [baseline.text])["rougeL"]}
-        if logits is not None and baseline.logits is not None:
-            scores["kl_divergence"] = float(kl_divergence(baseline.logits, logits).mean())
-            scores["top1_agreement"] = 100 * float(top1_agreement(baseline.logits, logits).mean())
-        steps = 0 if logits is None else len(logits)
-        return self._sample(item, answer, (baseline.text,), scores, steps), baseline
+    def force_scores(
+        self, targets: Sequence[int], logits: npt.NDArray[np.float32], reference: npt.NDArray[np.float32] | None
+    ) -> dict[str, list[float]]:
+        """Return the KL divergence from the floating-point model and whether both have the same most likely token."""
+        theirs = logits if reference is None else reference
+        return {
+            "kl_divergence": kl_divergence(theirs, logits).tolist(),
+            "top1_agreement": (100.0 * top1_agreement(theirs, logits)).tolist(),
+        }
+
+    def scored(self, sample: Sample) -> Sample:
+        """Return a sample with the ROUGE-L of its answer."""
+        return _scorer().scored(sample)
+
+
+@cache
+def _scorer() -> TextScorer:
+    return TextScorer(["rougeL"])

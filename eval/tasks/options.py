@@ -6,7 +6,7 @@ import click
 
 from pmpd.runtime.console.command import combine
 
-__all__ = ["PROMPT_OPTIONS", "TASK_OPTIONS"]
+__all__ = ["PROMPT_OPTIONS", "TASK_OPTIONS", "WORKER_OPTIONS"]
 
 
 def _unescaped(_context: click.Context, _parameter: click.Parameter, template: str | None) -> str | None:
@@ -37,7 +37,27 @@ PROMPT_OPTIONS = combine(
 """What becomes of a record: the prompt, the reference, and the length of the answer."""
 
 TASK_OPTIONS = combine(
-    click.option("--limit", type=int, metavar="N", help="Use the first N records only (perplexity: windows of text)."),
+    click.option(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="Use the first N records only (perplexity: N windows from all over the text).",
+    ),
     PROMPT_OPTIONS,
 )
 """Fields of `pmpd.eval.Settings`, of the same names."""
+
+WORKER_OPTIONS = combine(
+    click.option(
+        "--workers",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Processes that answer, side by side (Ray).",
+    ),
+    click.option(
+        "--address", metavar="HOST:PORT", help="Ray cluster for the workers; its nodes have BUNDLE at this path."
+    ),
+)
+"""What answers."""

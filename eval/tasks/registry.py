@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pmpd.eval.tasks.answers import Answers, CnnDailyMail, DialogSum, Iwslt, MtBench
 from pmpd.eval.tasks.base import Task
 from pmpd.eval.tasks.fidelity import Fidelity
-from pmpd.eval.tasks.perplexity import DecodePerplexity
-from pmpd.eval.tasks.rouge import CnnDailyMail, DialogSum, MtBench, Rouge
+from pmpd.eval.tasks.perplexity import DecodePerplexity, Perplexity
+from pmpd.eval.tasks.python import Python
 
 __all__ = ["TASKS"]
 
 TASKS: dict[str, type[Task]] = {
-    "perplexity": DecodePerplexity,
+    "perplexity": Perplexity,
+    "decode_perplexity": DecodePerplexity,
     "fidelity": Fidelity,
     "dialogsum": DialogSum,
     "cnn_dailymail": CnnDailyMail,
+    "iwslt": Iwslt,
     "mt_bench": MtBench,
-    "jsonl": Rouge,
+    "python": Python,
+    "jsonl": Answers,
 }

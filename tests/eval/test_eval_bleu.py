@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmpd.eval.measure.metrics import ROUGE, rouge
 from pmpd.eval.metrics.bleu import SMOOTHINGS, Smoothing, bleu_of, bleu_statistics, signature
+from pmpd.eval.metrics.rouge import ROUGE, rouge
 from pmpd.runtime import MissingExtraError
 
 OUTPUTS = (

@@ -6,11 +6,14 @@ import csv
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
 
+from pmpd.eval import runner
 from pmpd.eval.cli import main
+from pmpd.eval.speed import speed
 from pmpd.eval.tasks.registry import TASKS
 
 STORIES = [
@@ -22,7 +25,7 @@ STORIES = [
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     file = tmp_path / "stories.jsonl"
-    lines = [json.dumps({"text": text, "start": text[:18], "end": text[18:]}) for text in STORIES]
+    lines = [json.dumps({"text": text, "start": text[:18], "end": text[18:], "empty": " "}) for text in STORIES]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
@@ -53,7 +56,11 @@ def test_perplexity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: P
     assert mixed["average_bits"] < 4
     assert fp["average_bits"] == 16
     assert document["environment"]["data"]["name"] == "stories.jsonl"
-    assert "[3/3] static:4@0,3@2,2@4" in result.stderr
+    samples = len(fp["samples"])
+    assert [line.partition(",")[0] for line in result.stderr.splitlines() if "left" in line][-1:] == [
+        f"schedules {samples}/{samples}"
+    ]
+    assert result.stderr.splitlines().count(f"wrote {report}") == 1
 
 
 def test_fidelity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: Path) -> None:
@@ -65,9 +72,16 @@ def test_fidelity_of_the_demo_model(demo_bundle: Path, data: Path, tmp_path: Pat
     assert result.stderr == ""
     rows = {line[0]: line for line in table(result)[2:]}
     assert list(rows) == ["fp", "uniform:4", "uniform:3", "uniform:2"]  # the default: every precision
-    assert rows["fp"][3:6] == ["0.0000", "100.00", "100.00"]
+    assert rows["fp"][3:] == ["0.0000", "–", "–", "100.00", "100.00"]
     assert 0 < float(rows["uniform:4"][3]) < float(rows["uniform:2"][3])
-    assert table(result)[0][3:5] == ["KL divergence (nats) (7 steps)", "top-1 agreement % (7 steps)"]
+    assert rows["uniform:4"][4] == f"+{rows['uniform:4'][3]}"
+    assert rows["uniform:4"][5] == "–"
+    assert float(rows["uniform:2"][5]) == pytest.approx(
+        float(rows["uniform:2"][3]) - float(rows["uniform:4"][3]), abs=2e-4
+    )
+    assert table(result)[0][3:] == [
+        "KL divergence (nats) (7 tokens)", "to fp", "to high", "top-1 agreement % (7 tokens)", "ROUGE-L (1 answer)",
+    ]  # fmt: skip
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
@@ -101,10 +115,37 @@ def test_jsonl_with_a_template_and_a_reference(demo_bundle: Path, data: Path, tm
     sample = document["rows"][1]["samples"][0]
     assert sample["prompt"] == "A story.\n" + STORIES[0][:18]
     assert sample["reference"] == [STORIES[0][18:]]
-    assert sample["precisions"] == [4, 4, 4, 3, 3, 3]
-    assert "".join(text for _, text in sample["segments"]) == sample["output"]
-    assert document["rows"][1]["decode_tps"]["value"] > 0
+    (turn,) = sample["turns"]
+    assert [segment[:2] for segment in turn["segments"]] == [[4, 3], [3, 3]]
+    assert len(turn["ids"]) == 6
+    assert document["rows"][1]["decode_tps"] is None
     assert document["rows"][1]["average_bits"] == pytest.approx((4 + 4 + 3 + 3 + 3) / 5)
+
+
+def test_speed_is_measured_apart(
+    demo_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_SETTLE_SECONDS", 0)
+    report = tmp_path / "r.json"
+    words = (
+        demo_bundle, "--task", "jsonl", "--data", data, "--prompt-template", "{start}", "--max-new-tokens", 4, "-q",
+        "--threads", 1, "--schedule", "static:3@1", "--schedule", "adaptive:2,4@1", "--speed", "--json", report,
+    )  # fmt: skip
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    assert [line[-1] == "–" for line in table(result)[2:]] == [True, False, True]
+    fp, mixed, adaptive = json.loads(report.read_text(encoding="utf-8"))["rows"]
+    assert (fp["decode_tps"], adaptive["decode_tps"], adaptive["step_seconds"]) == (None, None, [])
+    assert mixed["decode_tps"]["value"] > 0
+    assert len(mixed["step_seconds"]) == 4
+    assert "Prompts, unless a schedule says prefill: " in result.stdout
+
+    def interrupted(*_: object, **__: object) -> object:
+        return SimpleNamespace(cause=KeyboardInterrupt(), rows=())
+
+    monkeypatch.setattr(runner, "measure_speed", interrupted)
+    result = run(*words)
+    assert (result.exit_code, result.stdout) == (130, "")
 
 
 def test_prompts_beyond_the_context_are_left_out_and_counted(
@@ -123,6 +164,7 @@ def test_prompts_beyond_the_context_are_left_out_and_counted(
     assert [len(row["samples"]) for row in document["rows"]] == [1, 1]
 
 
+JSONL = ["--task", "jsonl", "--prompt-template", "{text}"]
 MISTAKES = [
     (["--task", "dialogsumm"], "unknown task 'dialogsumm': choose one of dialogsum, "),
     (["--schedule", "uniform:5"], "unknown precision '5'"),
@@ -138,6 +180,19 @@ MISTAKES = [
     (["--reference-backend", "optimus"], "unknown reference backend 'optimus': choose one of optimum, "),
     (["--reference-field", "x"], "--reference-field does not apply"),
     (["--chat"], "no chat template: leave --chat out"),
+    (["--stride", "0"], "stride must be 1 or more, got 0"),
+    (["--stride", "5000"], "windows of 1024 tokens with a stride of 5000: a stride is 1 to the window's length"),
+    (["--task", "fidelity", "--stride", "3"], "--stride does not apply to this task: leave it out"),
+    (["--metric", "bleu"], "--metric and --encoder do not apply to the task perplexity: leave them out"),
+    (["--encoder", "x"], "--metric and --encoder do not apply to the task perplexity: leave them out"),
+    ([*JSONL, "--metric", "rougeL,rougeX"], "unknown metric 'rougeX': choose one of rougeL"),
+    ([*JSONL, "--metric", ""], "unknown metric '': choose one of"),
+    ([*JSONL, "--metric", "bertscore"], "the metric bertscore needs an encoder: give a folder or hub id"),
+    ([*JSONL, "--reference-field", "empty"], "stories.jsonl:1: the reference 'empty' is empty: remove the record"),
+    (["--workers", "0"], "workers must be 1 or more, got 0"),
+    (["--address", "nowhere"], "address 'nowhere': give HOST:PORT of a Ray cluster"),
+    (["--speed", "--schedule", "adaptive:2,4@1"], "--speed measures static schedules, and there is none: add one"),
+    (["--task", "iwslt"], "stories.jsonl:1: unknown field 'fr'"),
     (["--json", "no/such/folder/r.json"], "cannot write no/such/folder/r.json"),
     (["--html", "."], ". is a folder"),
     (["--prompt-template", "{dialogue}"], "stories.jsonl:1: unknown field 'dialogue': choose one of"),

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pmpd.eval.measure.metrics import kl_divergence, negative_log_likelihood, rouge, top1_agreement
+from pmpd.eval.metrics.logits import kl_divergence, negative_log_likelihood, top1_agreement
+from pmpd.eval.metrics.rouge import rouge
 from pmpd.runtime import PmpdError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import TINY_MODELS, TinyModel, plain_logits, plain_model
 
-from pmpd.eval.measure.models import Scheduled, precision_runs
+from pmpd.eval.measure.models import Answer, Forced, Scheduled, precision_runs
 from pmpd.eval.measure.reference import Reference, ReferenceCheckpoint
-from pmpd.runtime import Bundle, Generator, Plan, PmpdError, Prefill, Schedule, Token, Trace, parse_schedule
+from pmpd.runtime import Bundle, Generator, Plan, PmpdError, Prefill, Schedule, Token, parse_schedule
 
 BITS = (4, 3, 2)
 V = 11
@@ -30,7 +30,6 @@ class FakeGenerator:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(prefill_precision=4))
-        self.trace = Trace(prompt_tokens=0)
 
     def reset(self) -> None:
         self.calls.append(("reset",))
@@ -48,9 +47,17 @@ class FakeGenerator:
 
     def stream(self, prompt: Sequence[int], **options: Any) -> Iterator[Token]:
         self.calls.append(("stream", tuple(prompt), options["max_new_tokens"], str(options["schedule"])))
-        self.trace = Trace(prompt_tokens=len(prompt), prefill_seconds=0.5)
         yield Token(7, 0, 4, 0.6)
         yield Token(8, 1, 3, 0.1)
+
+
+def joined(parts: Iterable[Forced]) -> tuple[np.ndarray, tuple[float, ...], dict[int, float]]:
+    """Return the logits and the precisions of all positions, and the first passes of those that were run again."""
+    listed = list(parts)
+    assert [part.start for part in listed] == np.cumsum([0, *(len(part.logits) for part in listed[:-1])]).tolist()
+    bits = [part.precision for part in listed for _ in part.logits]
+    passes = {part.start: part.first_pass for part in listed if part.first_pass is not None}
+    return np.concatenate([part.logits for part in listed]), tuple(bits), passes
 
 
 def scheduled(spec: str) -> tuple[Scheduled, FakeGenerator]:
@@ -97,14 +104,14 @@ def test_teacher_forcing_asks_an_adaptive_plan_after_every_step() -> None:
             self.last = int(logits.argmax())
 
     generator = FakeGenerator()
-    forced = Scheduled(generator, Watchful()).force([1, 2], [3, 4, 5, 6])  # type: ignore[arg-type]
+    logits, bits, _ = joined(Scheduled(generator, Watchful()).force([1, 2], [3, 4, 5, 6]))  # type: ignore[arg-type]
     assert [call for call in generator.calls if call[0] == "decode"] == [
         ("decode", (3,), 4),
         ("decode", (4,), 4),
         ("decode", (5,), 2),
     ]
-    assert forced.precisions == (4, 4, 4, 2)
-    assert forced.logits.argmax(axis=1).tolist() == [3, 4, 5]
+    assert bits == (4, 4, 4, 2)
+    assert logits[1:].argmax(axis=1).tolist() == [3, 4, 5]
 
 
 @pytest.fixture(scope="module")
@@ -118,25 +125,25 @@ def test_teacher_forcing_runs_a_step_again_as_a_stream_does(demo: Generator) -> 
     assert 0 < len(answer.first_passes) < 15
     assert answer.precisions[1:] == tuple(4 if index in answer.first_passes else 2 for index in range(1, 16))
     assert set(answer.first_passes.values()) == {2}
-    forced = model.force([1, 5, 9], answer.ids)
-    assert forced.precisions == answer.precisions
-    assert forced.first_passes == answer.first_passes
-    assert tuple(forced.logits.argmax(axis=1)) == answer.ids[1:]
+    logits, bits, first_passes = joined(model.force([1, 5, 9], answer.ids))
+    assert bits == answer.precisions
+    assert first_passes == answer.first_passes
+    assert tuple(logits.argmax(axis=1)) == answer.ids
 
 
 def test_teacher_forcing_with_every_step_again_is_the_high_precision(demo: Generator) -> None:
-    forced, high = (
-        Scheduled(demo, parse_schedule(text, BITS)).force([1, 5, 9], [7, 8, 9, 10])
+    again, high = (
+        joined(Scheduled(demo, parse_schedule(text, BITS)).force([1, 5, 9], [7, 8, 9, 10]))
         for text in ("repeat:2,4@9999", "uniform:4")
     )
-    np.testing.assert_allclose(forced.logits, high.logits, atol=5e-3)  # three calls and one round differently
-    assert (forced.precisions, high.precisions) == ((4,) * 4, (4,) * 4)
-    assert (forced.first_passes, high.first_passes) == ({1: 2, 2: 2, 3: 2}, {})
+    np.testing.assert_allclose(again[0], high[0], atol=5e-3)  # three calls and one round differently
+    assert again[1:] == ((4,) * 4, {1: 2, 2: 2, 3: 2})
+    assert high[1:] == ((4,) * 4, {})
 
 
 def test_teacher_forcing_makes_one_call_per_run_and_feeds_all_but_the_last_token() -> None:
     model, generator = scheduled("static:3@2,2@3")
-    forced = model.force([1, 2], [3, 4, 5, 6, 9])
+    logits, bits, _ = joined(model.force([1, 2], [3, 4, 5, 6, 9]))
     assert generator.calls == [
         ("reset",),
         ("prefill", (1, 2)),
@@ -144,30 +151,37 @@ def test_teacher_forcing_makes_one_call_per_run_and_feeds_all_but_the_last_token
         ("decode", (5,), 3),
         ("decode", (6,), 2),
     ]
-    assert forced.logits.argmax(axis=1).tolist() == [3, 4, 5, 6]
-    assert forced.precisions == (4, 4, 4, 3, 2)
-    assert forced.prefill_seconds > 0
+    assert logits[1:].argmax(axis=1).tolist() == [3, 4, 5, 6]
+    assert bits == (4, 4, 4, 3, 2)
+
+
+def test_no_call_gives_more_logits_than_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pmpd.eval.measure.models.ROWS", 2)
+    model, generator = scheduled("static:3@3")
+    logits, _, _ = joined(model.force([1], [3, 4, 5, 6, 7, 8]))
+    assert generator.calls[2:] == [("decode", (3, 4), 4), ("decode", (5,), 4), ("decode", (6, 7), 3)]
+    assert logits[1:].argmax(axis=1).tolist() == [3, 4, 5, 6, 7]
 
 
 def test_teacher_forcing_has_the_prompt_at_the_schedules_precision() -> None:
     model, generator = scheduled("prefill:2,uniform:3")
-    forced = model.force([1, 2], [3, 4])
+    _, bits, _ = joined(model.force([1, 2], [3, 4]))
     assert generator.calls == [("reset",), ("prefill", (1, 2), 2), ("decode", (3,), 3)]
-    assert forced.precisions == (2, 3)
+    assert bits == (2, 3)
 
 
-def test_generation_takes_ids_bits_and_times_from_the_stream() -> None:
+def test_the_caller_may_choose_the_precision_of_the_prompt() -> None:
+    model, generator = scheduled("uniform:3")
+    _, bits, _ = joined(model.force([1, 2], [3, 4], prefill=3))
+    assert generator.calls[1] == ("prefill", (1, 2), 3)
+    assert bits == (3, 3)
+
+
+def test_an_answer_takes_ids_and_bits_from_the_stream() -> None:
     model, generator = scheduled("static:3@0")
-    generation = model.generate([1, 2], max_new_tokens=9, stop_ids=())
-    assert (generation.ids, generation.precisions, generation.seconds) == ((7, 8), (4, 3), (0.6, 0.1))
-    assert generation.prefill_seconds == 0.5
+    answer = model.generate([1, 2], max_new_tokens=9, stop_ids=())
+    assert answer == Answer(ids=(7, 8), precisions=(4, 3))
     assert generator.calls == [("stream", (1, 2), 9, "uniform:3")]
-
-
-def test_warm_up_touches_every_precision() -> None:
-    model, generator = scheduled("static:3@2,2@4")
-    model.warm_up([5, 6])
-    assert generator.calls[1:] == [("prefill", (5,)), *(("decode", (5,), bits) for bits in BITS)]
 
 
 @pytest.fixture(scope="module")
@@ -194,37 +208,54 @@ def full_logits(model: torch.nn.Module, ids: Sequence[int]) -> np.ndarray:
     return logits
 
 
-def test_reference_generates_what_recomputing_the_whole_text_gives(tiny_llama: torch.nn.Module) -> None:
+def answer_of(reference: Reference, prompt: Sequence[int], stop_ids: Sequence[int] = ()) -> Answer:
+    (answer,) = reference.answers([prompt], max_new_tokens=6, stop_ids=stop_ids)
+    return answer
+
+
+def test_reference_answers_what_recomputing_the_whole_text_gives(tiny_llama: torch.nn.Module) -> None:
     text = [1, 5, 9]
-    generation = Reference(tiny_llama, bits=16).generate(text, max_new_tokens=6, stop_ids=())
-    for token in generation.ids:
+    answer = answer_of(Reference(tiny_llama, bits=16), text)
+    for token in answer.ids:
         assert token == full_logits(tiny_llama, text)[-1].argmax()
         text.append(token)
-    assert generation.precisions == (16,) * 6
-    assert len(generation.seconds) == 6
-    assert generation.seconds[0] >= generation.prefill_seconds > 0
+    assert answer.precisions == (16,) * 6
 
 
 def test_reference_stops_before_a_stop_token(tiny_llama: torch.nn.Module) -> None:
     reference = Reference(tiny_llama, bits=16, last_logits={"logits_to_keep": 1})
-    ids = reference.generate([1, 5, 9], max_new_tokens=6, stop_ids=()).ids
-    stopped = reference.generate([1, 5, 9], max_new_tokens=6, stop_ids=(ids[3],)).ids
-    assert stopped == ids[: ids.index(ids[3])]
+    ids = answer_of(reference, [1, 5, 9]).ids
+    assert answer_of(reference, [1, 5, 9], stop_ids=(ids[3],)).ids == ids[: ids.index(ids[3])]
 
 
-def test_reference_forces_what_one_forward_pass_gives(tiny_llama: torch.nn.Module) -> None:
-    prompt, answer = [1, 5, 9], [4, 8, 15, 16]
-    forced = Reference(tiny_llama, bits=32).force(prompt, answer)
-    np.testing.assert_allclose(forced.logits, full_logits(tiny_llama, prompt + answer)[3:-1], rtol=1e-4, atol=1e-4)
-    assert forced.precisions == (32,) * 4
+@pytest.mark.parametrize("together", [True, False])
+def test_reference_answers_side_by_side_as_alone(tiny_llama: torch.nn.Module, together: bool) -> None:
+    reference = Reference(tiny_llama, bits=16, last_logits={"logits_to_keep": 1}, together=together)
+    prompts = [[1, 5, 9, 30, 4], [1, 7], [1, 40, 41]]
+    whole = reference.answers(prompts, max_new_tokens=6, stop_ids=())
+    assert whole == [answer_of(reference, prompt) for prompt in prompts]
+    stop = whole[0].ids[3]
+    ended = reference.answers(prompts, max_new_tokens=6, stop_ids=(stop,))
+    assert ended == [answer_of(reference, prompt, stop_ids=(stop,)) for prompt in prompts]
+    assert len(ended[0].ids) < 6
+
+
+def test_reference_forces_what_one_forward_pass_gives(
+    tiny_llama: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pmpd.eval.measure.reference.ROWS", 2)
+    prompt, answer = [1, 5, 9], [4, 8, 15, 16, 23]
+    logits, bits, _ = joined(Reference(tiny_llama, bits=32).force(prompt, answer))
+    np.testing.assert_allclose(logits, full_logits(tiny_llama, prompt + answer)[2:-1], rtol=1e-4, atol=1e-4)
+    assert bits == (32,) * 5
 
 
 def test_reference_applies_softcaps(tmp_path: Path) -> None:
     folder = TINY_MODELS["gemma2"].save(tmp_path)
     prompt, answer = [1, 5, 9], [4, 8, 15, 16]
-    forced = ReferenceCheckpoint(folder, 32).load("transformers", threads=1).force(prompt, answer)
-    wanted = plain_logits(plain_model(folder), prompt + answer)[3:-1]
-    np.testing.assert_allclose(forced.logits, wanted, rtol=1e-4, atol=1e-4)
+    logits, _, _ = joined(ReferenceCheckpoint(folder, 32).load("transformers", threads=1).force(prompt, answer))
+    wanted = plain_logits(plain_model(folder), prompt + answer)[2:-1]
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_reference_is_found_with_the_bits_it_is_stored_in(demo_bundle: Path) -> None:
@@ -250,11 +281,11 @@ def test_optimum_and_transformers_agree(demo_bundle: Path) -> None:
     except ImportError as error:
         pytest.skip(f"needs the extra `baseline`: {error}")
     checkpoint = ReferenceCheckpoint.find(Bundle.open(demo_bundle))
-    answers = [
-        checkpoint.load(backend, threads=1).force([1, 300, 400], [500, 600, 700])
+    forced = [
+        joined(checkpoint.load(backend, threads=1).force([1, 300, 400], [500, 600, 700]))
         for backend in ("transformers", "optimum")
     ]
-    np.testing.assert_allclose(answers[0].logits, answers[1].logits, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(forced[0][0], forced[1][0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +327,7 @@ def test_a_gguf_file_is_a_reference(demo_bundle: Path, tmp_path: Path) -> None:
     prompt, answer = [1, 300, 400], [500, 600, 700]
     references = [ReferenceCheckpoint.find(Bundle.open(demo_bundle), str(path)) for path in (file, folder)]
     assert [reference.bits for reference in references] == [32, 32]
-    forced = [reference.load("transformers", threads=1).force(prompt, answer) for reference in references]
-    np.testing.assert_allclose(forced[0].logits, forced[1].logits, rtol=1e-4, atol=1e-4)
+    forced = [joined(reference.load("transformers", threads=1).force(prompt, answer)) for reference in references]
+    np.testing.assert_allclose(forced[0][0], forced[1][0], rtol=1e-4, atol=1e-4)
     with pytest.raises(PmpdError, match="optimum reads no GGUF file"):
         references[0].load("optimum", threads=1)

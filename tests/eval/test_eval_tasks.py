@@ -1,138 +1,18 @@
-"""Tasks on a fake model: what they ask, and how they score and sum up."""
+"""What tasks make of records: prompts, references, and what follows in a conversation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
+from eval_fakes import MODEL, USER, make, records
 
-from pmpd.eval.data.records import Record, Template
-from pmpd.eval.measure.models import Answer, Forced
-from pmpd.eval.report.results import QualityRow
-from pmpd.eval.tasks.base import Task
+from pmpd.eval.data.records import Template
+from pmpd.eval.metrics.base import Sample, Turn
+from pmpd.eval.metrics.rouge import rouge
+from pmpd.eval.metrics.texts import TextScorer
 from pmpd.eval.tasks.registry import TASKS
 from pmpd.runtime import PmpdError
-
-WORDS = ["<s>", "</s>", "a", "b", "c", "d", "e", "f", "g", "h"]
-V = len(WORDS)
-
-
-class WordTokenizer:
-    """One token per word."""
-
-    has_chat_template = True
-
-    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        return [0] * special_tokens + [WORDS.index(word) for word in text.split()]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(WORDS[i] for i in ids if i > 1)
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        return [0, 9, *self.encode(messages[0]["content"], special_tokens=False), 9]
-
-
-class FakeModel:
-    """Answers with fixed tokens; gives each target of forcing the probability `p`."""
-
-    def __init__(self, answer: Sequence[int], *, bits: Sequence[int], p: float = 0.5) -> None:
-        self.answer = answer
-        self.bits = tuple(bits)
-        self.p = p
-        self.prompts: list[tuple[int, ...]] = []
-
-    def warm_up(self, prompt: Sequence[int]) -> None:
-        raise AssertionError("tasks do not warm up")
-
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int, stop_ids: Sequence[int]) -> Answer:
-        self.prompts.append(tuple(prompt))
-        ids = tuple(self.answer[:max_new_tokens])
-        seconds = (0.5, *[0.1] * (len(ids) - 1)) if ids else ()
-        return Answer(ids=ids, precisions=self.bits[: len(ids)], seconds=seconds, prefill_seconds=0.4)
-
-    def force(self, prompt: Sequence[int], answer: Sequence[int]) -> Forced:
-        rows = np.full((len(answer) - 1, V), (1 - self.p) / (V - 1))
-        rows[range(len(rows)), answer[1:]] = self.p
-        return Forced(logits=np.log(rows).astype(np.float32), precisions=self.bits[: len(answer)], prefill_seconds=0.2)
-
-
-def make(name: str, **options: Any) -> Task:
-    values = {"max_new_tokens": 4, "context_length": 100, **options}
-    return TASKS[name](tokenizer=WordTokenizer(), stop_ids=(1,), **values)  # type: ignore[arg-type]
-
-
-def records(*fields: dict[str, Any]) -> list[Record]:
-    return [Record(f"f:{i}", each) for i, each in enumerate(fields, start=1)]
-
-
-def test_perplexity_windows_halve_into_context_and_answer() -> None:
-    items = list(make("perplexity", max_new_tokens=3).items(records({"text": "a b c d e f g h a"})))  # 10 with <s>
-    assert [(item.ids, item.answer) for item in items] == [((0, 2, 3), (4, 5, 6)), ((7, 8), (9, 2))]
-    assert [item.source for item in items] == ["f:1+0", "f:1+6"]
-
-
-def test_perplexity_windows_are_cut_to_the_context_and_scraps_dropped() -> None:
-    task = make("perplexity", max_new_tokens=64, context_length=4)
-    assert [(i.ids, i.answer) for i in task.items(records({"text": "a b c d e"}))] == [((0, 2), (3, 4))]
-    assert all(task.positions(item) <= 4 for item in task.items(records({"text": "a b c d e f g h"})))
-
-
-def test_perplexity_is_exp_of_the_mean_over_tokens_not_over_windows() -> None:
-    task = make("perplexity", max_new_tokens=3)
-    long, short = task.items(records({"text": "a b c d e f g h a"}))
-    samples = [
-        task.measure(FakeModel((), bits=(4, 3, 2), p=p), item, None)[0] for p, item in ((0.5, long), (0.25, short))
-    ]
-    row = QualityRow.of("static:3@0,2@1", samples, task.metrics, bytes_at={3: 30.0, 2: 20.0})
-    perplexity = row.metrics["perplexity"]
-    assert perplexity.value == pytest.approx(math.exp((2 * math.log(2) + math.log(4)) / 3), rel=1e-6)
-    assert perplexity.ci95 is not None
-    assert perplexity.ci95 > 0
-    assert row.average_bits == pytest.approx((3 + 2 + 3) / 3)
-    assert row.step_bytes == pytest.approx((30 + 20 + 30) / 3)
-    assert row.decode_tps is None
-
-
-def test_fidelity_to_itself_is_perfect_and_to_another_is_not() -> None:
-    task = make("fidelity")
-    (item,) = task.items(records({"prompt": "a b"}))
-    assert item.ids == (0, 2, 3)
-    fp, baseline = task.measure(FakeModel((4, 5, 6), bits=(16, 16, 16), p=0.5), item, None)
-    fp_row = QualityRow.of("fp", [fp], task.metrics)
-    assert {name: metric.value for name, metric in fp_row.metrics.items()} == {
-        "kl_divergence": pytest.approx(0, abs=1e-9),
-        "top1_agreement": 100,
-        "rougeL": 100,
-    }
-    assert all(metric.ci95 is None for metric in fp_row.metrics.values())
-    other, again = task.measure(FakeModel((4, 7, 7), bits=(4, 3, 2), p=0.05), item, baseline)
-    assert again is baseline
-    rest = 0.5 / (V - 1)
-    want = 0.5 * math.log(0.5 / 0.05) + 0.5 * math.log(rest / (0.95 / (V - 1)))
-    assert other.scores["kl_divergence"] == pytest.approx(want, rel=1e-5)
-    assert other.scores["top1_agreement"] == 0
-    assert other.scores["rougeL"] == pytest.approx(100 / 3)
-    assert (other.output, other.reference, other.scored_steps) == ("c f f", ("c d e",), 2)
-    assert other.segments == ((4, "c"), (3, " f"), (2, " f"))
-
-
-def test_fidelity_weighs_logit_metrics_by_steps_and_texts_alike() -> None:
-    task = make("fidelity")
-    items = list(task.items(records({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})))
-    baselines = [
-        task.measure(FakeModel(ids, bits=(16,) * 4), item, None)[1]
-        for ids, item in zip([(4, 5, 6, 7), (4, 5), (4,)], items, strict=True)
-    ]
-    samples = [
-        task.measure(FakeModel((4,), bits=(4,) * 4, p=p), item, baseline)[0]
-        for p, item, baseline in zip([0.05, 0.5, 0.5], items, baselines, strict=True)
-    ]
-    summary = {metric.name: metric.estimate(samples).value for metric in task.metrics}
-    assert summary["top1_agreement"] == pytest.approx(100 / 4)  # three steps wrong, one right, none
-    assert summary["rougeL"] == pytest.approx((40 + 200 / 3 + 100) / 3)
 
 
 def test_fidelity_takes_the_start_of_a_text_or_a_template() -> None:
@@ -140,31 +20,9 @@ def test_fidelity_takes_the_start_of_a_text_or_a_template() -> None:
     assert len(item.ids) == 33
     (item,) = make("fidelity", template=Template("h {x}")).items(records({"x": "a"}))
     assert item.ids == (0, 9, 2)
+    assert item.unscored == 1  # the first token comes from prefill
     with pytest.raises(PmpdError, match="f:1: unknown field 'prompt'"):
         list(make("fidelity").items(records({"x": "a"})))
-
-
-def test_rouge_task_scores_against_its_references() -> None:
-    task = make("jsonl", template=Template("{x}"), reference_field="y")
-    (item,) = task.items(records({"x": "a b", "y": "d e"}))
-    sample, _ = task.measure(FakeModel((5, 7), bits=(4, 3)), item, None)
-    assert (sample.prompt, sample.output, sample.reference) == ("a b", "d f", ("d e",))
-    assert sample.scores["rougeL"] == pytest.approx(50.0)
-    row = QualityRow.of("uniform:3", [sample, sample], task.metrics)
-    assert row.average_bits == 3
-    assert row.decode_tps is not None
-    assert row.decode_tps.value == pytest.approx(10)
-
-
-@pytest.mark.parametrize("name", ["mt_bench", "jsonl"])
-def test_without_references_the_floating_point_answer_is_one(name: str) -> None:
-    task = make(name, template=Template("{x}"))
-    (item,) = task.items(records({"x": "a b"}))
-    fp, baseline = task.measure(FakeModel((4, 5), bits=(16, 16)), item, None)
-    other, _ = task.measure(FakeModel((4, 6), bits=(4, 4)), item, baseline)
-    assert fp.scores["rougeL"] == 100
-    assert other.scores["rougeL"] == pytest.approx(50)
-    assert other.reference == ("c d",)
 
 
 @pytest.mark.parametrize(
@@ -180,20 +38,106 @@ def test_dialogsum_has_one_or_several_references(fields: dict[str, Any], referen
     assert item.references == references
 
 
-def test_a_missing_reference_is_named() -> None:
-    with pytest.raises(PmpdError, match="f:1: unknown field 'summary'"):
-        list(make("dialogsum", template=Template("{dialogue}")).items(records({"dialogue": "a"})))
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "f:2: unknown field 'summary'"),
+        ({"summary": " \n"}, "f:2: the reference 'summary' is empty: remove the record, or fill it in"),
+        ({"summary1": "x", "summary2": ""}, "f:2: the reference 'summary2' is empty"),
+        ({"summary": ["x", ""]}, r"f:2: the reference 'summary\[1\]' is empty"),
+        ({"summary": []}, "f:2: field 'summary' is not text"),
+        ({"summary": None}, "f:2: field 'summary' is not text"),
+    ],
+)
+def test_a_reference_that_is_none_is_named(fields: dict[str, Any], message: str) -> None:
+    data = records({"dialogue": "a", "summary": "b"}, {"dialogue": "a", **fields})
+    with pytest.raises(PmpdError, match=message):
+        list(make("dialogsum", template=Template("{dialogue}")).items(data))
 
 
-def test_chat_puts_the_prompt_through_the_template() -> None:
-    (item,) = make("mt_bench", chat=True).items(records({"turns": ["a b", "c"]}))
-    assert item.ids == (0, 9, 2, 3, 9)
-    assert item.prompt == "a b"
+def test_iwslt_has_long_sentences_only() -> None:
+    """Those of more than 60 tokens, of the model's own and without the one that begins a text."""
+    plain = {"template": Template("{fr}")}
+    data = records(*({"fr": " ".join(["a"] * count), "en": f"{count}"} for count in (60, 61, 3, 62)))
+    assert [item.references for item in make("iwslt", **plain).items(data)] == [("61",), ("62",)]
+    assert [metric.name for metric in make("iwslt", **plain).metrics] == ["sacrebleu", "bleu"]
+    assert list(make("iwslt", **plain).items(records({"fr": "a", "en": ""}))) == []
+    with pytest.raises(PmpdError, match="f:1: the reference 'en' is empty"):
+        list(make("iwslt", **plain).items(records({"fr": " ".join(["a"] * 61), "en": ""})))
+    with pytest.raises(PmpdError, match="f:1: unknown field 'fr'"):
+        list(make("iwslt").items(records({"en": "a"})))
+
+
+QUESTIONS = {"turns": ["a b", "c d"]}
+
+
+def test_mt_bench_goes_on_from_the_models_own_answer_in_chat() -> None:
+    task = make("mt_bench", chat=True)
+    (item,) = task.items(records(QUESTIONS))
+    assert (item.prompt, item.turns, item.references) == ("a b", ("c d",), ())
+    assert task.turn(item, []) == item.ids == (0, USER, 2, 3, MODEL)
+    assert task.turn(item, ["e f"]) == (0, USER, 2, 3, MODEL, 6, 7, USER, 4, 5, MODEL)
+
+
+def test_mt_bench_goes_on_from_the_models_own_answer_without_chat() -> None:
+    task = make("mt_bench")
+    (item,) = task.items(records(QUESTIONS))
+    text = task.tokenizer.decode
+    assert text(task.turn(item, [])) == "Question: a b Answer:"
+    assert text(task.turn(item, ["e f"])) == "Question: a b Answer: e f Question: c d Answer:"
+    (item,) = task.items(records({"turns": ["a", "b", "c"]}))
+    assert text(task.turn(item, ["e", "f"])) == ("Question: a Answer: e Question: b Answer: f Question: c Answer:")
+
+
+def test_a_conversation_takes_room_for_all_its_turns() -> None:
+    task = make("mt_bench", chat=True, max_new_tokens=5)
+    one, two = task.items(records({"turns": ["a b"]}, QUESTIONS))
+    assert task.positions(one) == len(one.ids) + 5
+    longest = task.turn(two, [task.tokenizer.decode([2] * 5)])
+    assert task.positions(two) >= len(longest) + 5
+
+
+def test_mt_bench_with_a_template_or_one_question_has_one_turn() -> None:
+    assert [item.turns for item in make("mt_bench", template=Template("{turns[1]}")).items(records(QUESTIONS))] == [()]
+    assert [item.turns for item in make("mt_bench").items(records({"turns": ["a"]}))] == [()]
+    with pytest.raises(PmpdError, match=r"f:1: field 'turns\[1\]' is not text"):
+        list(make("mt_bench").items(records({"turns": ["a", None]})))
+
+
+def answered(*texts: str, references: tuple[str, ...]) -> Sample:
+    turns = tuple(Turn(prompt_tokens=1, segments=((4, 1, text),)) for text in texts)
+    return Sample(source="f:1", turns=turns, scores={}, reference=references)
+
+
+def test_the_rouge_of_a_conversation_is_the_mean_over_turns() -> None:
+    scored = TextScorer(["rougeL", "sacrebleu"]).scored(answered("a b", "c d", references=("a b", "c e")))
+    assert scored.scores["rougeL"] == pytest.approx((100 + 50) / 2)
+    assert scored.counts["bleu"][:3] == (4, 4, 3)  # words, and those of them that match, of both turns
+    one = TextScorer(["rougeL"]).scored(answered("a b", references=("a b", "c e")))
+    assert one.scores["rougeL"] == pytest.approx(rouge("a b", ["a b", "c e"])["rougeL"]) == 50
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("rougeL", "rougl"), "unknown metric 'rougl': choose one of"),
+        (("",), "unknown metric ''"),
+        (("bertscore",), "the metric bertscore needs an encoder: give a folder or hub id with --encoder"),
+    ],
+)
+def test_metrics_that_there_are_not(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(PmpdError, match=message):
+        TextScorer(names)
+
+
+def test_a_text_without_a_reference_is_named() -> None:
+    with pytest.raises(PmpdError, match="f:1: there is no reference text"):
+        TextScorer(["rougeL"]).scored(answered("a", references=()))
 
 
 def test_every_own_prompt_is_a_template() -> None:
-    for task in (TASKS["dialogsum"], TASKS["cnn_dailymail"], TASKS["mt_bench"]):
-        plain, chat = task.prompts  # type: ignore[attr-defined]
+    for name in ("dialogsum", "cnn_dailymail", "iwslt", "mt_bench"):
+        plain, chat = TASKS[name].prompts  # type: ignore[attr-defined]
         assert Template(plain).text != Template(chat).text
 
 
@@ -204,6 +148,8 @@ def test_every_own_prompt_is_a_template() -> None:
         ("perplexity", {"chat": True}, "--chat does not apply"),
         ("perplexity", {"reference_field": "x"}, "--reference-field does not apply"),
         ("fidelity", {"reference_field": "x"}, "--reference-field does not apply"),
+        ("fidelity", {"stride": 3}, "--stride does not apply"),
+        ("decode_perplexity", {"stride": 3}, "--stride does not apply"),
     ],
 )
 def test_options_that_a_task_lacks_are_refused(name: str, options: dict[str, Any], message: str) -> None:

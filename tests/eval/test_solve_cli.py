@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from pmpd.eval.measure.forks import Forks
 from pmpd.eval.solve import publish as publishing
 from pmpd.eval.solve.cli import main
-from pmpd.eval.solve.forks import Forks
 from pmpd.eval.solve.publish import publish
 from pmpd.runtime import Bundle, Generator, PmpdError
 from pmpd.runtime.cli import main as run_main
@@ -41,12 +41,6 @@ def bundle(demo_bundle: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "bundle"
     shutil.copytree(demo_bundle, copy, copy_function=os.link)
     return copy
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "pmpd" / "schedules"
 
 
 def schedule(bundle: Path, data: Path, *arguments: object) -> Result:

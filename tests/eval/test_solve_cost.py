@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_models import save_with_tokenizer
 
-from pmpd.eval.runner import Settings
+from pmpd.eval.settings import Settings
 from pmpd.eval.solve.race import Tolerance
 from pmpd.eval.solve.search import SearchSettings, solve
 from pmpd.eval.solve.solution import Solution

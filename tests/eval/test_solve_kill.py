@@ -20,7 +20,8 @@ STARTS = ["Once upon a time,", "Tom had a red ball.", "One day, a bird", "Sara a
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from pmpd.eval.solve import outcomes, publish
+from pmpd.eval.measure import samples
+from pmpd.eval.solve import publish
 from pmpd.eval.solve.cli import main
 
 moment, count = sys.argv.pop(1).split("@")
@@ -45,19 +46,19 @@ def killing(function, when):
     return called
 
 
-def half_a_line(self, key, measured):
+def half_a_line(self, measured):
     global calls
     calls += 1
-    keep(self, key, measured)
+    keep(self, measured)
     if calls == int(count):
         os.truncate(self._path, self._path.stat().st_size - 100)
         end()
 
 
-keep = outcomes.Outcomes._keep
+keep = samples.Samples._keep
 what, _, when = moment.partition(":")
 if what == "answer":
-    outcomes.Outcomes._keep = half_a_line if when == "inside" else killing(keep, when)
+    samples.Samples._keep = half_a_line if when == "inside" else killing(keep, when)
 elif what == "write":
     publish.write_atomically = killing(publish.write_atomically, when)
 elif what == "replace":
@@ -105,13 +106,13 @@ def schedule(bundle: Path, data: Path, cache: Path, moment: str = "never@0") -> 
 def answered(cache: Path) -> list[tuple[str, str]]:
     """Return the item and the schedule of each answer that is on disk, from lines that are whole."""
     pairs = list[tuple[str, str]]()
-    for file in (cache / "pmpd" / "schedules").glob("*.jsonl"):
+    for file in (cache / "pmpd" / "samples").glob("*.jsonl"):
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 document = json.loads(line)
             except ValueError:  # cut off
                 continue
-            pairs += [(document["item"], name) for name in document["outcomes"]]
+            pairs += [(document["item"], name) for name in document["samples"]]
     return pairs
 
 

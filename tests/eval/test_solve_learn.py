@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from pmpd.eval.measure.reference import ReferenceCheckpoint
+from pmpd.eval.measure.forks import Forks
+from pmpd.eval.metrics.base import Sample, Turn
+from pmpd.eval.solve import network
 from pmpd.eval.solve.cli import main
-from pmpd.eval.solve.examiner import Outcome
-from pmpd.eval.solve.forks import Forks
 from pmpd.eval.solve.lesson import Lesson
 from pmpd.eval.solve.network import Training
+from pmpd.eval.solve.prompts import WRITTEN
 from pmpd.runtime import Bundle, Generator, StaticSchedule
 from pmpd.runtime.cli import main as run_main
 
@@ -38,12 +39,6 @@ def texts(tmp_path: Path) -> Path:
     lines = [json.dumps({"text": " ".join(rng.permutation(STORY.split() * 2))}) for _ in range(20)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "pmpd" / "schedules"
 
 
 def learn(bundle: Path, *arguments: object) -> Result:
@@ -101,7 +96,9 @@ def test_it_goes_on_where_it_was_interrupted(
 
 
 @pytest.mark.full
-def test_without_texts_the_model_writes_them(bundle: Path, cache: Path) -> None:
+def test_without_texts_the_model_writes_them(bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WRITTEN, False, 40)
+    monkeypatch.setattr(network, "EPOCHS", 20)
     result = learn(bundle, "--samples", 18, "--reference", "highest", "--dry-run", "-q")
     assert result.exit_code == 0, result.stderr
     (own,) = (file for file in cache.iterdir() if "text" in json.loads(file.read_text("utf-8").splitlines()[0] or "{}"))
@@ -113,29 +110,6 @@ def test_without_texts_the_model_writes_them(bundle: Path, cache: Path) -> None:
         == (result.stdout.partition("A choice")[0])
     )
     assert own.read_text(encoding="utf-8").splitlines() == lines
-
-
-@pytest.mark.full
-def test_the_floating_point_model_answers_side_by_side(demo_bundle: Path) -> None:
-    bundle = Bundle.open(demo_bundle)
-    model = ReferenceCheckpoint.find(bundle).load("transformers", threads=1)
-    prompts = [[1, 5, 9, 30], [1, 7], [1, 40, 41, 42, 43, 44]]
-    together = model.generate_together(prompts, max_new_tokens=12, stop_ids=bundle.stop_ids)
-    alone = [model.generate(prompt, max_new_tokens=12, stop_ids=bundle.stop_ids).ids for prompt in prompts]
-    assert together == alone
-
-
-def test_a_stop_token_ends_one_answer_and_not_the_others(demo_bundle: Path) -> None:
-    model = ReferenceCheckpoint.find(Bundle.open(demo_bundle)).load("transformers", threads=1)
-    prompts = [[1, 5, 9, 30], [1, 7]]
-    whole = model.generate_together(prompts, max_new_tokens=8, stop_ids=())
-    stop = whole[0][3]
-    ended = model.generate_together(prompts, max_new_tokens=8, stop_ids=(stop,))
-    assert [list(answer) for answer in ended] == [[*until(answer, stop)] for answer in whole]
-
-
-def until(tokens: tuple[int, ...], stop: int) -> tuple[int, ...]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
 
 
 @pytest.mark.parametrize(
@@ -172,8 +146,8 @@ def test_bad_input_is_one_line(bundle: Path, texts: Path, tmp_path: Path, argume
     assert sorted(bundle.rglob("*")) == before
 
 
-def outcome(score: float, bits: int) -> Outcome:
-    return Outcome(scores={"rougeL": score}, tokens=5, passes={str(bits): 4}, text="")
+def sample(score: float, bits: int) -> Sample:
+    return Sample(turns=(Turn(prompt_tokens=1, segments=((4, 1, ""), (bits, 4, ""))),), scores={"rougeL": score})
 
 
 def lesson(scores: list[list[float]], chosen: list[int]) -> Lesson:
@@ -181,7 +155,7 @@ def lesson(scores: list[list[float]], chosen: list[int]) -> Lesson:
         choices=(StaticSchedule(((2, 0),)), StaticSchedule(((4, 0),))),
         length=4,
         labels=(0, 1, 1),
-        outcomes=tuple((outcome(low, 2), outcome(high, 4)) for low, high in scores),
+        samples=tuple((sample(low, 2), sample(high, 4)) for low, high in scores),
         chosen=tuple(chosen),
         course=Training(1, 0.5, 0.5, 0.6),
         settings={},

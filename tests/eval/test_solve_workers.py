@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pmpd.eval.solve import workers as workers_module
+from pmpd.eval.measure import workers as workers_module
+from pmpd.eval.measure.examiner import Setup
+from pmpd.eval.measure.workers import Workers, check_workers
 from pmpd.eval.solve.cli import main
-from pmpd.eval.solve.examiner import Setup
-from pmpd.eval.solve.workers import Workers, check_workers
 from pmpd.runtime import MissingExtraError, PmpdError
 
 STARTS = ["Once upon a time, there was", "Tom had a red ball.", "One day, a small bird", "Sara and Ben went to"]
@@ -74,7 +74,7 @@ def search(words: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch, *more
 
 
 def lines_of(cache: Path) -> list[dict[str, Any]]:
-    (file,) = (cache / "pmpd" / "schedules").iterdir()
+    (file,) = (cache / "pmpd" / "samples").iterdir()
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
@@ -123,7 +123,7 @@ def test_a_killed_worker_loses_nothing(
     finally:
         logging.getLogger(workers_module.__name__).removeHandler(handler)
     assert len(set(ready)) == 3  # two, and one for the dead one
-    measured = [(line["item"], name) for line in lines_of(tmp_path / "killed") for name in line["outcomes"]]
+    measured = [(line["item"], name) for line in lines_of(tmp_path / "killed") for name in line["samples"]]
     assert len(measured) == len(set(measured))
     time.sleep(0.5)
     assert "raylet" not in capfd.readouterr().out

@@ -22,6 +22,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "optimum-onnx",
     "rouge-score",
+    "sacrebleu",
     "tokenizers",
     "torch",
     "transformers",
@@ -46,10 +47,10 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages a result depends on, those that are installed."""
+def package_versions(*names: str) -> dict[str, str]:
+    """Return the versions of packages, default all that a result depends on, of those that are installed."""
     versions = {}
-    for name in PACKAGES:
+    for name in names or PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

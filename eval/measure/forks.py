@@ -7,7 +7,6 @@ rewound to where the two part, and goes on from there: nothing is copied, and no
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
 from typing import Protocol, TypeVar
@@ -55,8 +54,7 @@ class Forks:
     def answers(self, prompt: Sequence[int], schedules: Iterable[S]) -> Iterator[tuple[S, Answer]]:
         """Yield each schedule and its greedy answer, as `Generator.stream` would give it.
 
-        The prompt runs once for each precision that schedules have for it. The time of a step that several answers
-        share is in each of them.
+        The prompt runs once for each precision that schedules have for it.
 
         Raises:
             ContextLengthError: prompt and answer do not fit the generator's cache.
@@ -77,21 +75,17 @@ class Forks:
         schedules: Iterable[S],
         bits_of: Callable[[S], tuple[float, ...]],
     ) -> Iterator[tuple[S, Answer]]:
-        begin = time.perf_counter()
         self._sequence.reset()
         tokens = [int(self._sequence.prefill(prompt, precision=prefill).argmax())]
-        seconds = [time.perf_counter() - begin]
         before: tuple[float, ...] = ()
         for schedule in schedules:
             bits = bits_of(schedule)
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, bits, strict=False)))
-            del tokens[same + 1 :], seconds[same + 1 :]
+            del tokens[same + 1 :]
             self._sequence.truncate(len(prompt) + len(tokens) - 1)
             while len(tokens) < self._limit and tokens[-1] not in self._stops:
-                begin = time.perf_counter()
                 logits = self._sequence.step(tokens[-1], precision=bits[len(tokens) - 1], margin=0.0)
                 tokens.append(int(logits.argmax()))
-                seconds.append(time.perf_counter() - begin)
                 self.steps += 1
             before = bits
             count = len(tokens) - (tokens[-1] in self._stops)
@@ -100,7 +94,5 @@ class Forks:
                 Answer(
                     ids=tuple(tokens[:count]),
                     precisions=(prefill, *bits)[:count],
-                    seconds=tuple(seconds[:count]),
-                    prefill_seconds=seconds[0],
                 ),
             )
