@@ -1,9 +1,9 @@
 """PMPD's evaluation: quality and speed of a bundle under precision schedules, beside its floating-point model."""
 
-from pmpd.eval.comparison.compare import CompareSettings, compare
-from pmpd.eval.comparison.results import CompareResults
 from pmpd.eval.metrics.base import Metric, Sample
 from pmpd.eval.metrics.statistics import Estimate
+from pmpd.eval.peers.measure import PeerSettings, measure_peers
+from pmpd.eval.peers.results import PeerResults
 from pmpd.eval.report.results import QualityResults, QualityRow
 from pmpd.eval.runner import evaluate
 from pmpd.eval.settings import Settings
@@ -14,10 +14,10 @@ from pmpd.eval.tasks.registry import TASKS
 
 __all__ = [
     "TASKS",
-    "CompareResults",
-    "CompareSettings",
     "Estimate",
     "Metric",
+    "PeerResults",
+    "PeerSettings",
     "QualityResults",
     "QualityRow",
     "Sample",
@@ -26,7 +26,7 @@ __all__ = [
     "SpeedRow",
     "SpeedSettings",
     "Task",
-    "compare",
     "evaluate",
+    "measure_peers",
     "measure_speed",
 ]

@@ -35,7 +35,7 @@ from pmpd.runtime.console.command import (
 from pmpd.runtime.errors import PmpdError
 
 if TYPE_CHECKING:
-    from pmpd.eval.comparison.results import CompareResults
+    from pmpd.eval.peers.results import PeerResults
     from pmpd.eval.speed.results import SpeedResults
 
 __all__ = ["main"]
@@ -258,8 +258,8 @@ def speed(bundle: Path, json_file: Path | None, csv_file: Path | None, **options
     extra="cpu,eval",
     interrupted=_INTERRUPTED,
     examples=(
-        "pmpd-eval compare smollm2-pmpd --data wiki.test.raw --peer llama.cpp:Q4_K_M,Q2_K --peer-models peers",
-        "pmpd-eval compare smollm2-pmpd --reference smollm2 --data wiki.test.raw --limit 40 --json table.json",
+        "pmpd-eval peers smollm2-pmpd --data wiki.test.raw --peer llama.cpp:Q4_K_M,Q2_K --peer-models peers",
+        "pmpd-eval peers smollm2-pmpd --reference smollm2 --data wiki.test.raw --limit 40 --json table.json",
     ),
 )
 @_BUNDLE
@@ -281,25 +281,22 @@ def speed(bundle: Path, json_file: Path | None, csv_file: Path | None, **options
     help="Make the peers' models of this checkpoint folder or GGUF file.  [default: the --reference]",
 )
 @json_option("the table, each repetition and each window,")
-def compare(
-    bundle: Path, json_file: Path | None, data: Path, limit: int, reference: str | None, **options: Any
-) -> None:
+def peers(bundle: Path, json_file: Path | None, data: Path, limit: int, reference: str | None, **options: Any) -> None:
     """Compare a bundle with other programs on the same weights.
 
     Prints size, bytes per token, speed and perplexity of the unquantized model, of the bundle at each precision, and of
     each peer (--peer).
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from pmpd.eval.comparison.compare import CompareSettings
-    from pmpd.eval.comparison.compare import compare as measure
+    from pmpd.eval.peers.measure import PeerSettings, measure_peers
     from pmpd.eval.speed.speed import SpeedSettings
     from pmpd.runtime import Bundle
 
     check_outputs(json_file)
-    settings = CompareSettings(data=data, limit=limit, reference=reference, speed=SpeedSettings(**options))
+    settings = PeerSettings(data=data, limit=limit, reference=reference, speed=SpeedSettings(**options))
     opened = Bundle.open(bundle, verify=True)
     warn_unverified(bundle, verified=opened.manifest.verified)
-    results = measure(opened, settings, quiet=is_quiet())
+    results = measure_peers(opened, settings, quiet=is_quiet())
     print_result(results.to_markdown(), json_file, results.to_json)
     _fail_if_unfinished(results)
 
@@ -307,7 +304,7 @@ def compare(
 main.add_command(recipe)
 
 
-def _fail_if_unfinished(results: SpeedResults | CompareResults) -> None:
+def _fail_if_unfinished(results: SpeedResults | PeerResults) -> None:
     """Fail as what ended the measurement early would have failed. The results are written."""
     if not results.unfinished:
         return

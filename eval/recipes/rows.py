@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pmpd.eval.comparison.dense_sparse import OUTLIER_BITS, Quantized
-from pmpd.eval.comparison.methods import layers_of, quantized_weights
 from pmpd.eval.measure.reference import Reference
+from pmpd.eval.methods.compare import layers_of, quantized_weights
+from pmpd.eval.methods.dense_sparse import OUTLIER_BITS, Quantized
 from pmpd.eval.metrics.base import Metric, Sample
 from pmpd.eval.report.results import QualityRow
 from pmpd.eval.runner import Evaluation

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from tiny_models import TINY_MODELS
 
-from pmpd.eval.comparison.dense_sparse import dense_and_sparse, quantized
-from pmpd.eval.comparison.methods import Choice, MethodScores, compare_methods, main, table
+from pmpd.eval.methods.compare import Choice, MethodScores, compare_methods, main, table
+from pmpd.eval.methods.dense_sparse import dense_and_sparse, quantized
 from pmpd.exporter import Export, ExportConfig
 from pmpd.runtime import Bundle, PmpdError
 from pmpd.runtime.format.bitplanes import row_stride

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 
 from pmpd.eval.cli import main
-from pmpd.eval.comparison.methods import layers_of
+from pmpd.eval.methods.compare import layers_of
 from pmpd.eval.metrics.base import Metric, Sample, Turn
 from pmpd.eval.recipes.halves import HALVES
 from pmpd.eval.recipes.paper import PAPER, of_model

@@ -1,4 +1,4 @@
-"""The command compare: a bundle beside peers that only pretend, made of the same weights."""
+"""The command peers: a bundle beside peers that only pretend, made of the same weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, ["compare", *map(str, arguments)])
+    return CliRunner().invoke(main, ["peers", *map(str, arguments)])
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""Quantization methods compared on the same weights: ``python -m pmpd.eval.comparison.methods CHECKPOINT``.
+"""Quantization methods compared on the same weights: ``python -m pmpd.eval.methods.compare CHECKPOINT``.
 
 Each method quantizes the linear layers of a checkpoint as `pmpd-export` would; then transformers computes with what the
 codes stand for, at each precision. Layers of bundles may stand beside them. The output layer and the embedding stay as
@@ -21,8 +21,8 @@ import click
 import numpy as np
 import torch
 
-from pmpd.eval.comparison.dense_sparse import Quantized, dense_and_sparse, quantized
 from pmpd.eval.data.records import read_records
+from pmpd.eval.methods.dense_sparse import Quantized, dense_and_sparse, quantized
 from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
 from pmpd.exporter.calibrate.store import StatisticsStore
 from pmpd.exporter.config import BUILT_IN, ExportConfig, calibration_text, parse_bits
@@ -323,7 +323,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
 @click.command(
     cls=Command,
     extra="eval",
-    examples=["python -m pmpd.eval.comparison.methods smollm2 --calibration owt.jsonl --data wiki.test.raw"],
+    examples=["python -m pmpd.eval.methods.compare smollm2 --calibration owt.jsonl --data wiki.test.raw"],
 )
 @click.argument("model", metavar="CHECKPOINT")
 @click.option("--data", required=True, type=FILE, metavar="FILE", help="The text to compare on.")

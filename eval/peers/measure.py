@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pmpd.eval.comparison.results import CompareResults
 from pmpd.eval.measure.examiner import FP
 from pmpd.eval.measure.reference import ReferenceCheckpoint
 from pmpd.eval.metrics.base import Sample, Turn
+from pmpd.eval.peers.results import PeerResults
 from pmpd.eval.report.results import QualityResults, QualityRow, count_text
 from pmpd.eval.runner import evaluate, prepare, read_items
 from pmpd.eval.settings import Settings
@@ -20,11 +20,11 @@ from pmpd.runtime import Bundle
 from pmpd.runtime.console.progress import track
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["CompareSettings", "compare"]
+__all__ = ["PeerSettings", "measure_peers"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareSettings:
+class PeerSettings:
     """What to compare and how.
 
     Attributes:
@@ -61,7 +61,7 @@ class CompareSettings:
         )
 
 
-def compare(bundle: Bundle, settings: CompareSettings, *, quiet: bool = True) -> CompareResults:
+def measure_peers(bundle: Bundle, settings: PeerSettings, *, quiet: bool = True) -> PeerResults:
     """Measure speed, then perplexity; the peers' models are made first. Unless `quiet`, progress is shown on stderr.
 
     Everything is checked before anything is measured. An interrupt (KeyboardInterrupt) or a PmpdError after at least
@@ -95,7 +95,7 @@ def compare(bundle: Bundle, settings: CompareSettings, *, quiet: bool = True) ->
             quality = replace(quality, rows=(*quality.rows, row))
     except (KeyboardInterrupt, PmpdError) as error:
         cause = error.with_traceback(None)
-    return CompareResults(speed=speed, quality=quality, unscored=names[len(quality.rows) :], cause=cause)
+    return PeerResults(speed=speed, quality=quality, unscored=names[len(quality.rows) :], cause=cause)
 
 
 def _texts(items: Sequence[Item], length: int) -> list[list[int]]:

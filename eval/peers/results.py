@@ -1,4 +1,4 @@
-"""What a comparison gave: a row per contender, and each peer beside each precision of the bundle; markdown and JSON."""
+"""What a comparison with peers gave: a row per contender, and each peer beside each precision of the bundle; markdown and JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pmpd.eval.speed.results import Ratio, SpeedResults, SpeedRow
 from pmpd.runtime.console.output import json_text, markdown_table
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["VERSION", "CompareResults", "Contender", "Pair"]
+__all__ = ["VERSION", "Contender", "Pair", "PeerResults"]
 
 VERSION = 1
 
@@ -65,7 +65,7 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareResults:
+class PeerResults:
     """A whole comparison.
 
     Attributes:

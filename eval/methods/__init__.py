@@ -1,0 +1,1 @@
+"""Quantization methods on the same weights, without bundles: what each costs at each precision."""
