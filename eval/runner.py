@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -375,6 +376,7 @@ def _environment(run: Evaluation, *, kernels: Mapping[str, Sequence[str]]) -> di
     settings = run.settings
     scorer = run.task.scorer if isinstance(run.task, Answers) else None
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         **describe_machine(),
         "threads": run.threads,
         "versions": package_versions(),
@@ -383,6 +385,7 @@ def _environment(run: Evaluation, *, kernels: Mapping[str, Sequence[str]]) -> di
             "name": run.checkpoint.path.resolve().name,
             "backend": settings.reference_backend,
             "dtype": "float32",
+            "weights": run.checkpoint.weight_hashes(),
         },
         "data": {"name": settings.data.name, "sha256": sha256_of(settings.data), "skipped": run.skipped},
         "metrics": {} if scorer is None else scorer.describe([item.references for item in run.items]),

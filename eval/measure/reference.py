@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pmpd.eval.measure.models import ROWS, Answer, Forced
 from pmpd.runtime import Bundle
 from pmpd.runtime.errors import MissingExtraError, PmpdError, one_line
+from pmpd.runtime.format.bundle import sha256_of
 
 if TYPE_CHECKING:
     from pmpd.exporter.source.gguf.checkpoint import GgufCheckpoint
@@ -73,6 +74,11 @@ class ReferenceCheckpoint:
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*"))
         stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return hashlib.sha256(repr([str(self.path.resolve()), stats]).encode()).hexdigest()
+
+    def weight_hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of each of its files with weights, by name. All of them are read."""
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        return {file.name: sha256_of(file) for file in files}
 
     def load(self, backend: str, *, threads: int) -> Reference:
         """Load it into a backend of `BACKENDS`, to compute with `threads` threads.

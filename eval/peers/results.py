@@ -1,4 +1,4 @@
-"""What a comparison with peers gave: a row per contender, and each peer beside each precision of the bundle; markdown and JSON."""
+"""What a comparison with peers gave: a row per contender, each peer beside each precision; markdown and JSON."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from pmpd.eval.measure.examiner import FP
 from pmpd.eval.metrics.base import Metric
@@ -22,7 +22,7 @@ try:
 except ImportError:
     raise MissingExtraError("matplotlib", "eval") from None
 
-__all__ = ["quality_plots", "row_colors", "speed_plot"]
+__all__ = ["quality_plot", "row_colors", "speed_plot", "step_bits"]
 
 SERIES = 8
 # matplotlib writes these colours, and the page's variables replace them: so plots follow light and dark.
@@ -45,8 +45,8 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.titlecolor": _NAMES["--ink"],
     "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "font.size": 10.5,
+    "axes.titlesize": 15.5,
+    "font.size": 14.5,
     "grid.color": _NAMES["--line"],
     "grid.linewidth": 0.8,
     "svg.fonttype": "none",
@@ -55,7 +55,10 @@ _STYLE = {
     "ytick.color": _NAMES["--muted"],
     "ytick.major.size": 0,
 }
-_LABEL_PIXELS = 14.0
+# Inches of 72 pixels; the page scales a plot to the width that it has. So letters are about as large as the page's, on
+# a telephone and on half (quality) or all (speed) of a wide screen.
+_NARROW, _HALF, _WHOLE = 4.2, 7.0, 13.4
+_LETTER_PIXELS = 8.7
 
 
 def row_colors(results: QualityResults) -> dict[str, str]:
@@ -63,23 +66,21 @@ def row_colors(results: QualityResults) -> dict[str, str]:
     return {row.name: f"--row-{0 if i == 0 else (i - 1) % SERIES + 1}" for i, row in enumerate(results.rows)}
 
 
-def quality_plots(results: QualityResults) -> list[str]:
-    """Return an SVG per metric: each schedule at its average bits, the floating-point model as a line.
+def quality_plot(results: QualityResults, metric: Metric, *, wide: bool) -> str:
+    """Return an SVG of a metric: each schedule at its average bits with its interval, the fp model as a line.
 
-    Uniform schedules are joined, so that a mixed one shows above or below what mixing alone would give.
+    Uniform schedules are joined, so that a mixed one shows above or below what mixing alone would give. `wide` is for
+    screens wider than a telephone's.
     """
-    return [_quality_plot(metric, results.rows, row_colors(results)) for metric in results.metrics]
-
-
-def _quality_plot(metric: Metric, rows: Sequence[QualityRow], colors: Mapping[str, str]) -> str:
+    rows, colors = results.rows, row_colors(results)
     with matplotlib.rc_context(_STYLE):
         # At 72 dots per inch a pixel is a point, as in SVG: labels are placed by pixels.
-        figure = Figure(figsize=(5.2, 4.0), dpi=72, layout="constrained")
+        figure = Figure(figsize=(_HALF, 5.8) if wide else (_NARROW, 4.0), dpi=72, layout="constrained")
         axes = figure.subplots()
         _draw_quality(axes, metric, rows, colors)
         figure.draw_without_rendering()
-        _label_points(axes, metric, _scheduled(rows), colors)
-        return _svg(figure, metric.name, f"{metric.label} against average bits")
+        _label_points(axes, metric, rows, colors)
+        return _svg(figure, f"{metric.name}-{'wide' if wide else 'narrow'}", f"{metric.label} against average bits")
 
 
 def _scheduled(rows: Sequence[QualityRow]) -> list[tuple[QualityRow, float]]:
@@ -135,30 +136,64 @@ def _bound(axes: Any, metric: Metric, *, lowest: float) -> None:
         axes.set_yticks(ticks)
 
 
-def _label_points(
-    axes: Any, metric: Metric, points: Sequence[tuple[QualityRow, float]], colors: Mapping[str, str]
-) -> None:
-    """Name each point on its free side, and push names apart that would overlap."""
-    middle = sum(axes.get_xlim()) / 2
-    for right in (False, True):
-        side = [(row, bits) for row, bits in points if bool(bits > middle) is right]
-        places = [(axes.transData.transform((bits, row.metrics[metric.name].value)), row, bits) for row, bits in side]
-        above = float("-inf")
-        for (_, pixel), row, bits in sorted(places, key=lambda place: float(place[0][1])):
-            above = max(float(pixel), above + _LABEL_PIXELS)
-            axes.annotate(
-                row.name,
-                (bits, row.metrics[metric.name].value),
-                xytext=(-8 if right else 8, above - float(pixel)),
-                textcoords="offset points",
-                ha="right" if right else "left",
-                va="center",
-                fontsize=10,
-                color=_NAMES[colors[row.name]],
-            )
+def _label_points(axes: Any, metric: Metric, rows: Sequence[QualityRow], colors: Mapping[str, str]) -> None:
+    """Name each point beside it, where the name covers least of other names, points, bars and the line of fp."""
+    points = _scheduled(rows)
+    extent = axes.get_window_extent()
+    frame = _Box(extent.x0, extent.x1, extent.y0, extent.y1)
+    values = [row.metrics[metric.name] for row, _ in points]
+    places = [tuple(axes.transData.transform((bits, v.value))) for (_, bits), v in zip(points, values, strict=True)]
+    lines = [axes.transData.transform((0, row.metrics[metric.name].value))[1] for row in rows if row.name == FP]
+    taken = [_Box(frame.left, frame.right, y - 2, y + 2) for y in lines]
+    taken += [_Box(x - 6, x + 6, y - 6, y + 6) for x, y in places]
+    for (_, bits), value, (x, _) in zip(points, values, places, strict=True):
+        ends = (axes.transData.transform((bits, value.value + sign * (value.ci95 or 0.0)))[1] for sign in (-1, 1))
+        taken.append(_Box(x - 2, x + 2, *ends))
+    for (row, bits), value, (x, y) in zip(points, values, places, strict=True):
+        length = _LETTER_PIXELS * len(row.name)
+        choices = []
+        for dx, dy in product((9.0, -9.0), (0.0, 18.0, -18.0, 36.0, -36.0)):
+            left = x + dx - (length if dx < 0 else 0.0)
+            choices.append((_Box(left, left + length, y + dy - 9, y + dy + 9), dx, dy))
+        box, dx, dy = min(choices, key=lambda choice: _covered(choice[0], taken, frame) + 4 * abs(choice[2]))
+        taken.append(box)
+        axes.annotate(
+            row.name,
+            (bits, value.value),
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha="right" if dx < 0 else "left",
+            va="center",
+            color=_NAMES[colors[row.name]],
+        )
 
 
-def speed_plot(results: QualityResults, name: str, *, width: float) -> str | None:
+class _Box(NamedTuple):
+    """A rectangle in pixels."""
+
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    def overlap(self, other: _Box) -> float:
+        """Return the area that both cover."""
+        across = min(self.right, other.right) - max(self.left, other.left)
+        return max(0.0, across) * max(0.0, min(self.top, other.top) - max(self.bottom, other.bottom))
+
+
+def _covered(box: _Box, taken: Sequence[_Box], frame: _Box) -> float:
+    """Return the area of a box that other boxes have, and, ten times as bad, what of it is outside of the frame."""
+    return sum(map(box.overlap, taken)) + 10 * (box.overlap(box) - box.overlap(frame))
+
+
+def step_bits(results: QualityResults, row: QualityRow) -> list[float]:
+    """Return the bits of each decode step whose time a row has."""
+    schedule = results.static(row)
+    return [schedule.precision(step) for step in range(len(row.step_seconds))] if schedule else []
+
+
+def speed_plot(results: QualityResults, *, wide: bool) -> str | None:
     """Return an SVG of decode tokens per second against the token's position, with the switches marked.
 
     A speed is a number of tokens over all their seconds: those of all repetitions at one position, and its neighbours
@@ -166,24 +201,20 @@ def speed_plot(results: QualityResults, name: str, *, width: float) -> str | Non
 
     Args:
         results: what was measured; the floating-point model is left out.
-        name: makes the ids of the SVG unique.
-        width: in inches of 72 pixels.
+        wide: for a screen wider than a telephone's.
     """
+    timed = [row for row in results.schedules if step_bits(results, row)]
+    if not timed:
+        return None
     colors = row_colors(results)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, 3.8), layout="constrained")
+        figure = Figure(figsize=(_WHOLE if wide else _NARROW, 4.6), layout="constrained")
         axes = figure.subplots()
-        for row in results.schedules:
-            seconds = row.step_seconds
-            if not seconds:
-                continue
-            color = _NAMES[colors[row.name]]
-            longest = max((turn for sample in row.samples for turn in sample.turns), key=lambda turn: turn.tokens)
-            bits = longest.precisions[1 : len(seconds) + 1]
-            seconds = seconds[: len(bits)]
-            positions = range(2, len(seconds) + 2)
-            smooth = [1 / value for value in _smooth(seconds, bits)]
-            axes.plot(positions, [1 / value for value in seconds], color=color, linewidth=0.8, alpha=0.3)
+        for row in timed:
+            color, bits = _NAMES[colors[row.name]], step_bits(results, row)
+            positions = range(2, len(bits) + 2)
+            smooth = [1 / value for value in _smooth(row.step_seconds, bits)]
+            axes.plot(positions, [1 / value for value in row.step_seconds], color=color, linewidth=0.8, alpha=0.3)
             axes.plot(positions, smooth, color=color, linewidth=2, label=row.name)
             for index, (before, after) in enumerate(pairwise(bits), start=1):
                 if after != before:
@@ -192,21 +223,17 @@ def speed_plot(results: QualityResults, name: str, *, width: float) -> str | Non
                     axes.annotate(
                         f"{after} bits",
                         (index + 2, smooth[index]),
-                        xytext=(5, 6),
+                        xytext=(6, -16),
                         textcoords="offset points",
-                        fontsize=9.5,
                         color=color,
                     )
-        if not axes.lines:
-            return None
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.set_xlabel("position of the token in the answer")
         axes.set_title("decode tokens/s  ↑")
-        columns = max(1, int(width // 1.6))
-        figure.legend(frameon=False, ncols=columns, loc="outside lower left", labelcolor="linecolor")
-        return _svg(figure, name, "Decode speed against position")
+        figure.legend(frameon=False, ncols=4 if wide else 1, loc="outside lower left", labelcolor="linecolor")
+        return _svg(figure, f"speed-{'wide' if wide else 'narrow'}", "Decode speed against position")
 
 
 def _smooth(seconds: Sequence[float], bits: Sequence[float]) -> list[float]:

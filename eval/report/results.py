@@ -15,6 +15,8 @@ from pmpd.eval.metrics.registry import METRICS
 from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
 from pmpd.runtime.console.output import csv_text, json_text, markdown_table
 from pmpd.runtime.errors import PmpdError
+from pmpd.runtime.schedule.registry import parse_schedule
+from pmpd.runtime.schedule.static import StaticSchedule
 
 __all__ = ["VERSION", "QualityResults", "QualityRow", "count_text", "format_number"]
 
@@ -118,6 +120,15 @@ class QualityResults:
         others = [other for other in self.schedules if other.accuracy == accuracy]
         return max(others, key=lambda r: (r.token_bits, not r.own_prefill, -(r.average_bits or 0)))
 
+    def static(self, row: QualityRow) -> StaticSchedule | None:
+        """Return the schedule of a row, if it is static: it does not look at the prompt."""
+        precisions = self.environment["bundle"]["precisions"]
+        try:
+            schedule = parse_schedule(row.name.removesuffix(f" {row.accuracy}"), precisions)
+        except PmpdError:  # fp, and one that is kept in the bundle
+            return None
+        return schedule if isinstance(schedule, StaticSchedule) else None
+
     def difference(self, metric: Metric, row: QualityRow, other: QualityRow) -> Estimate:
         """Return a metric of a row minus that of another, paired by item."""
         return metric.difference(row.samples, other.samples)
@@ -169,7 +180,7 @@ class QualityResults:
         """
         from pmpd.eval.report.verdict import verdict
 
-        rows = []
+        conclusion, rows = verdict(self), []
         for row in self.rows:
             document = asdict(row)
             if not texts:
@@ -183,7 +194,11 @@ class QualityResults:
         return json_text(
             {
                 "version": VERSION,
-                "verdict": verdict(self),
+                "verdict": {
+                    "recommended": conclusion.row and conclusion.row.name,
+                    "reason": conclusion.reason,
+                    "caution": conclusion.caution,
+                },
                 "metrics": [metric.name for metric in self.metrics],
                 "prefill_tps": {name: asdict(rate) for name, rate in self.prefill_tps.items()},
                 "environment": self.environment,
@@ -238,7 +253,7 @@ class QualityResults:
         """Return the verdict, the table, and notes on it."""
         from pmpd.eval.report.verdict import verdict
 
-        return "\n\n".join(["\n".join(verdict(self)), markdown_table(self.table()), "\n".join(self.notes())])
+        return "\n\n".join([verdict(self).text, markdown_table(self.table()), "\n".join(self.notes())])
 
     def table(self) -> list[list[str]]:
         """Return the table as cells, its heading first; differences are those of the first metric."""
