@@ -301,6 +301,41 @@ def peers(bundle: Path, json_file: Path | None, data: Path, limit: int, referenc
     _fail_if_unfinished(results)
 
 
+@main.command(
+    cls=Command,
+    extra="cpu,eval",
+    examples=(
+        "pmpd-eval compare monday.json tuesday.json --csv changes.csv",
+        "pmpd-eval compare run.json run.json --row uniform:5=static:4@0,3@11 --row uniform:4=uniform:3",
+    ),
+)
+@click.argument("a", type=FILE, metavar="A.json")
+@click.argument("b", type=FILE, metavar="B.json")
+@click.option(
+    "--row",
+    "rows",
+    multiple=True,
+    metavar="A=B",
+    help="Compare a row of A with a row of B. Repeatable.  [default: rows of one name]",
+)
+@json_option("each difference, and what else differs,")
+@click.option("--csv", "csv_file", type=FILE, metavar="FILE", help="Write the table as CSV.")
+def compare(a: Path, b: Path, rows: tuple[str, ...], json_file: Path | None, csv_file: Path | None) -> None:
+    """Compare two results that pmpd-eval wrote with --json.
+
+    Prints each metric of each row in A and in B, and the difference over the samples that both have. To compare a
+    bundle with other programs, see `pmpd-eval peers`.
+    """
+    from pmpd.eval.report.compare import compare_results, parse_pair
+    from pmpd.eval.report.results import QualityResults
+
+    check_outputs(json_file, csv_file)
+    pairs = [parse_pair(row) for row in rows]
+    comparison = compare_results(QualityResults.from_json(a), QualityResults.from_json(b), pairs)
+    print_result(comparison.to_markdown(), json_file, comparison.to_json)
+    write_result(csv_file, comparison.to_csv)
+
+
 main.add_command(recipe)
 
 

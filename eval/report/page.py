@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.report.plots import quality_plot, row_colors, speed_plot, step_bits
-from pmpd.eval.report.repeat import hashes, repeat_command
+from pmpd.eval.report.repeat import facts, hashes, repeat_command
 from pmpd.eval.report.results import QualityResults, QualityRow, count_text, format_number
 from pmpd.eval.report.verdict import RULE, Verdict, judgement, speedup, verdict
 from pmpd.runtime.console.palette import SHADES, shade_of
@@ -66,7 +65,7 @@ def render_html(results: QualityResults) -> str:
         score=lambda row, index: _score(results, row, index),
         command=repeat_command(environment),
         hashes=list(hashes(environment)),
-        facts=_leaves(environment),
+        facts=facts(environment),
     )
 
 
@@ -213,12 +212,3 @@ def _with_minus_signs(text: str) -> str:
 def _width(estimates: Sequence[Estimate | None], digits: int) -> int:
     """Return how many characters the widest of several intervals takes, so that values line up before them."""
     return max((len(f"± {_number(e.ci95, digits)}") for e in estimates if e is not None and e.ci95), default=0)
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the leaves of nested mappings as text, with their dotted names."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,12 +1,13 @@
-"""How to repeat an evaluation: the command line with every setting written out, and hashes of what it reads."""
+"""How to repeat an evaluation: its command line with every setting, hashes of what it read, and where it ran."""
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["hashes", "repeat_command"]
+__all__ = ["facts", "hashes", "repeat_command"]
 
 _LINE = 76  # characters
 _REPEATED = {"schedules": "schedule", "accuracies": "accuracy", "metrics": "metric"}
@@ -46,3 +47,12 @@ def hashes(environment: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "bundle", f"{environment['bundle']['name']}/bundle.json", environment["bundle"]["sha256"]
     for name, digest in environment["reference"].get("weights", {}).items():
         yield "fp model", f"{environment['reference']['name']}/{name}", digest
+
+
+def facts(environment: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the leaves of nested mappings with their dotted names, behind `path`, as text."""
+    if isinstance(environment, dict) and environment:
+        for key, value in environment.items():
+            yield from facts(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, environment if isinstance(environment, str) else json.dumps(environment, ensure_ascii=False)

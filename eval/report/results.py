@@ -219,8 +219,8 @@ class QualityResults:
             reason = getattr(error, "strerror", None) or "it is not JSON"
             raise PmpdError(f"{path} cannot be read: {reason}") from None
         version = document.get("version") if isinstance(document, dict) else None
-        if not isinstance(document, dict) or not {"rows", "environment"} <= document.keys():
-            raise PmpdError(f"{path} is not a result of pmpd-eval: give a file that --json wrote")
+        if not isinstance(document, dict) or not {"rows", "prefill_tps", "environment"} <= document.keys():
+            raise PmpdError(f"{path} is not a result of pmpd-eval quality: give a file that its --json wrote")
         if version != VERSION:
             raise PmpdError(f"{path} is of version {version}, and this is version {VERSION}: measure it again")
         try:
