@@ -171,7 +171,7 @@ def _sample_groups(results: QualityResults, conclusion: Verdict) -> Iterator[_Sa
 def _loss(results: QualityResults, row: QualityRow, index: int) -> float:
     """Return how much worse a row's score of a sample is than that of the row of most bits."""
     metric = results.metrics[0]
-    ours, high = (each.samples[index].scores.get(metric.score) for each in (row, results.high(row)))
+    ours, high = (other.samples[index].scores.get(metric.score) for other in (row, results.high(row)))
     if ours is None or high is None:
         return 0.0
     return high - ours if metric.higher_is_better else ours - high

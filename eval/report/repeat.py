@@ -37,7 +37,7 @@ def _option(name: str, value: Any) -> list[list[str]]:
     if isinstance(value, bool):
         return [[f"--{name}"]] if value else [["--no-chat"]] if name == "chat" else []
     if isinstance(value, list | tuple):
-        return [[f"--{name}", str(each)] for each in value]
+        return [[f"--{name}", str(choice)] for choice in value]
     return [] if value is None else [[f"--{name}", str(value)]]
 
 

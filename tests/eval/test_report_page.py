@@ -6,13 +6,17 @@ import json
 import re
 import shlex
 from dataclasses import replace
+from itertools import combinations
 
+import matplotlib
 import pytest
 from made_results import made_results
+from matplotlib.figure import Figure
 
 from pmpd.eval.cli import quality
 from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.report.page import SHOWN_SAMPLES, render_html
+from pmpd.eval.report.plots import _STYLE, _draw_quality, _label_points, _smooth, row_colors
 from pmpd.eval.report.repeat import repeat_command
 from pmpd.eval.report.results import QualityResults
 from pmpd.eval.report.verdict import judgement, verdict
@@ -151,6 +155,41 @@ def test_tokens_are_marked_with_their_precision(page: str) -> None:
     assert not re.search(r"#0000?01|#00010\d", page)
 
 
+def test_every_row_is_in_every_plot(results: QualityResults, page: str) -> None:
+    for row in results.rows:
+        assert page.count(f">{row.name}</text>") == 2 * len(results.metrics)  # for wide and for narrow screens
+
+
+def test_no_axis_shows_what_a_metric_cannot_be(page: str) -> None:
+    ticks = [float(text.replace("\N{MINUS SIGN}", "-")) for text in re.findall(r">([\N{MINUS SIGN}]?\d+)</text>", page)]
+    assert min(ticks) >= 0
+    assert max(ticks) <= 100
+
+
+def test_names_in_plots_do_not_overlap() -> None:
+    """Schedules that are as good with nearly as many bits stand beside each other."""
+    results = made_results({"fp": FP, "uniform:4": near(FP, -1), "uniform:2": near(FP, -1), "static:4@0,2@3": FP})
+    rows = [replace(row, average_bits=bits) for row, bits in zip(results.rows, (16, 3.05, 3.0, 3.2), strict=True)]
+    results = replace(results, rows=tuple(rows))
+    colors = row_colors(results)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, 4.0), dpi=72, layout="constrained")
+        axes = figure.subplots()
+        _draw_quality(axes, results.metrics[0], results.rows, colors)
+        figure.draw_without_rendering()
+        _label_points(axes, results.metrics[0], results.rows, colors)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_a_switch_stays_sharp() -> None:
+    """Speeds are smoothed among steps of one precision only, over as many of them as there are, nine at most."""
+    seconds, bits = [4.0] * 12 + [2.0] * 3, [4] * 12 + [2] * 3
+    assert _smooth(seconds, bits) == seconds
+    assert _smooth([9.0, 0.0, 0.0, 5.0], [4, 4, 4, 2]) == [3.0, 3.0, 3.0, 5.0]
+
+
 def test_ids_of_the_plots_do_not_clash(page: str) -> None:
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -179,6 +218,24 @@ def test_a_speed_of_more_steps_than_answers_have_is_drawn(results: QualityResult
     assert ">5–13</td>" in render_html(
         replace(results, rows=(results.rows[0], *rows))
     )  # static:4@0,2@3 after its switch
+
+
+@pytest.mark.full
+def test_all_turns_are_shown() -> None:
+    results = made_results({"fp": FP, "uniform:4": FP}, text="some words")
+    rows = [
+        replace(row, samples=tuple(replace(sample, turns=sample.turns * 2) for sample in row.samples))
+        for row in results.rows
+    ]
+    once, twice = (
+        render_html(each).count("some words</mark>") for each in (results, replace(results, rows=tuple(rows)))
+    )
+    assert (once, twice) == (6, 12)
+
+
+@pytest.mark.full
+def test_without_texts_there_are_no_answers() -> None:
+    assert "Answers side by side" not in render_html(made_results({"fp": FP, "uniform:4": FP}, text=""))
 
 
 @pytest.mark.full
