@@ -69,7 +69,7 @@ class Comparison:
         """What else differs between A and B and may explain a change: bundle, reference, settings, versions."""
         facts_a, facts_b = (dict(facts(results.environment)) for results in (self.a, self.b))
         names = [name for name in facts_a | facts_b if name.startswith(_EXPLAINING) and name not in _OF_THE_ROWS]
-        pairs = {name: (facts_a.get(name, "null"), facts_b.get(name, "null")) for name in names}
+        pairs = {name: (facts_a.get(name, "–"), facts_b.get(name, "–")) for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     def to_json(self) -> str:

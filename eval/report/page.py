@@ -50,6 +50,7 @@ def render_html(results: QualityResults) -> str:
         tiles=list(_tiles(results, conclusion)),
         rule=RULE,
         example=_example(results),
+        highs=", ".join(dict.fromkeys(results.high(row).name for row in results.schedules)),
         colors=row_colors(results),
         judgement=lambda metric, row: judgement(results, metric, row),
         speedup=speedup,

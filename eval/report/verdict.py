@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pmpd.eval.measure.examiner import FP
 from pmpd.eval.metrics.base import Metric
 from pmpd.eval.metrics.statistics import Estimate
-from pmpd.eval.metrics.texts import TEXT_METRICS
 from pmpd.eval.report.results import QualityResults, QualityRow, count_text, format_number
 
 __all__ = ["RULE", "Verdict", "judge", "judgement", "speedup", "verdict"]
@@ -48,12 +47,11 @@ class Verdict:
 def verdict(results: QualityResults) -> Verdict:
     """Return the recommendation by the task's first metric, chosen as `RULE` says.
 
-    Only metrics of answers recommend anything. Perplexity and KL divergence change with every bit, and enough samples
-    show each change: how much of it is too much is for the reader to say.
+    Only metrics of whole answers recommend anything. Those of single steps (perplexity, KL divergence) change with every
+    bit, and enough samples show each change: how much of it is too much is for the reader to say.
     """
-    metric = results.metrics[0]
-    rows = [row for row in results.schedules if row.average_bits is not None]
-    if metric.name not in TEXT_METRICS:
+    metric, rows = results.metrics[0], results.schedules
+    if metric.per_step:
         reason = (
             f"{metric.label} measures what each schedule costs, and lower precision always costs some. "
             "How much is too much depends on the use."
@@ -61,6 +59,8 @@ def verdict(results: QualityResults) -> Verdict:
         return Verdict(title=_NONE, reason=reason)
     if len(rows) < 2:
         return Verdict(title=_NONE, reason="there is no other schedule to compare with: add some with --schedule.")
+    if any(row.average_bits is None for row in rows):
+        return Verdict(title=_NONE, reason="a schedule has answers of one token only: use other prompts.")
     if any(gap.ci95 is None for row in rows for _, gap in _gaps(results, metric, row)):
         return Verdict(title=_NONE, reason="one sample says nothing about noise: take more.")
     row = min(
@@ -69,7 +69,7 @@ def verdict(results: QualityResults) -> Verdict:
     )
     reason = f"{_figures(results, metric, row)}."
     if row is results.high(row):
-        reason += " No schedule with fewer bits is as good."
+        reason += " Every schedule with fewer bits is worse."
     return Verdict(title=f"Recommended: {row.name}", reason=reason, caution=_caution(results, metric, row), row=row)
 
 

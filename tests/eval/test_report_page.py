@@ -77,7 +77,7 @@ def test_a_schedule_that_is_worse_than_fp_alone_is_not_recommended() -> None:
     assert judgement(results, metric, results.rows[2]) == "worse than fp"
     conclusion = verdict(results)
     assert conclusion.row is results.rows[1]
-    assert "No schedule with fewer bits is as good." in conclusion.reason
+    assert "Every schedule with fewer bits is worse." in conclusion.reason
 
 
 def test_where_the_most_bits_are_worse_than_fp_they_are_what_counts() -> None:
