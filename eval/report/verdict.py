@@ -47,8 +47,8 @@ class Verdict:
 def verdict(results: QualityResults) -> Verdict:
     """Return the recommendation by the task's first metric, chosen as `RULE` says.
 
-    Only metrics of whole answers recommend anything. Those of single steps (perplexity, KL divergence) change with every
-    bit, and enough samples show each change: how much of it is too much is for the reader to say.
+    Only metrics of whole answers recommend anything. Those of single steps (perplexity, KL divergence) change with
+    every bit, and enough samples show each change: how much of it is too much is for the reader to say.
     """
     metric, rows = results.metrics[0], results.schedules
     if metric.per_step:
