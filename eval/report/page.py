@@ -14,7 +14,7 @@ from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.report.plots import quality_plot, row_colors, speed_plot, step_bits
 from pmpd.eval.report.repeat import facts, hashes, repeat_command
 from pmpd.eval.report.results import QualityResults, QualityRow, count_text, format_number
-from pmpd.eval.report.verdict import RULE, Verdict, judgement, speedup, verdict
+from pmpd.eval.report.verdict import RULE, Verdict, gaps, judgement, speedup, verdict
 from pmpd.runtime.console.palette import SHADES, shade_of
 from pmpd.runtime.errors import MissingExtraError
 
@@ -104,10 +104,9 @@ def _tiles(results: QualityResults, conclusion: Verdict) -> Iterator[_Tile]:
     if row is not high and row.step_bytes and high.step_bytes:
         share = 100 * (row.step_bytes / high.step_bytes - 1)
         yield _Tile(_number(share, 0, sign=True) + " %", "", f"bytes a token, against {high.name}")
-    for other, gap in ((high, results.to_high(metric, row)), (results.fp, results.to_fp(metric, row))):
-        if other is not None and gap is not None:
-            spread = f"± {_number(gap.ci95, metric.digits)}" if gap.ci95 else ""
-            yield _Tile(_number(gap.value, metric.digits, sign=True), spread, f"{metric.label}, against {other.name}")
+    for other, gap in gaps(results, metric, row):
+        spread = f"± {_number(gap.ci95, metric.digits)}" if gap.ci95 else ""
+        yield _Tile(_number(gap.value, metric.digits, sign=True), spread, f"{metric.label}, against {other.name}")
     if row is not high and (ratio := speedup(row, high)):
         spread = f"± {_number(ratio.ci95, 2)}" if ratio.ci95 else ""
         yield _Tile(f"{_number(ratio.value, 2)} ×", spread, f"decode speed, against {high.name}")

@@ -9,7 +9,7 @@ from pmpd.eval.metrics.base import Metric
 from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.report.results import QualityResults, QualityRow, count_text, format_number
 
-__all__ = ["RULE", "Verdict", "judge", "judgement", "speedup", "verdict"]
+__all__ = ["RULE", "Verdict", "gaps", "judge", "judgement", "speedup", "verdict"]
 
 RULE = (
     "Recommended is the schedule with the fewest average bits that the samples do not show to be worse: the 95 % "
@@ -61,7 +61,7 @@ def verdict(results: QualityResults) -> Verdict:
         return Verdict(title=_NONE, reason="there is no other schedule to compare with: add some with --schedule.")
     if any(row.average_bits is None for row in rows):
         return Verdict(title=_NONE, reason="a schedule has answers of one token only: use other prompts.")
-    if any(gap.ci95 is None for row in rows for _, gap in _gaps(results, metric, row)):
+    if any(gap.ci95 is None for row in rows for _, gap in gaps(results, metric, row)):
         return Verdict(title=_NONE, reason="one sample says nothing about noise: take more.")
     row = min(
         (row for row in rows if _holds(results, metric, row)),
@@ -86,7 +86,7 @@ def judgement(results: QualityResults, metric: Metric, row: QualityRow) -> str:
     """Return what the differences of a row to the row of most bits and to fp show, in a few words."""
     if row.name == FP:
         return "unquantized"
-    judged = [(judge(metric, gap), other.name) for other, gap in _gaps(results, metric, row)]
+    judged = [(judge(metric, gap), other.name) for other, gap in gaps(results, metric, row)]
     for kind in ("worse", "better"):
         if names := [name for judged_kind, name in judged if judged_kind == kind]:
             return f"{kind} than {names[0] if len(names) == 1 else 'both'}"
@@ -106,10 +106,10 @@ def speedup(row: QualityRow, other: QualityRow) -> Estimate | None:
     )
 
 
-def _gaps(results: QualityResults, metric: Metric, row: QualityRow) -> list[tuple[QualityRow, Estimate]]:
-    """Return what a row is compared with, and its differences: the row of most bits and fp, where there are others."""
-    gaps = ((results.high(row), results.to_high(metric, row)), (results.fp, results.to_fp(metric, row)))
-    return [(other, gap) for other, gap in gaps if other is not None and gap is not None]
+def gaps(results: QualityResults, metric: Metric, row: QualityRow) -> list[tuple[QualityRow, Estimate]]:
+    """Return the rows that a row is compared with, most bits and fp, without itself, and its differences to them."""
+    pairs = ((results.high(row), results.to_high(metric, row)), (results.fp, results.to_fp(metric, row)))
+    return [(other, gap) for other, gap in pairs if other is not None and gap is not None]
 
 
 def _holds(results: QualityResults, metric: Metric, row: QualityRow) -> bool:
@@ -129,19 +129,17 @@ def _figures(results: QualityResults, metric: Metric, row: QualityRow) -> str:
     if row is not high:
         if row.step_bytes and high.step_bytes:
             less = 1 - row.step_bytes / high.step_bytes
-            costs.append(
-                f"{abs(less):.0%} {'fewer' if less >= 0 else 'more'} bytes a token than {high.name}".replace("%", " %")
-            )
+            costs.append(f"{100 * abs(less):.0f} % {'fewer' if less >= 0 else 'more'} bytes a token than {high.name}")
         if ratio := speedup(row, high):
             costs.append(f"decodes {ratio.text(2)} times as fast")
-    gaps = [f"{gap.text(metric.digits, sign=True)} against {other.name}" for other, gap in _gaps(results, metric, row)]
-    return f"{', '.join(costs)}; {metric.label} {', '.join(gaps)}" if gaps else ", ".join(costs)
+    losses = [f"{gap.text(metric.digits, sign=True)} against {other.name}" for other, gap in gaps(results, metric, row)]
+    return f"{', '.join(costs)}; {metric.label} {', '.join(losses)}" if losses else ", ".join(costs)
 
 
 def _caution(results: QualityResults, metric: Metric, row: QualityRow) -> str:
     """Return against which rows it is worse, and the worse ends of the other differences."""
     worse, open_losses, count = [], [], 0
-    for other, gap in _gaps(results, metric, row):
+    for other, gap in gaps(results, metric, row):
         loss = (gap.ci95 or 0.0) - gap.value * (1 if metric.higher_is_better else -1)
         if judge(metric, gap) == "worse":
             worse.append(f"It is worse than {other.name}.")
@@ -153,5 +151,5 @@ def _caution(results: QualityResults, metric: Metric, row: QualityRow) -> str:
     if not open_losses:
         return " ".join(worse)
     samples = count_text(count, "sample" if count == len(row.samples) else "document")
-    shown = f"{samples} show no loss beyond noise, and do not exclude one of up to {' or '.join(open_losses)}."
-    return " ".join([*worse, shown])
+    limit = "do not exclude a loss" if worse else "show no loss beyond noise, but do not exclude one"
+    return " ".join([*worse, f"{samples} {limit} of up to {' or '.join(open_losses)}."])
