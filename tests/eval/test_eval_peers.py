@@ -186,7 +186,7 @@ def test_an_interrupt_keeps_what_is_finished(
     assert "| llama.cpp Q4_0 |" in result.stdout
 
 
-def test_a_schedule_that_fails_leaves_the_speeds(
+def test_a_schedule_that_fails_keeps_the_speed(
     demo_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     force = Scheduled.force
@@ -199,7 +199,10 @@ def test_a_schedule_that_fails_leaves_the_speeds(
     monkeypatch.setattr(Scheduled, "force", failing)
     result, document = measure_two(demo_bundle, data, tmp_path, "Q4_0")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: logits are not finite; speed: 2 of 2 repetitions are finished, ")
+    assert result.stderr.startswith(
+        "error: logits are not finite; speed: 2 of 2 repetitions are finished, "
+        "perplexity: 0 of 4 rows are finished; missing: perplexity of fp, "
+    )
     assert document["scores"] == {}
     assert all(row["decode_tps"] for row in document["rows"] if row["name"] != "fp")
 

@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +23,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from pmpd.eval import Settings, evaluate
 from pmpd.eval.measure import workers as workers_module
 from pmpd.eval.measure.examiner import Setup
 from pmpd.eval.measure.workers import Workers, check_workers
 from pmpd.eval.solve.cli import main
-from pmpd.runtime import MissingExtraError, PmpdError
+from pmpd.runtime import Bundle, MissingExtraError, PmpdError
 
 STARTS = ["Once upon a time, there was", "Tom had a red ball.", "One day, a small bird", "Sara and Ben went to"]
+SCHEDULES = ("uniform:4", "static:3@0,2@2", "adaptive:2,4@1")
 RUN = "import sys; sys.argv[0] = 'pmpd-schedule'; from pmpd.eval.solve.cli import main; main()"
 
 
@@ -103,30 +107,63 @@ def test_two_workers_learn_what_one_process_does(
     assert documents[0] == documents[1]
 
 
-def test_a_killed_worker_loses_nothing(
-    ray: Any, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    alone = search(words, tmp_path / "alone", monkeypatch)
+@contextmanager
+def killing_the_first() -> Iterator[list[int]]:
+    """Kill the first worker as soon as it is ready; yield the processes of all."""
     ready = list[int]()
 
-    class KillFirst(logging.Handler):
+    class Kill(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.msg.startswith("worker ready"):
                 ready.append(record.args[1])  # type: ignore[index, arg-type]
                 if len(ready) == 1:
                     os.kill(ready[0], signal.SIGKILL)
 
-    handler = KillFirst()
+    handler = Kill()
     logging.getLogger(workers_module.__name__).addHandler(handler)
     try:
-        assert search(words, tmp_path / "killed", monkeypatch, "--workers", 2, "-v") == alone
+        yield ready
     finally:
         logging.getLogger(workers_module.__name__).removeHandler(handler)
+
+
+def test_a_killed_worker_loses_nothing(
+    ray: Any, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    alone = search(words, tmp_path / "alone", monkeypatch)
+    with killing_the_first() as ready:
+        assert search(words, tmp_path / "killed", monkeypatch, "--workers", 2, "-v") == alone
     assert len(set(ready)) == 3  # two, and one for the dead one
     measured = [(line["item"], name) for line in lines_of(tmp_path / "killed") for name in line["samples"]]
     assert len(measured) == len(set(measured))
     time.sleep(0.5)
     assert "raylet" not in capfd.readouterr().out
+
+
+def test_two_workers_evaluate_as_one_process(
+    ray: Any, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the first worker is killed, of the floating-point model or of the bundle, which needs its logits."""
+    caplog.set_level(logging.DEBUG, "pmpd")
+    bundle, data = Bundle.open(Path(words[0])), Path(words[4])
+    settings = Settings(task="fidelity", data=data, max_new_tokens=5, schedules=SCHEDULES, threads=1)
+
+    def rows_and_files(name: str, workers: int) -> tuple[Any, dict[str, list[bytes]]]:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+        rows = json.loads(evaluate(bundle, replace(settings, workers=workers)).to_json())["rows"]
+        files = (tmp_path / name / "pmpd" / "samples").rglob("*.*")
+        return rows, {file.name: sorted(file.read_bytes().splitlines()) for file in files}
+
+    alone = rows_and_files("alone", 1)
+    assert sorted(Path(name).suffix for name in alone[1]) == [".jsonl"] * 2 + [".npy"] * len(STARTS)
+    with killing_the_first() as ready:
+        assert rows_and_files("two", 2) == alone
+    assert len(ready) >= 4
+    (ours,) = (file for file in (tmp_path / "two").rglob("*.jsonl") if '"fp"' not in file.read_text(encoding="utf-8"))
+    ours.unlink()
+    with killing_the_first() as ready:
+        assert rows_and_files("two", 2) == alone
+    assert len(ready) in (2, 3)
 
 
 def test_a_job_that_kills_every_worker_is_one_clear_line(ray: Any, tmp_path: Path) -> None:
