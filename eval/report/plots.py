@@ -143,29 +143,40 @@ def _label_points(axes: Any, metric: Metric, rows: Sequence[QualityRow], colors:
     frame = _Box(extent.x0, extent.x1, extent.y0, extent.y1)
     values = [row.metrics[metric.name] for row, _ in points]
     places = [tuple(axes.transData.transform((bits, v.value))) for (_, bits), v in zip(points, values, strict=True)]
-    lines = [axes.transData.transform((0, row.metrics[metric.name].value))[1] for row in rows if row.name == FP]
-    taken = [_Box(frame.left, frame.right, y - 2, y + 2) for y in lines]
+    heights = [axes.transData.transform((0, row.metrics[metric.name].value))[1] for row in rows if row.name == FP]
+    taken = [_Box(frame.left, frame.right, y - 2, y + 2) for y in heights]
     taken += [_Box(x - 6, x + 6, y - 6, y + 6) for x, y in places]
     for (_, bits), value, (x, _) in zip(points, values, places, strict=True):
         ends = (axes.transData.transform((bits, value.value + sign * (value.ci95 or 0.0)))[1] for sign in (-1, 1))
         taken.append(_Box(x - 2, x + 2, *ends))
     for (row, bits), value, (x, y) in zip(points, values, places, strict=True):
-        length = _LETTER_PIXELS * len(row.name)
+        lines = _lines(row.name, int(0.6 * (frame.right - frame.left) / _LETTER_PIXELS))
+        length, half = _LETTER_PIXELS * max(map(len, lines)), 9.0 * len(lines)
         choices = []
         for dx, dy in product((9.0, -9.0), (0.0, 18.0, -18.0, 36.0, -36.0)):
             left = x + dx - (length if dx < 0 else 0.0)
-            choices.append((_Box(left, left + length, y + dy - 9, y + dy + 9), dx, dy))
+            choices.append((_Box(left, left + length, y + dy - half, y + dy + half), dx, dy))
         box, dx, dy = min(choices, key=lambda choice: _covered(choice[0], taken, frame) + 4 * abs(choice[2]))
         taken.append(box)
         axes.annotate(
-            row.name,
+            "\n".join(lines),
             (bits, value.value),
             xytext=(dx, dy),
             textcoords="offset points",
             ha="right" if dx < 0 else "left",
             va="center",
             color=_NAMES[colors[row.name]],
-        )
+        ).set_in_layout(False)
+
+
+def _lines(name: str, letters: int) -> list[str]:
+    """Return the name of a schedule in lines of at most so many letters, broken after commas where it has some."""
+    lines = [""]
+    for part in re.findall("[^,]+,?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > letters:
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 class _Box(NamedTuple):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from pmpd.eval.cli import quality
 from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.report.page import SHOWN_SAMPLES, render_html
-from pmpd.eval.report.plots import _STYLE, _draw_quality, _label_points, _smooth, row_colors
+from pmpd.eval.report.plots import _STYLE, _draw_quality, _label_points, _lines, _smooth, row_colors
 from pmpd.eval.report.repeat import repeat_command
 from pmpd.eval.report.results import QualityResults
 from pmpd.eval.report.verdict import judgement, verdict
@@ -181,6 +181,11 @@ def test_names_in_plots_do_not_overlap() -> None:
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == 4
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_long_names_in_plots_are_broken_after_commas() -> None:
+    assert _lines("uniform:4", 4) == ["uniform:4"]
+    assert _lines("static:5@0,4@16,3@32", 15) == ["static:5@0,", "4@16,3@32"]
 
 
 def test_a_switch_stays_sharp() -> None:
