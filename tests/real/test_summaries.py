@@ -26,7 +26,9 @@ def rows(
         *(str(dialog_bundle), "--task", "dialogsum", "--data", str(dialogues), "--limit", str(LIMIT)),
         *("--reference", str(dialog_model), "--max-new-tokens", str(TOKENS), "--json", str(output), "-q", *schedules),
     ]
-    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    with pytest.MonkeyPatch.context() as patch:  # what an earlier run has measured would be read again
+        patch.setenv("XDG_CACHE_HOME", str(output.parent / "cache"))
+        result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     document = json.loads(output.read_text(encoding="utf-8"))
     return {row["name"]: row for row in document["rows"]}
