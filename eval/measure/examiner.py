@@ -109,33 +109,35 @@ class BundleExaminer:
         Raises:
             PmpdError: an answer cannot be computed.
         """
-        (item,), (baseline,) = job.items, job.baselines
+        (item,), (baseline,), generator = job.items, job.baselines, self._generator()
         schedules = [schedule for schedule in job.schedules if not isinstance(schedule, str)]
         turns: Mapping[Schedule, tuple[Turn, ...]] = {}
         steps = 0
         if self._task.generates:
-            turns, steps = self._answers(item, schedules)
+            turns, steps = self._answers(generator, item, schedules)
         samples: dict[Schedule | str, Sample] = {}
         for schedule in schedules:
-            scores, count, forced = self._force(item, schedule, baseline) if self._task.forces else ({}, 0, ())
+            model = Scheduled(generator, schedule)
+            scores, count, forced = self._force(model, item, schedule, baseline) if self._task.forces else ({}, 0, ())
             samples[schedule] = Sample(turns=turns.get(schedule) or forced, scores=scores, scored_steps=count)
-        kernels = sorted({node.kernel for node in self._generator().kernels() if node.kernel})
+        kernels = sorted({node.kernel for node in generator.kernels() if node.kernel})
         return Measured((samples,), steps, tuple(kernels))
 
     def _force(
-        self, item: Item, schedule: Schedule, baseline: Baseline | None
+        self, model: Scheduled, item: Item, schedule: Schedule, baseline: Baseline | None
     ) -> tuple[dict[str, float], int, tuple[Turn, ...]]:
         prefill = schedule.precision(0) if self._task.decodes_prompt and isinstance(schedule, StaticSchedule) else None
-        model = Scheduled(self._generator(), schedule)
         answer = item.answer or (baseline.ids if baseline else ())
         return _force_scores(self._task, item, answer, model.force(item.ids, answer, prefill=prefill), baseline)
 
-    def _answers(self, item: Item, schedules: Sequence[Schedule]) -> tuple[dict[Schedule, tuple[Turn, ...]], int]:
+    def _answers(
+        self, generator: Generator, item: Item, schedules: Sequence[Schedule]
+    ) -> tuple[dict[Schedule, tuple[Turn, ...]], int]:
         """Return the answers under each schedule: static ones share prompts and what their answers begin with.
 
         What a learned schedule chooses is one of them.
         """
-        task, generator = self._task, self._generator()
+        task = self._task
         turns: dict[Schedule, tuple[Turn, ...]] = dict.fromkeys(schedules, ())
         forks = Forks(generator, max_new_tokens=task.max_new_tokens, stop_ids=task.stop_ids)
         others = 0
