@@ -190,7 +190,7 @@ def sample_from(line: Mapping[str, Any]) -> Sample:
     for turn in line["turns"]:
         segments = tuple((bits, int(count), str(text)) for bits, count, text in turn["segments"])
         passes = {int(index): bits for index, bits in turn["first_passes"].items()}
-        turns.append(Turn(**{**turn, "segments": segments, "first_passes": passes, "ids": tuple(turn["ids"])}))
+        turns.append(Turn(**{**turn, "segments": segments, "first_passes": passes, "ids": tuple(turn.get("ids", ()))}))
     scores, steps = {str(name): float(score) for name, score in line["scores"].items()}, int(line["scored_steps"])
     said = {name: line[name] for name in ("source", "group", "prompt") if name in line}
     counts = {name: tuple(values) for name, values in line.get("counts", {}).items()}

@@ -12,7 +12,7 @@ from pmpd.eval.metrics.base import Metric
 from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.recipes.paper import PaperRow, of_model
 from pmpd.eval.report.results import QualityResults, QualityRow, format_number
-from pmpd.runtime.console.output import csv_text, json_text, markdown_table
+from pmpd.runtime.console.output import csv_text, markdown_table
 
 __all__ = ["VERSION", "Part", "RecipeResults"]
 
@@ -158,7 +158,7 @@ class RecipeResults:
         return "\n\n".join(lines)
 
     def to_json(self) -> str:
-        """Return everything as JSON text, without the data's texts: scores, settings and our answers."""
+        """Return everything as JSON text in one line, without the data's texts: scores, settings and our answers."""
         parts = []
         for part in self.parts:
             differences = {
@@ -175,7 +175,8 @@ class RecipeResults:
                     "results": json.loads(part.results.to_json(texts=False)),
                 }
             )
-        return json_text({"version": VERSION, "recipe": self.recipe, "title": self.title, "parts": parts})
+        document = {"version": VERSION, "recipe": self.recipe, "title": self.title, "parts": parts}
+        return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
     def to_csv(self) -> str:
         """Return a line per task and row."""

@@ -176,7 +176,7 @@ class QualityResults:
         """Return ``{"rows", "metrics", "prefill_tps", "verdict", "environment", "version"}`` as JSON text.
 
         Args:
-            texts: with the data's texts: prompts and references.
+            texts: with the data's texts, prompts and references, and the tokens of answers.
         """
         from pmpd.eval.report.verdict import verdict
 
@@ -186,6 +186,8 @@ class QualityResults:
             if not texts:
                 for sample in document["samples"]:
                     del sample["prompt"], sample["reference"]
+                    for turn in sample["turns"]:
+                        del turn["ids"]
             pairs = {metric.name: (self.to_fp(metric, row), self.to_high(metric, row)) for metric in self.metrics}
             document["differences"] = {
                 name: {"fp": fp and asdict(fp), "high": high and asdict(high)} for name, (fp, high) in pairs.items()

@@ -22,7 +22,7 @@ from lm_eval.api.registry import get_model
 
 from pmpd.eval.harness.model import PmpdLM
 from pmpd.eval.harness.paired import compare_runs
-from pmpd.eval.measure.metrics import log_softmax
+from pmpd.eval.metrics.logits import log_softmax
 from pmpd.exporter import ExportConfig, export_bundle
 from pmpd.exporter.demo import demo_model_path
 from pmpd.runtime import AdaptivePlan, Bundle, Generator, PmpdError, Tokenizer, parse_schedule
