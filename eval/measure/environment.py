@@ -13,8 +13,9 @@ from pmpd.runtime import Bundle
 from pmpd.runtime.format.bundle import sha256_of
 from pmpd.runtime.format.manifest import MANIFEST_NAME
 
-__all__ = ["describe_bundle", "describe_machine", "package_versions"]
+__all__ = ["describe_bundle", "describe_machine", "instruction_sets", "package_versions"]
 
+_VECTORS = ("avx", "fma", "amx", "asimd", "sve", "i8mm", "bf16")
 PACKAGES = (
     "pmpd",
     "numpy",
@@ -45,6 +46,12 @@ def describe_machine() -> dict[str, Any]:
             "flags": fields.get("flags") or fields.get("Features", ""),
         },
     }
+
+
+def instruction_sets() -> list[str]:
+    """Return the extensions of the processor that kernels may use, which decide how sums are rounded."""
+    flags = describe_machine()["cpu"]["flags"].split()
+    return [platform.machine(), *sorted(flag for flag in flags if flag.startswith(_VECTORS))]
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pmpd.eval.measure.environment import package_versions
+from pmpd.eval.measure.environment import instruction_sets, package_versions
 from pmpd.eval.measure.forks import Forks
 from pmpd.eval.measure.models import Answer, Forced, Scheduled
 from pmpd.eval.measure.reference import Reference, ReferenceCheckpoint
@@ -292,7 +292,7 @@ class Setup:
     require_fast_kernels: bool = False
 
     def file(self, bundle: Bundle, task: Task, reference: str = "") -> Path:
-        """Return the file for samples of a bundle and a task, with these packages, in the user's cache.
+        """Return the file for samples of a bundle and a task, with these packages on this kind of processor.
 
         Args:
             bundle: the model.
@@ -306,6 +306,7 @@ class Setup:
                 "prefill": manifest.prefill_precision,
                 "kernels": self.kernels and sha256_of(self.kernels),
                 "accuracy": self.accuracy or manifest.accuracy,
+                "processor": instruction_sets(),
                 "packages": package_versions("pmpd", "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers"),
                 "reference": reference if task.compares else "",
                 **_what_is_asked(task),
@@ -362,14 +363,14 @@ def open_bundle_examiner(
         file: the name of `setup.file` where the samples go, of a task that compares with no reference.
 
     Raises:
-        PmpdError: here it would be another file: another bundle, or other packages.
+        PmpdError: here it would be another file: another bundle, other packages, or another kind of processor.
     """
     bundle = Bundle.open(path)
     task = make_task(bundle)
     if setup.file(bundle, task).name != file:
         raise PmpdError(
-            f"{path} on {platform.node()} is another bundle, or packages there have other versions: copy the bundle "
-            "there, and install the same versions"
+            f"{path} on {platform.node()} would give other answers: it is another bundle, packages there have other "
+            "versions, or the processor has other instructions: make them the same, or leave that node out"
         )
     generator = setup.load(bundle, context_length=context_length, threads=threads)
     return BundleExaminer(task, lambda: generator)

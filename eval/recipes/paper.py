@@ -7,12 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["PAPER", "PaperRow", "of_model"]
+__all__ = [
+    "BASE_H",
+    "BASE_L",
+    "DNS",
+    "HIGH_LOW",
+    "LEARNED",
+    "LOW_HIGH",
+    "LOW_LOW",
+    "PAPER",
+    "STATIC",
+    "PaperRow",
+    "of_model",
+]
 
 PaperRow = tuple[float, tuple[float, ...]]
 """Bits and scores; no scores where the paper prints none."""
 Rows = Mapping[str, PaperRow]
+
 BASE_L, BASE_H, DNS, STATIC, LEARNED = "baseline-l", "baseline-h", "DNS", "PMPD-Static", "PMPD-Learned"
+LOW_LOW, HIGH_LOW, LOW_HIGH = "low prompt, low answer", "high prompt, low answer", "low prompt, high answer"
+"""What the paper calls its rows."""
 
 
 def _rows(*rows: PaperRow) -> Rows:
@@ -76,9 +91,9 @@ PAPER: Mapping[str, Mapping[str, Mapping[str, Rows]]] = {
     "table4": {
         "mt_bench": {
             "Vicuna-7B": {
-                "low prompt, low answer": (2, (18.3,)),
-                "high prompt, low answer": (2, (28.1,)),
-                "low prompt, high answer": (3, (22.2,)),
+                LOW_LOW: (2, (18.3,)),
+                HIGH_LOW: (2, (28.1,)),
+                LOW_HIGH: (3, (22.2,)),
             }
         }
     },

@@ -60,8 +60,9 @@ def _draw(axes: Any, part: Part) -> None:
     fp = part.results.fp
     # A metric that compares with fp has its own best score there, which says nothing.
     if fp is not None and fp.metrics[metric.name].value != metric.highest:
-        axes.axvline(fp.metrics[metric.name].value, color=_FP, linestyle=(0, (5, 3)), label="fp")
-        axes.legend(frameon=False, loc="lower right")
+        value = fp.metrics[metric.name].value
+        axes.axvline(value, color=_FP, linestyle=(0, (5, 3)))
+        axes.text(value, 1, "fp", transform=axes.get_xaxis_transform(), va="bottom", ha="center", color=_FP)
     for place, row in enumerate(rows):
         bits = "" if row.average_bits is None else f" {row.average_bits:.2f} bits"
         axes.text(0, place, bits, va="center", ha="left", color="white", fontweight="bold", fontsize=10.5)

@@ -11,6 +11,7 @@ from typing import Any
 from pmpd.eval.metrics.base import Sample
 from pmpd.eval.metrics.texts import BERTSCORE
 from pmpd.eval.recipes.halves import HalvesExaminer, rows_of_halves
+from pmpd.eval.recipes.paper import BASE_H, BASE_L, DNS, HIGH_LOW, LEARNED, LOW_HIGH, LOW_LOW, STATIC
 from pmpd.eval.recipes.rows import choice_shares, dense_sparse_row, random_row
 from pmpd.eval.recipes.tables import Part, RecipeResults
 from pmpd.eval.report.results import QualityResults, QualityRow
@@ -26,11 +27,9 @@ from pmpd.runtime.schedule.registry import schedule_of
 
 __all__ = ["RECIPES", "Recipe", "RecipeSettings", "run_recipe"]
 
-BASE_L, BASE_H, DNS, STATIC, LEARNED = "baseline-l", "baseline-h", "DNS", "PMPD-Static", "PMPD-Learned"
-LOW_LOW, HIGH_LOW, LOW_HIGH = "low prompt, low answer", "high prompt, low answer", "low prompt, high answer"
 RANDOM = ("random uniform", "random prior", "random shuffled")
 SUMMARIES_AND_TRANSLATION = ("cnn_dailymail", "dialogsum", "iwslt")
-METRICS: Mapping[str, tuple[str, ...]] = {
+COLUMNS: Mapping[str, tuple[str, ...]] = {
     "cnn_dailymail": ("rougeL",),
     "dialogsum": ("rougeL",),
     "iwslt": ("bleu", "sacrebleu"),
@@ -47,12 +46,14 @@ class Recipe:
         title: what it shows.
         tasks: the paper's.
         rows: labels of its rows.
+        halves: whether its rows are halves of an answer, and no schedules.
         normalized: whether scores are shown as a share of the high baseline's, the mean over tasks.
     """
 
     title: str
     tasks: tuple[str, ...]
     rows: tuple[str, ...]
+    halves: bool = False
     normalized: bool = False
 
 
@@ -84,6 +85,7 @@ RECIPES: Mapping[str, Recipe] = {
         title="The high precision in one half of the decode steps",
         tasks=("cnn_dailymail", "dialogsum", "mt_bench"),
         rows=tuple(rows_of_halves(0, 0)),
+        halves=True,
     ),
     "figure6": Recipe(
         title="Phase-aware precision allocation",
@@ -161,7 +163,7 @@ def run_recipe(bundle: Bundle, settings: RecipeSettings, *, quiet: bool = True) 
     parts = []
     for task in settings.data:
         part = _Part(bundle, settings, task, high, low, quiet)
-        parts.append(part.halves() if settings.recipe == "figure3" else part.measure())
+        parts.append(part.halves() if RECIPES[settings.recipe].halves else part.measure())
     return RecipeResults(
         recipe=settings.recipe,
         title=RECIPES[settings.recipe].title,
@@ -239,7 +241,7 @@ class _Part:
         return self._part(labels, replace(results, rows=tuple(every[name] for name in kept)))
 
     def _evaluation(self, **options: Any) -> Settings:
-        metrics = METRICS[self.task]
+        metrics = COLUMNS[self.task]
         if self.settings.evaluation.get("encoder") and self.task != "iwslt":
             metrics = (*metrics, BERTSCORE)
         values = {**self.settings.evaluation, "metrics": metrics, **options}
@@ -295,7 +297,7 @@ class _Part:
     def _learned(self, text: str) -> LearnedSchedule:
         schedule = schedule_of(self.bundle, text)
         if not isinstance(schedule, LearnedSchedule):
-            raise PmpdError(f"{text} is no learned schedule: name one that pmpd-schedule learn wrote")
+            raise PmpdError(f"{text} is not a learned schedule: name one that pmpd-schedule learn wrote")
         return schedule
 
     def _dense_sparse(

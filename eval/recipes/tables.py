@@ -10,14 +10,14 @@ from typing import Any
 
 from pmpd.eval.metrics.base import Metric
 from pmpd.eval.metrics.statistics import Estimate
-from pmpd.eval.recipes.paper import PaperRow, of_model
+from pmpd.eval.recipes.paper import BASE_H, PaperRow, of_model
 from pmpd.eval.report.results import QualityResults, QualityRow, format_number
 from pmpd.runtime.console.output import csv_text, markdown_table
 
 __all__ = ["VERSION", "Part", "RecipeResults"]
 
 VERSION = 1
-HIGH = ("baseline-h", "high throughout")
+HIGH = (BASE_H, "high throughout")
 """Labels of the row that others are compared with."""
 
 

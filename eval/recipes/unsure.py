@@ -22,9 +22,9 @@ from pmpd.eval.measure.models import Scheduled
 from pmpd.eval.metrics.statistics import PLUS_MINUS, Estimate
 from pmpd.eval.runner import prepare, read_items
 from pmpd.eval.settings import Settings
-from pmpd.eval.tasks.answers import Answers
 from pmpd.eval.tasks.base import Item
 from pmpd.eval.tasks.options import TASK_OPTIONS
+from pmpd.eval.tasks.registry import ANSWERING
 from pmpd.runtime import Bundle, Generator, StaticSchedule
 from pmpd.runtime.console.command import FILE, Command, check_outputs, is_quiet, json_option, print_result
 from pmpd.runtime.console.output import json_text, markdown_table
@@ -92,10 +92,8 @@ def find_errors(
         if precision not in bundle.manifest.precisions:
             raise PmpdError(unknown_choice("precision", precision, bundle.manifest.precisions))
     task, _ = prepare(bundle, settings)
-    if not isinstance(task, Answers):
-        raise PmpdError(
-            f"the task {settings.task} gives no answers: choose dialogsum, cnn_dailymail, mt_bench or jsonl"
-        )
+    if settings.task not in ANSWERING:
+        raise PmpdError(f"the task {settings.task} gives no answers: choose one of {', '.join(ANSWERING)}")
     items, _ = read_items(task, settings)
     generator = Generator(bundle, threads=settings.threads, context_length=max(map(task.positions, items)))
     model = Scheduled(generator, StaticSchedule(((high, 0),)))
@@ -130,7 +128,9 @@ def _shares(
 
 @click.command("python -m pmpd.eval.recipes.unsure", cls=Command, extra="cpu,eval")
 @click.argument("bundle", type=FILE)
-@click.option("--task", required=True, metavar="NAME", help="dialogsum, cnn_dailymail, mt_bench or jsonl (yours).")
+@click.option(
+    "--task", required=True, metavar="NAME", help="dialogsum, cnn_dailymail, iwslt, mt_bench, python or jsonl."
+)
 @click.option("--data", metavar="FILE", type=FILE, required=True, help="Examples: JSON lines (.jsonl, .jsonl.gz).")
 @TASK_OPTIONS
 @click.option("--high", type=float, metavar="BITS", help="The high precision.  [default: the bundle's highest]")

@@ -60,7 +60,9 @@ def main() -> None:
     ),
 )
 @_BUNDLE
-@click.option("--task", required=True, metavar="NAME", help="dialogsum, cnn_dailymail, mt_bench or jsonl (yours).")
+@click.option(
+    "--task", required=True, metavar="NAME", help="dialogsum, cnn_dailymail, iwslt, mt_bench, python or jsonl."
+)
 @click.option("--data", metavar="FILE", type=FILE, help="Examples: JSON lines (.jsonl, .jsonl.gz).")
 @TASK_OPTIONS
 @click.option(
@@ -151,7 +153,7 @@ def _find(
     ),
 )
 @_BUNDLE
-@click.option("--task", metavar="NAME", help="Learn for one task: dialogsum, cnn_dailymail, mt_bench or jsonl.")
+@click.option("--task", metavar="NAME", help="Learn for one task: dialogsum, cnn_dailymail, iwslt, mt_bench or jsonl.")
 @click.option(
     "--data",
     metavar="FILE",

@@ -37,7 +37,7 @@ from pmpd.eval.measure.reference import ReferenceCheckpoint
 from pmpd.eval.measure.samples import Samples
 from pmpd.eval.measure.workers import Workers, check_workers
 from pmpd.eval.metrics.base import Sample
-from pmpd.eval.metrics.rouge import rouge_scorer
+from pmpd.eval.metrics.texts import TextScorer
 from pmpd.eval.solve.grid import mean_cost, static_schedules, switch_points
 from pmpd.eval.solve.lesson import Lesson
 from pmpd.eval.solve.network import Network, Prompt, Training, to_onnx, train
@@ -143,7 +143,6 @@ def learn(bundle: Bundle, settings: LearnSettings) -> tuple[Lesson, bytes]:
         PmpdError: an option or record that does not fit, too few usable prompts, or no floating-point model.
         MissingExtraError: a package is missing.
     """
-    rouge_scorer()
     manifest = bundle.manifest
     precisions = _precisions(manifest.precisions, settings)
     task = _task(bundle, settings)
@@ -206,9 +205,10 @@ def _precisions(known: Sequence[float], settings: LearnSettings) -> list[float]:
 def _task(bundle: Bundle, settings: LearnSettings) -> Answers:
     tokenizer = Tokenizer.from_bundle(bundle)
     kind = TASKS[settings.task or "jsonl"]
+    assert issubclass(kind, Answers)
     chats = tokenizer.has_chat_template and (kind.chats or settings.data is None)
     template = settings.prompt_template or (None if settings.task else "{text}")
-    task = kind(
+    return kind(
         tokenizer=tokenizer,
         stop_ids=bundle.stop_ids,
         max_new_tokens=settings.max_new_tokens or (kind.default_new_tokens if settings.task else COMPLETION),
@@ -216,9 +216,8 @@ def _task(bundle: Bundle, settings: LearnSettings) -> Answers:
         template=None if template is None else Template(template),
         reference_field=settings.reference_field,
         chat=chats if settings.chat is None else settings.chat,
+        scorer=TextScorer(["rougeL"]),
     )
-    assert isinstance(task, Answers)
-    return task
 
 
 def _items(task: Answers, generator: Generator, settings: LearnSettings) -> list[Item]:

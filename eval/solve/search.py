@@ -26,9 +26,8 @@ from pmpd.eval.solve.grid import mean_cost, pairs, static_schedules, switch_poin
 from pmpd.eval.solve.race import Race, Tolerance, best_of, cheapest
 from pmpd.eval.solve.solution import Phase, Solution
 from pmpd.eval.speed.traffic import step_bytes
-from pmpd.eval.tasks.answers import Answers
-from pmpd.eval.tasks.base import Item
-from pmpd.eval.tasks.registry import TASKS
+from pmpd.eval.tasks.base import Item, Task
+from pmpd.eval.tasks.registry import ANSWERING
 from pmpd.runtime import AdaptiveSchedule, Bundle, Generator, RepeatSchedule, Schedule, StaticSchedule
 from pmpd.runtime.console.progress import Progress, progress
 from pmpd.runtime.errors import PmpdError, unknown_choice
@@ -84,11 +83,10 @@ class SearchSettings:
         if self.target_tps is not None and not 0 < self.target_tps < float("inf"):
             raise PmpdError(f"target must be a number of tokens per second above 0, got {self.target_tps}")
         switch_points(1, self.points)
-        if not issubclass(TASKS[self.evaluation.task], Answers):
-            answering = [name for name, kind in TASKS.items() if issubclass(kind, Answers)]
+        if self.evaluation.task not in ANSWERING:
             raise PmpdError(
                 f"the task {self.evaluation.task} scores given texts, and a schedule is found by answers: choose one "
-                f"of {', '.join(answering)}"
+                f"of {', '.join(ANSWERING)}"
             )
 
 
@@ -283,10 +281,8 @@ class _Search:
         )
 
 
-def _task(bundle: Bundle, evaluation: Settings) -> Answers:
-    task, _ = prepare(bundle, evaluation)
-    assert isinstance(task, Answers)
-    return task
+def _task(bundle: Bundle, evaluation: Settings) -> Task:
+    return prepare(bundle, evaluation)[0]
 
 
 def _spent(samples: Sequence[Sample], cost: Mapping[float, float]) -> float | None:

@@ -51,7 +51,7 @@ class Answers(Task):
     generates = True
     prompts: ClassVar[tuple[str, str] | None] = None
     default_reference: ClassVar[str | None] = None
-    takes = frozenset({"reference_field", "chat"})
+    takes = frozenset({"template", "reference_field", "chat"})
 
     scorer: TextScorer | None = None
 

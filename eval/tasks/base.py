@@ -16,9 +16,16 @@ from pmpd.eval.metrics.base import Metric, Sample
 from pmpd.runtime import Tokenizer
 from pmpd.runtime.errors import PmpdError
 
-__all__ = ["Item", "Task"]
+__all__ = ["OPTIONS", "Item", "Task"]
 
 Floats = npt.NDArray[np.float32]
+OPTIONS = {
+    "template": "--prompt-template",
+    "reference_field": "--reference-field",
+    "chat": "--chat",
+    "stride": "--stride",
+}
+"""Attributes of a task that not every task has a use for, and what users call them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,7 @@ class Task(ABC):
         compares: whether scores of given texts need the floating-point model's logits (class).
         decodes_prompt: whether prompts, too, have the precision of decode steps (class).
         spreads: whether a limited number of items comes from all over the data, not from their start (class).
-        takes: which of the options `prompt_template`, `reference_field`, `chat`, `metrics` and `stride` it has (class).
+        takes: which of the options of `OPTIONS` it has (class).
         chats: whether it uses the chat template of a model that has one (class).
         tokenizer: the bundle's.
         stop_ids: tokens that end an answer.
@@ -93,9 +100,9 @@ class Task(ABC):
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        for option in ("reference_field", "chat", "stride"):
-            if getattr(self, option) and option not in self.takes:
-                raise PmpdError(f"--{option.replace('_', '-')} does not apply to this task: leave it out")
+        for attribute, option in OPTIONS.items():
+            if getattr(self, attribute) and attribute not in self.takes:
+                raise PmpdError(f"{option} does not apply to this task: leave it out")
 
     @property
     @abstractmethod
@@ -122,8 +129,10 @@ class Task(ABC):
             targets: the tokens ``[n]``.
             logits: of the model before each, ``[n, V]``.
             reference: the floating-point model's, for a task that compares.
+
+        Returns: a list of `n` for each score; none for a task that does not force.
         """
-        raise NotImplementedError
+        return {}
 
     def scored(self, sample: Sample) -> Sample:
         """Return a sample with the scores of its texts."""

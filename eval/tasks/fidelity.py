@@ -31,7 +31,7 @@ class Fidelity(Task):
 
     default_new_tokens = 64
     generates = forces = compares = True
-    takes = frozenset({"chat"})
+    takes = frozenset({"template", "chat"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

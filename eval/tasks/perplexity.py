@@ -31,6 +31,7 @@ class _OfText(Task):
     """
 
     forces = spreads = True
+    takes = frozenset({"template"})
 
     def items(self, records: Iterable[Record]) -> Iterator[Item]:
         """Make windows of the text of each record (field ``text``, or the template)."""
@@ -75,7 +76,7 @@ class Perplexity(_OfText):
 
     default_new_tokens = WINDOW
     decodes_prompt = True
-    takes = frozenset({"stride"})
+    takes = frozenset({"template", "stride"})
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

@@ -47,7 +47,7 @@ class Python(Task):
         for record in records:
             prompt, tests = record.text("prompt"), record.value("tests")
             if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-                raise PmpdError(f"{record.source}: field 'tests' is no list of statements but {tests!r:.60}")
+                raise PmpdError(f"{record.source}: field 'tests' is not a list of statements but {tests!r:.60}")
             if _ENTRY.search(prompt) is None:
                 raise PmpdError(f"{record.source}: field 'prompt' begins no function: it needs a line `def NAME(…`")
             item = self._prompt(record, MESSAGE.replace("{prompt}", prompt) if self.chat else prompt)

@@ -8,7 +8,7 @@ from pmpd.eval.tasks.fidelity import Fidelity
 from pmpd.eval.tasks.perplexity import DecodePerplexity, Perplexity
 from pmpd.eval.tasks.python import Python
 
-__all__ = ["TASKS"]
+__all__ = ["ANSWERING", "TASKS"]
 
 TASKS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
@@ -21,3 +21,6 @@ TASKS: dict[str, type[Task]] = {
     "python": Python,
     "jsonl": Answers,
 }
+
+ANSWERING = tuple(name for name, kind in TASKS.items() if kind.generates and not kind.forces)
+"""Names of the tasks that score nothing but answers."""

@@ -68,7 +68,7 @@ class AdaptiveSchedule(_Threshold):
     The prompt's logits decide for the first step. `prefill` is the precision of the prompt, as in `Schedule`.
 
     Raises:
-        PmpdError: `low` is not below `high`, or the threshold is no number above 0.
+        PmpdError: `low` is not below `high`, or the threshold is not a number above 0.
     """
 
     KIND = "adaptive"
@@ -105,7 +105,7 @@ class RepeatSchedule(_Threshold):
     prompt, as in `Schedule`; the prompt is not run again.
 
     Raises:
-        PmpdError: `low` is not below `high`, or the threshold is no number above 0.
+        PmpdError: `low` is not below `high`, or the threshold is not a number above 0.
     """
 
     KIND = "repeat"

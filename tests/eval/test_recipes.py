@@ -215,7 +215,7 @@ def test_a_plot_names_every_row(bundle: Path, dialogues: Path) -> None:
         (["table1", "--data", "dialogsum=nowhere.jsonl"], "data file nowhere.jsonl does not exist"),
         (["table1", "--data", "dialogsum={data}", "--high", "2", "--low", "4"], "the high precision must be above"),
         (["table1", "--data", "dialogsum={data}", "--low", "1"], "unknown precision '1'"),
-        (["table1", "--data", "dialogsum={data}", "--learned", "default"], "is no learned schedule"),
+        (["table1", "--data", "dialogsum={data}", "--learned", "default"], "is not a learned schedule"),
         (["table1", "--data", "dialogsum={data}", "--static", "dialogsum=uniform:9"], "uniform:9"),
         (["table1", "--data", "dialogsum={data}", "--tolerance", "much"], "tolerance 'much'"),
     ],

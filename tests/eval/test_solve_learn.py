@@ -195,3 +195,13 @@ def test_a_schedule_of_the_bundle_is_measured_by_its_name(bundle: Path, texts: P
     assert "| learned:schedules/learned-" in result.stdout
     generator = Generator(Bundle.open(bundle), context_length=64)
     assert generator.generate([1, 5, 9], max_new_tokens=5, schedule="learned").tokens
+
+
+def test_labels_are_by_rouge_whatever_the_task_shows(bundle: Path, tmp_path: Path) -> None:
+    sentences = tmp_path / "sentences.jsonl"
+    records = [{"fr": f"{i} petits chiens, " * 20, "en": f"{i} small dogs"} for i in range(16)]
+    sentences.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    options = ["--task", "iwslt", "--data", str(sentences), "--samples", "16", "--max-new-tokens", "3", "--seeds", "1"]
+    result = CliRunner().invoke(main, ["learn", str(bundle), *options, "--dry-run", "--threads", "1", "-q"])
+    assert result.exit_code == 0, result.stderr
+    assert "ROUGE-L to references" in result.stdout

@@ -242,7 +242,7 @@ def test_a_worker_with_another_bundle_is_refused(
     monkeypatch.setattr(Setup, "file", lambda *_, **__: tmp_path / "cache" / "other.jsonl")
     result = CliRunner().invoke(main, [*words, "--workers", "2", "-q"], prog_name="pmpd-schedule")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"error: {bundle} on {socket.gethostname()} is another bundle, or packages there")
+    assert result.stderr.startswith(f"error: {bundle} on {socket.gethostname()} would give other answers: ")
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pmpd.eval.data.records import Record
+from pmpd.eval.data.records import Record, Template
 from pmpd.eval.metrics.base import Sample, Turn
 from pmpd.eval.tasks.python import Python
 from pmpd.runtime import PmpdError
@@ -67,11 +67,16 @@ def test_answers_are_run(output: str, chat: bool, passes: bool) -> None:
     ("fields", "message"),
     [
         ({"prompt": HEAD}, "p:1: unknown field 'tests'"),
-        ({"prompt": HEAD, "tests": "assert True"}, "p:1: field 'tests' is no list of statements"),
-        ({"prompt": HEAD, "tests": []}, "p:1: field 'tests' is no list of statements"),
+        ({"prompt": HEAD, "tests": "assert True"}, "p:1: field 'tests' is not a list of statements"),
+        ({"prompt": HEAD, "tests": []}, "p:1: field 'tests' is not a list of statements"),
         ({"prompt": "x = 1\n", "tests": TESTS}, "p:1: field 'prompt' begins no function"),
     ],
 )
 def test_records_that_do_not_fit_are_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(PmpdError, match=message):
         list(make().items([Record("p:1", fields)]))
+
+
+def test_a_template_is_refused() -> None:
+    with pytest.raises(PmpdError, match="--prompt-template does not apply to this task"):
+        Python(tokenizer=Bytes(), stop_ids=(), max_new_tokens=4, context_length=9, template=Template("{prompt}"))  # type: ignore[arg-type]
