@@ -168,8 +168,8 @@ def _match(a: QualityResults, b: QualityResults, row_a: QualityRow, row_b: Quali
 def _key(results: QualityResults, sample: Sample) -> tuple[str, str, int]:
     """Return what a sample is known by in its data file, whatever the file is called."""
     name = results.environment["data"]["name"]
-    forced = 0 if any(turn.ids for turn in sample.turns) else sample.scored_steps
-    return sample.source.removeprefix(name), sample.group.removeprefix(name), forced
+    tokens = sample.scored_steps if "nll" in sample.scores else 0
+    return sample.source.removeprefix(name), sample.group.removeprefix(name), tokens
 
 
 def _change(row_a: QualityRow, row_b: QualityRow, metric: Metric, matched: Sequence[tuple[Sample, Sample]]) -> Change:
