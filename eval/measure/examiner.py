@@ -279,6 +279,10 @@ def item_key(item: Item) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
+_NOT_THE_MODEL = ("README.md", "schedules/")
+"""Files of a bundle that do not change how it answers under a schedule that is given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """How a bundle computes.
@@ -302,7 +306,7 @@ class Setup:
         manifest = bundle.manifest
         return _cache_file(
             {
-                "files": {n: entry.sha256 for n, entry in manifest.files.items() if not n.startswith("schedules/")},
+                "files": {n: entry.sha256 for n, entry in manifest.files.items() if not n.startswith(_NOT_THE_MODEL)},
                 "prefill": manifest.prefill_precision,
                 "kernels": self.kernels and sha256_of(self.kernels),
                 "accuracy": self.accuracy or manifest.accuracy,

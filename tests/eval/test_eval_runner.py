@@ -243,6 +243,19 @@ def test_answers_of_a_task_that_compares_with_nobody_do_not_depend_on_the_refere
     assert Setup().file(bundle, fidelity, "a") != Setup().file(bundle, fidelity, "b")
 
 
+def test_schedules_of_a_bundle_and_its_readme_change_no_sample(demo_bundle: Path, settings: Settings) -> None:
+    bundle = Bundle.open(demo_bundle)
+    task, _ = prepare(bundle, settings)
+    manifest = bundle.manifest
+    entry = manifest.files["README.md"]
+    files = {**manifest.files, "README.md": replace(entry, sha256="0" * 64), "schedules/learned-0.onnx": entry}
+    told = Bundle(bundle.path, replace(manifest, files=files))
+    assert Setup().file(told, task) == Setup().file(bundle, task)
+    files["decode-2.onnx"] = replace(files["decode-2.onnx"], sha256="0" * 64)
+    other = Bundle(bundle.path, replace(manifest, files=files))
+    assert Setup().file(other, task) != Setup().file(bundle, task)
+
+
 # Runs the command, and kills its process with SIGKILL: inside or after the nth time that samples are kept.
 KILLED = """
 import os, signal, sys
