@@ -11,7 +11,7 @@ from typing import Any
 from pmpd.eval.metrics.base import Metric
 from pmpd.eval.metrics.statistics import Estimate
 from pmpd.eval.recipes.paper import BASE_H, PaperRow, of_model
-from pmpd.eval.report.results import QualityResults, QualityRow, format_number
+from pmpd.eval.report.results import AVERAGE_BITS, QualityResults, QualityRow, format_number
 from pmpd.runtime.console.output import csv_text, markdown_table
 
 __all__ = ["VERSION", "Part", "RecipeResults"]
@@ -154,7 +154,7 @@ class RecipeResults:
         lines = [f"{self.recipe}: {self.title}. {self.parts[0].model}", markdown_table(self.summary())]
         for part in self.parts:
             lines += [f"{part.task}", markdown_table(part.table(self.recipe))]
-            lines.append("\n".join([*part.notes, *part.results.notes()]))
+            lines.append("\n".join([*part.notes, part.results.samples_note(), AVERAGE_BITS]))
         return "\n\n".join(lines)
 
     def to_json(self) -> str:

@@ -18,9 +18,13 @@ from pmpd.runtime.errors import PmpdError
 from pmpd.runtime.schedule.registry import parse_schedule
 from pmpd.runtime.schedule.static import StaticSchedule
 
-__all__ = ["VERSION", "QualityResults", "QualityRow", "count_text", "format_number"]
+__all__ = ["AVERAGE_BITS", "VERSION", "QualityResults", "QualityRow", "count_text", "format_number"]
 
 VERSION = 3
+AVERAGE_BITS = (
+    "average bits: of the decoder's linear layers, mean over decode steps; the first token of an answer (prefill) and "
+    "the step that ends it do not count; of a step that is run again both passes do."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +151,24 @@ class QualityResults:
         """Return a metric's name and what it is a mean of."""
         return f"{metric.label} ({metric.counted(self.rows[-1].samples)})"
 
-    def notes(self) -> list[str]:
-        """Return what a reader of the table must know, a sentence or two per line."""
+    def samples_note(self) -> str:
+        """Return how many samples there are, and what ± and the differences are."""
         skipped = self.environment["data"]["skipped"]
         samples = self.environment["samples"]
         groups = len({sample.group for sample in self.rows[0].samples})
         of = f" of {count_text(groups, 'document')}, which are what is drawn" if groups < samples else ""
+        return (
+            f"{count_text(samples, 'sample')}{of}; {skipped} skipped. {PLUS_MINUS}, by bootstrap. "
+            "Differences are paired: all rows have the same samples."
+        )
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the table must know, a sentence or two per line."""
         highs = dict.fromkeys(self.high(row).name for row in self.schedules)
         lines = [
-            f"{count_text(samples, 'sample')}{of}; {skipped} skipped. {PLUS_MINUS}, by bootstrap.",
-            f"Differences are paired: all rows have the same samples. to high: to {', '.join(highs)}.",
-            "average bits: of the decoder's linear layers, mean over decode steps; the first token of an answer "
-            "(prefill) and the step that ends it do not count; of a step that is run again both passes do. MB/token: "
-            "all weights that a step reads, output layer included, KV cache not.",
+            self.samples_note(),
+            f"to high: to {', '.join(highs)}. {AVERAGE_BITS} MB/token: all weights that a step reads, output layer "
+            "included, KV cache not.",
         ]
         if self.prefill_tps:
             rates = (
