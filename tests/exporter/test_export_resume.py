@@ -282,8 +282,8 @@ def test_an_interrupt_is_one_line(tmp_path: Path, number: signal.Signals) -> Non
             time.sleep(0.01)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (128 + number, "")
-    assert err == "error: interrupted: run the same command again to resume\n"
+    message = "error: interrupted: run the same command again to resume\n"
+    assert (process.returncode, out, err) == (128 + number, "", message)
     assert not output.exists()
 
 
