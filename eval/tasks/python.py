@@ -49,7 +49,7 @@ class Python(Task):
             if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
                 raise PmpdError(f"{record.source}: field 'tests' is not a list of statements but {tests!r:.60}")
             if _ENTRY.search(prompt) is None:
-                raise PmpdError(f"{record.source}: field 'prompt' has no function to complete: it needs a line `def NAME(…`")
+                raise PmpdError(f"{record.source}: field 'prompt' has no function: it needs a line `def NAME(…`")
             item = self._prompt(record, MESSAGE.replace("{prompt}", prompt) if self.chat else prompt)
             yield replace(item, references=(prompt, "\n".join(tests)))
 

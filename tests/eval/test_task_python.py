@@ -69,7 +69,7 @@ def test_answers_are_run(output: str, chat: bool, passes: bool) -> None:
         ({"prompt": HEAD}, "p:1: unknown field 'tests'"),
         ({"prompt": HEAD, "tests": "assert True"}, "p:1: field 'tests' is not a list of statements"),
         ({"prompt": HEAD, "tests": []}, "p:1: field 'tests' is not a list of statements"),
-        ({"prompt": "x = 1\n", "tests": TESTS}, "p:1: field 'prompt' has no function to complete"),
+        ({"prompt": "x = 1\n", "tests": TESTS}, "p:1: field 'prompt' has no function: it needs"),
     ],
 )
 def test_records_that_do_not_fit_are_named(fields: dict[str, Any], message: str) -> None:
